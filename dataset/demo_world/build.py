@@ -1,0 +1,199 @@
+"""Make the whole demo world on disk, in the formats of the real run:
+
+    DIR/images/               all pictures                      DIR/tokenizer/    instead of MiniMind's
+    DIR/pretrain.json         instead of LLaVA-Pretrain         DIR/clip/         instead of openai/clip-vit-base-patch32
+    DIR/sft.json              instead of LLaVA-Instruct         DIR/128_llm.pth   instead of MiniMind's 512_llm.pth
+    DIR/sft_multi.json        two pictures a row                DIR/*.args        recipes for the numbered scripts
+    DIR/questions_*.jsonl     held-out questions with answers   DIR/eval_images/  a few pictures never trained on
+
+Work goes on in DIR.building, one finished part after another, and is moved to DIR when all parts are there: a second
+call goes on where the first was stopped, and half a world is never taken for a whole one.
+"""
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from dataset.demo_world import encoder, scenes, sentences
+from model.checkpoint import atomic_write, weights_path
+from model.dataset import TEXT, VLMDataset
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from trainer.args import Parser, add_model_flags, add_training_flags, check_args
+from trainer.distributed import start_run
+from trainer.loop import train
+
+WORLD_VERSION = 1               # raised when a change of the recipe makes existing worlds outdated
+NUM_EVAL_IMAGES = 8
+MAX_SEQ_LEN = 256
+
+
+class World:
+    """A demo world being made in `work`, for its later life in `folder`."""
+
+    def __init__(self, folder: Path, preset_name: str, seed: int):
+        self.folder, self.work = folder, folder.with_name(folder.name + ".building")
+        self.preset, self.seed = scenes.PRESETS[preset_name], seed
+        self.identity = {"version": WORLD_VERSION, "preset": preset_name, "seed": seed}
+        self.splits = scenes.make_splits(self.preset, seed)
+
+    def pictures(self, split: str) -> dict[str, scenes.Scene]:
+        """File name -> scene."""
+        return {f"{split}_{number:04d}.jpg": scene for number, scene in enumerate(self.splits[split])}
+
+    def rng(self, part: str) -> np.random.Generator:
+        """A stream of its own for every part, so that a part made in a second call comes out the same."""
+        return np.random.default_rng([self.seed, *part.encode()])
+
+    def build(self) -> None:
+        """Make what is missing. Raises ValueError if another world lies in the folder."""
+        if self.folder.exists():
+            self.check_identity()
+            return
+        state = read_json(self.work / "world.json")
+        if state.get("identity") != self.identity:
+            shutil.rmtree(self.work, ignore_errors=True)
+            state = {"identity": self.identity, "seconds": {}}
+        self.work.mkdir(parents=True, exist_ok=True)
+        for name, part in self.parts().items():
+            if name not in state["seconds"]:
+                started = time.perf_counter()
+                part()
+                state["seconds"][name] = round(time.perf_counter() - started, 1)
+                write_json(self.work / "world.json", state)
+        os.rename(self.work, self.folder)
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        return {"pictures": self.draw_pictures, "sentences": self.write_rows, "tokenizer": self.make_tokenizer,
+                "clip": self.make_clip, "llm": self.make_llm}
+
+    def check_identity(self) -> None:
+        found = read_json(self.folder / "world.json").get("identity")
+        if found != self.identity:
+            raise ValueError(f"{self.folder} holds {'another demo world: ' + str(found) if found else 'something else'}; "
+                             "choose another --out, or remove that folder")
+
+    def draw_pictures(self) -> None:
+        images, shown = self.work / "images", self.work / "eval_images"
+        images.mkdir(exist_ok=True)
+        shown.mkdir(exist_ok=True)
+        everything = {name: scene for split in scenes.SPLITS for name, scene in self.pictures(split).items()}
+        for name, scene in tqdm(everything.items(), desc="pictures", unit="", dynamic_ncols=True):
+            scenes.draw(scene).save(images / name, quality=scenes.JPEG_QUALITY)
+        for name in list(self.pictures("unseen"))[:NUM_EVAL_IMAGES]:
+            shutil.copyfile(images / name, shown / name)
+
+    def write_rows(self) -> None:
+        train, preset = self.pictures("train"), self.preset
+        write_json(self.work / "pretrain.json", sentences.pretrain_rows(train, self.rng("pretrain")))
+        write_json(self.work / "sft.json", sentences.sft_rows(train, self.rng("sft")))
+        write_json(self.work / "sft_multi.json",
+                   sentences.two_picture_rows(train, preset.two_picture_rows, self.rng("multi")))
+        write_json(self.work / "text.json", sentences.text_rows(list(train.values()), self.rng("text")))
+        for split in scenes.TEST_SPLITS:
+            pictures = {f"images/{name}": scene for name, scene in self.pictures(split).items()}
+            rng = self.rng(f"questions {split}")
+            write_lines(self.work / f"questions_{split}.jsonl", sentences.questions(pictures, rng))
+            write_lines(self.work / f"questions_multi_{split}.jsonl",
+                        sentences.two_picture_questions(pictures, preset.test_pictures, rng))
+
+    def make_tokenizer(self) -> None:
+        sentences.train_tokenizer(self.work / "tokenizer")
+
+    def make_clip(self) -> None:
+        pictures = self.pictures("train")
+        tokenizer = encoder.clip_tokenizer(self.work / "tokenizer")
+        with tqdm(total=self.preset.clip.steps, desc="clip", unit="step", dynamic_ncols=True) as bar:
+            def progress(step: int, loss: float) -> None:
+                bar.update(step - bar.n)
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            model, _ = encoder.train_encoder([self.work / "images" / name for name in pictures],
+                                             list(pictures.values()), tokenizer, self.preset, self.seed, progress)
+        encoder.save_encoder(model, tokenizer, self.work / "clip")
+
+    def make_llm(self) -> None:
+        """The language model: MiniMind in small, trained on text alone with the loop of the later stages."""
+        preset = self.preset
+        parser = Parser("")
+        add_model_flags(parser)
+        add_training_flags(parser, data_path=str(self.work / "text.json"), image_dir="", learning_rate=preset.llm.lr)
+        args = check_args(parser.parse_args(self.sizes() + [
+            f"--max_steps={preset.llm.steps}", f"--batch_size={preset.llm.batch_size}", f"--seed={self.seed}",
+            "--num_workers=0", "--dtype=float32", "--device=cpu"]))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "tokenizer")
+        config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
+                          vocab_size=len(tokenizer), max_seq_len=args.max_seq_len, vision_dim=0)
+        with start_run(args.device) as run:
+            torch.manual_seed(args.seed)
+            dataset = VLMDataset(args.data_path, TEXT, tokenizer, max_seq_len=args.max_seq_len)
+            train(run, args, Transformer(config), dataset, None, weights_path(self.work, config, "llm"),
+                  {"stage": "llm", "tokenizer_path": str(self.folder / "tokenizer")})
+
+    def sizes(self) -> list[str]:
+        preset = self.preset
+        return [f"--dim={preset.dim}", f"--n_layers={preset.n_layers}", f"--n_heads={preset.n_heads}",
+                f"--n_kv_heads={preset.n_kv_heads}", f"--max_seq_len={MAX_SEQ_LEN}"]
+
+    def write_recipes(self, weights_dir: Path) -> None:
+        """One @file per script, so that the numbered scripts run the demo without another flag."""
+        if weights_dir != self.folder:
+            weights_dir.mkdir(parents=True, exist_ok=True)
+            for source in self.folder.glob("*_llm.*"):
+                atomic_write(weights_dir / source.name, lambda file, source=source: file.write(source.read_bytes()))
+        model = [f"--tokenizer_path={self.folder}/tokenizer", f"--clip_path={self.folder}/clip",
+                 f"--out_dir={weights_dir}", f"--seed={self.seed}", "--device=cpu", "--dtype=float32"]
+        for name in ("pretrain", "sft", "sft_multi"):
+            stage = {"pretrain": self.preset.pretrain, "sft": self.preset.sft, "sft_multi": self.preset.multi}[name]
+            flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json", f"--image_dir={self.folder}/images",
+                     f"--max_steps={stage.steps}", f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
+                     "--num_workers=0"] + ["--multi=True"] * (name == "sft_multi")
+            write_recipe(self.folder / f"{name}.args", flags)
+        write_recipe(self.folder / "eval.args",
+                     [*model, f"--dim={self.preset.dim}", f"--image_dir={self.folder}/eval_images"])
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, values: dict | list) -> None:
+    text = json.dumps(values, ensure_ascii=False, indent=1)
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_recipe(path: Path, flags: list[str]) -> None:
+    text = "# made by python -m dataset.demo_world; a flag given after @this_file wins\n" + "\n".join(flags) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("dataset/demo"), help="folder to make (default: %(default)s)")
+    parser.add_argument("--weights_dir", type=Path, help="the recipes' --out_dir (default: the folder itself)")
+    parser.add_argument("--preset", default="full", choices=list(scenes.PRESETS), help="full learns all; tiny is for tests")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
+    return check_args(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    world = World(args.out, args.preset, args.seed)
+    world.build()
+    world.write_recipes(args.weights_dir or args.out)
+    print(f"demo world ({args.preset}, seed {args.seed}) in {args.out}; train on it with\n"
+          f"    python 1-pretrain_vlm.py @{args.out}/pretrain.args\n"
+          f"    python 2-sft_vlm.py @{args.out}/sft.args\n"
+          f"    python 3-eval_chat.py @{args.out}/eval.args")

@@ -1,0 +1,234 @@
+"""The eye of the demo world: a very small CLIP, trained here in about a minute and saved in the format of the real one.
+
+CLIP learns by matching. A batch of pictures and a batch of captions go through two towers, each picture must find its
+own caption among all of them, and in doing so the vision tower comes to say what the caption says. Trained like that on
+a few thousand pictures, a plain ViT stays nearly blind. Three things decided everything, each of them measured:
+
+1. The patch filters are not learnt. They are the lowest frequencies of a cosine transform (JPEG's) on three colour axes,
+   so every patch arrives as a readable description of itself. Left to learn, they never get far in 700 steps. Frozen,
+   their output is computed once for all pictures, and a training step does not touch a pixel.
+2. The loss compares whole captions. One classifier per attribute looks like the natural choice, but learns that a pair
+   which training never showed does not exist: the shape of such objects was recognised in 1 case out of 10.
+3. Half of the batches hold only two colours. In a mixed batch the colour alone nearly tells which caption is right; in
+   these it does not, and shape, size and position have to be seen.
+
+Letters: B pictures in a batch, P patches per picture (7 * 7 = 49), W width of the vision tower (192 = 3 * 8 * 8).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import processors
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.modeling_clip import CLIPAttention
+
+from dataset.demo_world.scenes import Preset, Scene, Stage
+from dataset.demo_world.sentences import caption
+from model.vision_utils import ImageProcessor, get_img_process, open_image
+
+IMAGE_SIDE, PATCH_SIDE = 224, 32  # ViT-B/32's, hence its 50 tokens per picture
+TEXT_START, TEXT_END = "<|startoftext|>", "<|endoftext|>"
+WARMUP_STEPS = 20
+MAX_LOGIT_SCALE = 50.0  # sharper than this, the few nearly equal captions of a hard batch blow up the gradient
+PICTURES_AT_ONCE = 64  # decoded pictures held in memory while the patch cache is filled; also the filter sample
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def clip_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The demo's tokenizer with CLIP's own two marks around every text.
+
+    They come last in the vocabulary, as in the real CLIP. "</s>" must not end a caption: its id is 2, and to transformers
+    an end token of id 2 means "a CLIP saved before 2023", whose text is then read off at the highest id instead.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": TEXT_START, "eos_token": TEXT_END, "pad_token": TEXT_END})
+    marks = list(zip((TEXT_START, TEXT_END), (tokenizer.bos_token_id, tokenizer.eos_token_id), strict=True))
+    template = processors.TemplateProcessing(single=f"{TEXT_START} $A {TEXT_END}", special_tokens=marks)
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+def new_clip(preset: Preset, tokenizer: PreTrainedTokenizerFast, sample: Tensor, seed: int) -> CLIPModel:
+    """A CLIP of the preset's size, untrained but for its patch filters. sample: pixels (B, 3, 224, 224) to fit them to."""
+    width = 3 * preset.clip_frequencies**2
+    sizes = {"num_hidden_layers": preset.clip_layers, "projection_dim": preset.clip_projection_dim}
+    config = CLIPConfig(
+        projection_dim=preset.clip_projection_dim,
+        vision_config=sizes | {
+            "image_size": IMAGE_SIDE, "patch_size": PATCH_SIDE, "hidden_size": width,
+            "num_attention_heads": preset.clip_heads, "intermediate_size": preset.clip_hidden_dim,
+        },
+        text_config=sizes | {
+            "vocab_size": len(tokenizer), "hidden_size": preset.clip_text_dim, "num_attention_heads": 4,
+            "intermediate_size": 2 * preset.clip_text_dim, "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        },
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+        # CLIP's own 0.02 drowns beside the patches: WHERE something lies was then never learnt.
+        torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=1.0)
+    patch_embedding = model.vision_model.embeddings.patch_embedding
+    patch_embedding.weight.data = fit_patch_filters(preset.clip_frequencies, sample)
+    patch_embedding.requires_grad_(False)
+    return model
+
+
+def fit_patch_filters(frequencies: int, sample: Tensor) -> Tensor:
+    """The patch convolution (W, 3, 32, 32): cosines on three colour axes, each brought to a known loudness.
+
+    Dividing by a filter's rms response makes all speak equally loudly, of which the falling weight 4/(1+u+v) gives the low
+    frequencies the larger part back. Without that weight the many fine ones shout down the few that tell the colour.
+    """
+    filters, u_plus_v = cosine_filters(frequencies)
+    responses = F.conv2d(sample, filters, stride=PATCH_SIDE)  # (B, W, 7, 7)
+    rms = responses.square().mean((0, 2, 3)).sqrt()
+    rms = rms.clamp(min=0.002 * rms.max())  # a frequency that these pictures hardly contain is noise: leave it small
+    loudness = 4 / (1 + u_plus_v) / 3
+    return filters * (loudness / rms)[:, None, None, None]
+
+
+def cosine_filters(frequencies: int) -> tuple[Tensor, Tensor]:
+    """The lowest n x n DCT-II frequencies on three colour axes: filters (3nn, 3, 32, 32), and each one's u + v (3nn,)."""
+    axes = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [0.5, 0.5, -1]])  # brightness, red-green, yellow-blue
+    u, x = torch.arange(frequencies)[:, None], torch.arange(PATCH_SIDE)[None]
+    cosines = torch.cos(math.pi * (2 * x + 1) * u / (2 * PATCH_SIDE))  # (n, 32)
+    filters = torch.einsum("ac,vy,ux->avucyx", axes, cosines, cosines)
+    u_plus_v = (u + u.T).expand(3, -1, -1)
+    return filters.reshape(-1, 3, PATCH_SIDE, PATCH_SIDE), u_plus_v.reshape(-1)
+
+
+def load_pixels(pictures: Sequence[Path]) -> Tensor:
+    """Picture files to CLIP's input (B, 3, 224, 224), by the same function that the real training uses."""
+    processor = ImageProcessor(size=IMAGE_SIDE)
+    return torch.stack([get_img_process(open_image(path), processor) for path in pictures])
+
+
+@torch.no_grad()
+def encode_patches(model: CLIPModel, pictures: Sequence[Path]) -> Tensor:
+    """What the frozen filters make of all pictures: (N, P, W), computed once."""
+    patch_embedding = model.vision_model.embeddings.patch_embedding
+    starts = range(0, len(pictures), PICTURES_AT_ONCE)
+    maps = [patch_embedding(load_pixels(pictures[i : i + PICTURES_AT_ONCE])) for i in starts]  # (B, W, 7, 7) each
+    return torch.cat([one.flatten(2).transpose(1, 2) for one in maps])
+
+
+def embed_patches(model: CLIPModel, patches: Tensor) -> Tensor:
+    """The rest of the vision tower: patches (B, P, W) to unit vectors (B, projection_dim).
+
+    The loss reads nothing but the class token, so the last layer computes nothing else: the same numbers as
+    `model.get_image_features`, in two thirds of the time.
+    """
+    vision = model.vision_model
+    class_token = vision.embeddings.class_embedding.expand(len(patches), 1, -1)
+    hidden = torch.cat([class_token, patches], dim=1) + vision.embeddings.position_embedding.weight  # (B, 1 + P, W)
+    hidden = vision.pre_layrnorm(hidden)
+    *layers, last = vision.encoder.layers
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=None)
+    class_token = hidden[:, :1] + attend_from_class_token(last.self_attn, last.layer_norm1(hidden))
+    class_token = class_token + last.mlp(last.layer_norm2(class_token))  # (B, 1, W)
+    return F.normalize(model.visual_projection(vision.post_layernorm(class_token[:, 0])), dim=-1)
+
+
+def attend_from_class_token(attention: CLIPAttention, hidden: Tensor) -> Tensor:
+    """The first row of CLIP's self-attention: hidden (B, 1 + P, W) to (B, 1, W)."""
+    query, key, value = attention.q_proj(hidden[:, :1]), attention.k_proj(hidden), attention.v_proj(hidden)
+    heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
+    return attention.out_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+def embed_text(model: CLIPModel, input_ids: Tensor) -> Tensor:
+    """Captions (B, T) to unit vectors (B, projection_dim). Causal and right-padded, so no padding mask is needed."""
+    return F.normalize(model.text_projection(model.text_model(input_ids).pooler_output), dim=-1)
+
+
+# ---- its training ----------------------------------------------------------------------------------------------------
+
+
+def train_encoder(
+    pictures: Sequence[Path],
+    scenes: Sequence[Scene],
+    tokenizer: PreTrainedTokenizerFast,
+    preset: Preset,
+    seed: int,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[CLIPModel, float]:
+    """Train a CLIP on picture files and the captions of their scenes.
+
+    tokenizer  from `clip_tokenizer`
+    progress   called after every step with the number of steps done and the loss
+    returns    the model, and its mean loss over the last tenth of the steps
+    """
+    rng = np.random.default_rng(seed)
+    sample = [pictures[i] for i in rng.choice(len(pictures), min(PICTURES_AT_ONCE, len(pictures)), replace=False)]
+    model = new_clip(preset, tokenizer, load_pixels(sample), seed)
+    patches = encode_patches(model, pictures)
+    captions = sorted({caption(scene) for scene in scenes})
+    caption_of = torch.tensor([captions.index(caption(scene)) for scene in scenes])
+    input_ids = tokenizer(captions, padding=True, return_tensors="pt").input_ids
+    colours = np.array([scene.colour or "" for scene in scenes])
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    losses = []
+    for step in range(preset.clip.steps):
+        picked = draw_batch(colours, step, preset.clip.batch_size, rng)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, preset.clip)
+        loss = contrastive_loss(model, patches[picked], input_ids, caption_of[picked])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        losses.append(loss.item())
+        if progress:
+            progress(step + 1, losses[-1])
+    return model.eval(), float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def draw_batch(colours: np.ndarray, step: int, size: int, rng: np.random.Generator) -> Tensor:
+    """Indices of a batch without repeats: of all pictures at even steps, of only two named colours at odd ones."""
+    pool = np.arange(len(colours))
+    if step % 2:
+        two = rng.choice(np.unique(colours[colours != ""]), 2, replace=False)
+        pool = np.flatnonzero(np.isin(colours, two))
+    return torch.from_numpy(rng.choice(pool, min(size, len(pool)), replace=False))
+
+
+def learning_rate(step: int, stage: Stage) -> float:
+    """A short warm-up, then a cosine down to a tenth."""
+    cosine = (1 + math.cos(math.pi * step / stage.steps)) / 2
+    return stage.lr * min(1.0, (step + 1) / WARMUP_STEPS) * (0.1 + 0.9 * cosine)
+
+
+def contrastive_loss(model: CLIPModel, patches: Tensor, input_ids: Tensor, caption_of: Tensor) -> Tensor:
+    """InfoNCE, picture to caption and back. patches (B, P, W); input_ids of all captions; caption_of (B,) rows of it.
+
+    Pictures with the same caption share the target: telling them apart is impossible, and trying would teach noise.
+    """
+    similarity = embed_patches(model, patches) @ embed_text(model, input_ids[caption_of]).T  # (B, B)
+    logits = similarity * model.logit_scale.exp()
+    same = (caption_of[:, None] == caption_of[None]).float()
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def save_encoder(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the folder that openai/clip-vit-base-patch32 would be: model, processor, and the image processor on its own.
+
+    The newest transformers keep the image processor inside processor_config.json; everything older, and
+    model/vision_utils.py, reads preprocessor_config.json. Pictures are squashed, not cropped, as everywhere here.
+    """
+    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    image_processor = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
+    model.save_pretrained(folder)
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    image_processor.save_pretrained(folder)

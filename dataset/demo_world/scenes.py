@@ -1,0 +1,257 @@
+"""The demo world itself: which things exist, how a picture of one is drawn, and which pictures are kept for the test.
+
+A picture shows one object on a light background. Everything that can be said about it is four words: its colour, its
+shape, its size and its position. That is small enough to be learnt in minutes and large enough to ask the one question
+that matters: does the model SEE, or does it guess? Three splits of test pictures answer it.
+
+    known          new pictures of combinations that training has shown
+    unseen         a quarter of the (colour, shape, position) triples: never drawn and never named while training, but
+                   each of their three pairs is. Whoever learnt colour, shape and position one by one can answer.
+    unseen_pairs   a few (colour, shape) pairs that training never brings together. Harder, because a language model that
+                   never wrote "purple star" is reluctant to begin: report it, expect little.
+
+The recipe lives here as well: a `Preset` holds every size, step count and learning rate of the demo.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# ---- what exists -----------------------------------------------------------------------------------------------------
+
+Rgb = tuple[int, int, int]
+
+COLOURS: dict[str, Rgb] = {  # black is missing on purpose: with it the small encoder mixed up everything dark
+    "red": (220, 40, 45),
+    "yellow": (240, 210, 40),
+    "green": (45, 160, 65),
+    "blue": (40, 80, 215),
+    "purple": (130, 45, 170),
+    "orange": (245, 130, 25),
+    "pink": (245, 140, 185),
+    "cyan": (45, 200, 215),
+}
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+SIZES = {"large": (24.0, 27.0), "small": (11.5, 13.0)}  # radius in pixels, from - to
+# The encoder cuts a picture into 7 x 7 patches. These are the centres of patches 1, 3 and 5, so that a small object lies
+# within one patch and its position is a matter of WHICH patch rather than of half a pixel.
+GRID = (27.5, 64.0, 100.5)
+POSITIONS = {  # name -> (column, row)
+    "top_left": (0, 0), "top": (1, 0), "top_right": (2, 0),
+    "left": (0, 1), "middle": (1, 1), "right": (2, 1),
+    "bottom_left": (0, 2), "bottom": (1, 2), "bottom_right": (2, 2),
+}  # fmt: skip
+
+PICTURE_SIZE = 128
+JPEG_QUALITY = 92
+JITTER = 1.5  # pixels that an object may lie off its grid point, in x and in y
+COLOUR_JITTER = 8  # steps of 255 that a named colour may be off, per channel
+TEST_SPLITS = ("known", "unseen", "unseen_pairs")
+SPLITS = ("train", *TEST_SPLITS)
+
+
+# ---- the recipe ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run; the learning rate falls along a cosine to a tenth of `lr`."""
+
+    steps: int
+    batch_size: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that decides how large the world is and how long the training takes."""
+
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    sizes: tuple[str, ...]
+    train_pictures: int
+    held_out_pairs: int  # (colour, shape) pairs that training never brings together
+    two_picture_rows: int
+    # the language model
+    dim: int
+    n_layers: int
+    # the stages, in the order in which they run
+    clip: Stage
+    llm: Stage
+    pretrain: Stage
+    sft: Stage
+    multi: Stage
+    # what both presets share
+    positions: tuple[str, ...] = tuple(POSITIONS)
+    test_pictures: int = 200  # per test split
+    unnamed_share: float = 0.25  # training pictures in a colour that no word names
+    text_share: float = 0.2  # text-only steps of pretrain and sft, so that the language is not forgotten
+    n_heads: int = 8
+    n_kv_heads: int = 4
+    # the encoder: 3 colour axes x frequencies^2 patch filters = 192 numbers per patch, which is its width
+    clip_frequencies: int = 8
+    clip_layers: int = 2
+    clip_heads: int = 6
+    clip_hidden_dim: int = 384
+    clip_text_dim: int = 128
+    clip_projection_dim: int = 128
+
+
+PRESETS = {
+    "full": Preset(  # about five minutes on two cores; learns everything
+        colours=tuple(COLOURS),
+        shapes=SHAPES,
+        sizes=tuple(SIZES),
+        train_pictures=4000,
+        held_out_pairs=4,
+        two_picture_rows=4000,
+        dim=128,
+        n_layers=4,
+        clip=Stage(steps=700, batch_size=64, lr=1.2e-3),
+        llm=Stage(steps=150, batch_size=32, lr=1.5e-3),
+        pretrain=Stage(steps=350, batch_size=32, lr=1.5e-3),
+        sft=Stage(steps=450, batch_size=32, lr=1.5e-3),
+        multi=Stage(steps=150, batch_size=32, lr=1e-3),
+    ),
+    "tiny": Preset(  # well under a minute, for the tests; learns colour and shape, but not position
+        colours=("red", "yellow", "green", "blue"),
+        shapes=("circle", "square", "triangle", "star"),
+        sizes=("large",),
+        train_pictures=1000,
+        held_out_pairs=2,
+        two_picture_rows=1000,
+        dim=96,
+        n_layers=3,
+        clip=Stage(steps=150, batch_size=48, lr=1.5e-3),
+        llm=Stage(steps=60, batch_size=24, lr=2e-3),
+        pretrain=Stage(steps=80, batch_size=24, lr=2e-3),
+        sft=Stage(steps=120, batch_size=24, lr=2e-3),
+        multi=Stage(steps=50, batch_size=16, lr=1e-3),
+    ),
+}
+
+
+# ---- one picture -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture before it is drawn: what may be said about it, and the exact numbers behind the words."""
+
+    colour: str | None  # None: a colour that no word names
+    shape: str
+    size: str
+    position: str
+    rgb: Rgb
+    centre: tuple[float, float]  # x, y in pixels
+    radius: float
+    background: Rgb
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture of a scene, 128 x 128 RGB."""
+    scale = 4  # draw the outline four times as large and shrink it: smooth edges
+    mask = Image.new("L", (PICTURE_SIZE * scale, PICTURE_SIZE * scale))
+    (x, y), radius = scene.centre, scene.radius
+    outline = [((x + radius * dx) * scale, (y + radius * dy) * scale) for dx, dy in _outline(scene.shape)]
+    ImageDraw.Draw(mask).polygon(outline, fill=255)
+    picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), scene.background)
+    picture.paste(scene.rgb, mask=mask.reduce(scale))
+    return picture
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    """Corners of a shape in units of its radius, y pointing down. All stay within -1..1: nothing leaves the picture."""
+    arm = 0.34  # half the width of a bar of the cross
+    corners = {
+        "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
+        "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
+        "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
+        "cross": [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
+                  (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
+    }  # fmt: skip
+    if shape in corners:
+        return corners[shape]
+    radii = {"circle": [0.95] * 60, "star": [1, 0.42] * 5}[shape]
+    angles = [2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(radii, angles, strict=True)]
+
+
+# ---- all pictures ----------------------------------------------------------------------------------------------------
+
+Triple = tuple[str | None, str, str]  # colour, shape, position
+
+
+def make_splits(preset: Preset, seed: int) -> dict[str, list[Scene]]:
+    """All scenes of the world by split: train, known, unseen, unseen_pairs. The same seed gives the same world."""
+    rng = np.random.default_rng(seed)
+    triples = _divide_triples(preset, rng)
+    counts = dict.fromkeys(TEST_SPLITS, preset.test_pictures)
+    unnamed = round(preset.train_pictures * preset.unnamed_share)
+    train = _scenes(triples["known"], preset, preset.train_pictures - unnamed, rng)
+    nameless = [(None, shape, position) for shape in preset.shapes for position in preset.positions]
+    train += _scenes(nameless, preset, unnamed, rng)
+    mixed = [train[i] for i in rng.permutation(len(train))]
+    return {"train": mixed} | {split: _scenes(triples[split], preset, counts[split], rng) for split in TEST_SPLITS}
+
+
+def _divide_triples(preset: Preset, rng: np.random.Generator) -> dict[str, list[Triple]]:
+    """Deal the (colour, shape, position) triples out to the test splits; training draws those of `known`.
+
+    A triple is held out where the three (shuffled) ranks add up to a multiple of four. Like a Latin square this takes
+    a quarter of the triples and never all triples of a pair, which holding out at random would do sooner or later.
+    """
+    colours, shapes, positions = (
+        [str(name) for name in rng.permutation(names)] for names in (preset.colours, preset.shapes, preset.positions)
+    )
+    pairs = set(zip(colours[: preset.held_out_pairs], shapes, strict=False))  # no colour and no shape is in two of them
+    triples = {split: [] for split in TEST_SPLITS}
+    for i, colour in enumerate(colours):
+        for j, shape in enumerate(shapes):
+            for k, position in enumerate(positions):
+                split = "unseen_pairs" if (colour, shape) in pairs else "known" if (i + j + k) % 4 else "unseen"
+                triples[split].append((colour, shape, position))
+    return triples
+
+
+def _scenes(triples: Sequence[Triple], preset: Preset, count: int, rng: np.random.Generator) -> list[Scene]:
+    """`count` scenes in shuffled rounds over all triples and sizes, so that none is missing by bad luck."""
+    kinds = [(*triple, size) for triple in triples for size in preset.sizes]
+    rounds = math.ceil(count / len(kinds))
+    order = [kinds[i] for _ in range(rounds) for i in rng.permutation(len(kinds))]
+    return [_place(*kind, rng) for kind in order[:count]]
+
+
+def _place(colour: str | None, shape: str, position: str, size: str, rng: np.random.Generator) -> Scene:
+    column, row = POSITIONS[position]
+    background = _rgb(rng.integers(226, 251, 3))
+    if colour is None:
+        rgb = _unnamed_rgb(background, rng)
+    else:
+        rgb = _rgb(np.array(COLOURS[colour]) + rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3))
+    dx, dy = rng.uniform(-JITTER, JITTER, 2)
+    return Scene(
+        colour=colour, shape=shape, size=size, position=position, rgb=rgb, background=background,
+        centre=(GRID[column] + float(dx), GRID[row] + float(dy)), radius=float(rng.uniform(*SIZES[size])),
+    )  # fmt: skip
+
+
+def _unnamed_rgb(background: Rgb, rng: np.random.Generator) -> Rgb:
+    """A colour far from every named one and from the background; two in five are grey.
+
+    Such objects force the encoder to keep shape and position apart from colour: there is no colour word to lean on.
+    """
+    known = np.array([*COLOURS.values(), background])
+    grey = rng.random() < 0.4
+    while True:
+        rgb = np.full(3, rng.integers(0, 256)) if grey else rng.integers(0, 256, 3)
+        if np.linalg.norm(known - rgb, axis=1).min() > 70:
+            return _rgb(rgb)
+
+
+def _rgb(values: np.ndarray) -> Rgb:
+    red, green, blue = (int(v) for v in values.clip(0, 255))
+    return red, green, blue

@@ -1,0 +1,149 @@
+"""From a prompt to an answer, token by token: one prefill, then one step per token with a key/value cache of its own.
+
+Letters: B prompts, T tokens of the longest, M images, N tokens per image, V vocabulary.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.dataset import flat_slots, pad_rows
+from model.model import KVCache, Transformer
+from model.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Raises ValueError with every setting that makes no sense."""
+
+    temperature: float = 0.0            # 0 = always the likeliest token
+    top_k: int = 0                      # keep only the k likeliest; 0 = all
+    top_p: float = 1.0                  # keep the likeliest tokens that together hold this probability
+    repetition_penalty: float = 1.0     # > 1 makes tokens of the prompt and of the answer so far less likely
+    max_new_tokens: int = 256           # of the answer alone, whatever the prompt's length
+    seed: int = 0                       # row b of a batch draws from its own stream, seed + b
+
+    def __post_init__(self):
+        problems = []
+        if not self.temperature >= 0:
+            problems.append(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k < 0:
+            problems.append(f"top_k must be 0 (all) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not self.repetition_penalty > 0:
+            problems.append(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[Prompt], eos_id: int, sampling: Sampling | None = None,
+             image_features: Tensor | None = None) -> Iterator[list[int | None]]:
+    """Answer a batch of prompts of any lengths.
+
+    image_features  (M, N, vision_dim), the images of all prompts in reading order
+    yields          one id per prompt and step; None for a prompt whose answer has ended (at eos_id, which is not
+                    yielded, after max_new_tokens, or where the model's context is full)
+    raises          ValueError if a prompt does not fit the context, or images and placeholders do not match
+    """
+    sampling = sampling or Sampling()
+    device = model.tok_embeddings.weight.device
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    limit = model.config.max_seq_len
+    if max(lengths) >= limit:
+        raise ValueError(f"the prompt has {max(lengths)} tokens, but the model's context holds {limit} with the answer")
+    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0).to(device)               # (B, T)
+    slots = [torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, model.config.num_image_tokens) for prompt in prompts]
+    slots = flat_slots(slots, input_ids.shape[1]).to(device)                                                 # (M, N)
+    max_len = min(max(lengths) + sampling.max_new_tokens, limit)
+    cache = KVCache(model.config, len(prompts), max_len, device, model.tok_embeddings.weight.dtype)
+    chooser = Chooser(sampling, input_ids, lengths, model.config.vocab_size)
+
+    h = model.hidden_states(input_ids, image_features, slots, cache)
+    h = h[torch.arange(len(prompts)), torch.tensor(lengths) - 1]         # (B, D): only each prompt's last token predicts
+    cache.advance(lengths)
+    alive = [True] * len(prompts)
+    for step in range(sampling.max_new_tokens):
+        next_ids = chooser(model.output(h))                                                                  # (B,)
+        chosen = next_ids.tolist()
+        alive = [a and token != eos_id and length + step < limit for a, token, length in zip(alive, chosen, lengths, strict=True)]
+        if not any(alive):
+            return
+        yield [token if a else None for a, token in zip(alive, chosen, strict=True)]
+        if step + 1 == sampling.max_new_tokens:
+            return
+        h = model.hidden_states(next_ids.unsqueeze(1), kv_cache=cache)[:, 0]
+        cache.advance([1] * len(prompts))
+
+
+class Chooser:
+    """Chooses the next token of every row; equal to transformers' logits processors in the order they apply them."""
+
+    def __init__(self, sampling: Sampling, input_ids: Tensor, lengths: list[int], vocab_size: int):
+        self.sampling = sampling
+        self.seen = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=input_ids.device)         # (B, V)
+        for row, length in enumerate(lengths):
+            self.seen[row, input_ids[row, :length]] = True
+        # One generator per row: an answer does not depend on what else is in the batch.
+        self.generators = [torch.Generator(input_ids.device).manual_seed(sampling.seed + row) for row in range(len(lengths))]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits (B, V) -> ids (B,)"""
+        logits = self.penalise(logits.float())
+        if self.sampling.temperature == 0:
+            next_ids = logits.argmax(-1)
+        else:
+            probabilities = self.filter(logits / self.sampling.temperature).softmax(-1)
+            next_ids = torch.cat([torch.multinomial(row, 1, generator=generator)
+                                  for row, generator in zip(probabilities, self.generators, strict=True)])
+        self.seen[torch.arange(len(next_ids)), next_ids] = True
+        return next_ids
+
+    def penalise(self, logits: Tensor) -> Tensor:
+        """Make seen tokens less likely: a positive logit is divided, a negative one multiplied (dividing would raise it)."""
+        if self.sampling.repetition_penalty == 1:
+            return logits
+        penalised = torch.where(logits > 0, logits / self.sampling.repetition_penalty, logits * self.sampling.repetition_penalty)
+        return torch.where(self.seen, penalised, logits)
+
+    def filter(self, logits: Tensor) -> Tensor:
+        """Set the logits outside top_k and top_p to -inf."""
+        if self.sampling.top_k:
+            kth = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]             # (B, 1)
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.sampling.top_p < 1:
+            ordered, order = logits.sort(dim=-1, descending=True)
+            before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))     # probability of all likelier tokens
+            logits = logits.masked_fill((before >= self.sampling.top_p).scatter(-1, order, before >= self.sampling.top_p),
+                                        float("-inf"))
+        return logits
+
+
+class TextStreamer:
+    """Ids in, text out, never half a character: a Chinese character can span several byte-level tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that has become certain with this token; often empty, or several characters."""
+        self.ids.append(token_id)
+        return self._advance(self._decode().rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """Whatever is still held back."""
+        return self._advance(self._decode())
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _advance(self, text: str) -> str:
+        new, self.shown = text[len(self.shown):], text
+        return new

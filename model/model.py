@@ -1,0 +1,219 @@
+"""The MiniMind transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU; with eyes if the config says so.
+
+Letters: B rows, T tokens, S cached tokens, D model width, H query heads, K key/value heads, E head width,
+M images in the batch, N tokens per image, V vocabulary.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.LMConfig import LMConfig
+from model.vision_proj import check_image_slots, find_image_slots, make_vision_proj, overwrite_image_slots
+
+IGNORE_INDEX = -100     # the label of a token that is not learnt
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, in fp32, then scale (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
+
+
+def rope_table(config: LMConfig, length: int, device: torch.device) -> Tensor:
+    """Cosines and sines of the rotation angles, (2, length, E / 2), always fp32: bf16 angles would blur far positions."""
+    half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32),
+                         config.rope_theta ** (-half / config.head_dim))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn neighbouring pairs (0,1), (2,3), ... of every head: v1's interleaved form, on which all weights depend.
+
+    x     (B, T, heads, E)
+    rope  (2, T, E / 2), or (2, B, T, E / 2) where rows stand at different positions
+    """
+    cos, sin = rope.unsqueeze(-2)                                        # (..., T, 1, E / 2)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)              # (B, T, heads, E / 2) each
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of one batch of conversations, whose rows may hold different numbers of tokens.
+
+    The caller owns it, passes it in and advances it, so two users can never share one.
+    """
+
+    def __init__(self, config: LMConfig, batch_size: int, max_len: int, device=None, dtype=None):
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)   # tokens held, per row
+        self.used = 0                                                             # the longest row, known to the host
+
+    def positions(self, T: int) -> Tensor:
+        """Where the next T tokens of every row stand, (B, T). A row that is full (its answer has ended, its neighbours'
+        have not) keeps overwriting its last place."""
+        last = self.keys.shape[3] - 1
+        return (self.lengths.unsqueeze(1) + torch.arange(T, device=self.lengths.device)).clamp(max=last)
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, K, E) at positions (B, T); returns all that is held, (B, K, S, E) each."""
+        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)             # (B, 1) pairs with positions (B, T)
+        self.keys[layer][rows, :, positions] = k.to(self.keys.dtype)
+        self.values[layer][rows, :, positions] = v.to(self.values.dtype)
+        S = min(self.used + k.shape[1], self.keys.shape[3])
+        return self.keys[layer, :, :, :S].to(k.dtype), self.values[layer, :, :, :S].to(v.dtype)
+
+    def advance(self, num_tokens: list[int]) -> None:
+        """Keep the first num_tokens[b] of the tokens just written to row b; the rest was padding, to be overwritten."""
+        self.lengths += torch.tensor(num_tokens, device=self.lengths.device)
+        self.used = max(self.lengths.tolist())
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LMConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+        B, T, D = x.shape
+        q = apply_rope(self.wq(x).view(B, T, -1, self.head_dim), rope).transpose(1, 2)    # (B, H, T, E)
+        k = apply_rope(self.wk(x).view(B, T, -1, self.head_dim), rope)                    # (B, T, K, E)
+        v = self.wv(x).view(B, T, -1, self.head_dim)                                      # (B, T, K, E)
+        if cache is None:
+            k, v, mask = k.transpose(1, 2), v.transpose(1, 2), None                       # (B, K, T, E)
+        else:
+            k, v = cache.write(self.layer, positions, k, v)                               # (B, K, S, E)
+            mask = (torch.arange(k.shape[2], device=x.device) <= positions.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
+        # Rows are padded on the right, so causality alone keeps the padding out: no padding mask.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.wo(out.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LMConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, h: Tensor, rope: Tensor, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+        h = h + self.attention(self.attention_norm(h), rope, cache, positions)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """MiniMind; parameter names are those of v1, so its files load as they are."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output.weight = self.tok_embeddings.weight     # tied: a sixth of the 27 M parameters would be spent twice
+        if config.vision_dim:
+            self.vision_proj = make_vision_proj(config.vision_dim, config.dim, config.vision_proj_bias)
+        # Not a buffer: .to(bfloat16) would round a buffer's angles and a meta-device load would leave it garbage.
+        self._rope = None
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        # What each block ADDS to the residual stream starts smaller, so its variance does not grow with depth (GPT-2).
+        std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        if isinstance(module, Attention):
+            nn.init.normal_(module.wo.weight, std=std)
+        if isinstance(module, FeedForward):
+            nn.init.normal_(module.w2.weight, std=std)
+
+    def rope(self, length: int, device: torch.device) -> Tensor:
+        """The rotation table for at least `length` positions, made once per device."""
+        if self._rope is None or self._rope.device != device or self._rope.shape[1] < length:
+            self._rope = rope_table(self.config, max(length, self.config.max_seq_len), device)
+        return self._rope
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None, image_slots: Tensor | None) -> Tensor:
+        """Token embeddings (B, T, D), with the placeholders overwritten by what the images look like."""
+        h = self.tok_embeddings(input_ids)
+        if image_features is None:
+            if image_slots is not None and len(image_slots):
+                raise ValueError(f"the prompt holds {len(image_slots)} image placeholder(s) but no images were given")
+            return h
+        if not self.config.vision_dim:
+            raise ValueError("this is a language model without a vision projection (vision_dim 0); it takes no images")
+        if image_slots is None:
+            image_slots = find_image_slots(input_ids, self.config.num_image_tokens)
+        check_image_slots(image_slots, image_features)
+        return overwrite_image_slots(h, self.vision_proj(image_features), image_slots)
+
+    def hidden_states(self, input_ids: Tensor, image_features: Tensor | None = None,
+                      image_slots: Tensor | None = None, kv_cache: KVCache | None = None) -> Tensor:
+        """The last layer's normalised states (B, T, D); arguments as for forward()."""
+        h = self.embed(input_ids, image_features, image_slots)
+        T, positions = input_ids.shape[1], None
+        if kv_cache is None:
+            rope = self.rope(T, h.device)[:, :T]                                          # (2, T, E / 2)
+        else:
+            positions = kv_cache.positions(T)                                             # (B, T)
+            rope = self.rope(kv_cache.keys.shape[3], h.device)[:, positions]              # (2, B, T, E / 2)
+        for layer in self.layers:
+            h = layer(h, rope, kv_cache, positions)
+        return self.norm(h)
+
+    def forward(self, input_ids: Tensor, image_features: Tensor | None = None, image_slots: Tensor | None = None,
+                labels: Tensor | None = None, kv_cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Predict the next token at every position.
+
+        input_ids       (B, T), padded on the right
+        image_features  (M, N, vision_dim) for all images of the batch in reading order, or None
+        image_slots     (M, N) flat indices into B * T; None: the placeholder runs are searched for in input_ids
+        labels          (B, T) already shifted, IGNORE_INDEX where nothing is learnt
+        kv_cache        holds the tokens before these; the caller advances it
+        returns         (logits (B, T, V), None) without labels; with labels (logits (learnt, V), mean loss over them):
+                        the vocabulary is the widest layer, so it is computed only where something is learnt
+        raises          ValueError if images and placeholders do not match
+        """
+        h = self.hidden_states(input_ids, image_features, image_slots, kv_cache)
+        if labels is None:
+            return self.output(h), None
+        learnt = labels != IGNORE_INDEX
+        logits = self.output(h[learnt])                                                   # (learnt, V)
+        # A sum over nothing is 0 (a mean would be NaN): a batch with nothing to learn is harmless.
+        loss = F.cross_entropy(logits.float(), labels[learnt], reduction="sum") / learnt.sum().clamp(min=1)
+        return logits, loss
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,148 @@
+"""From a picture file to CLIP features: decode, RGB, squash to 224 x 224, the frozen vision tower.
+
+Letters: M images, N tokens per image (50), V CLIP width (768), S side in pixels (224).
+"""
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import CLIPVisionModel
+from transformers.utils import logging as transformers_logging
+
+from model.checkpoint import check_weight_file
+
+CLIP_CURE = ("download it with: hf download openai/clip-vit-base-patch32 "
+             "--local-dir model/clip_model/clip-vit-base-patch32")
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """What CLIP was trained to see: the side of its square input and the mean and spread of each colour channel."""
+
+    size: int = 224
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+
+
+def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel, ImageProcessor]:
+    """Load the vision tower of a CLIP folder in the format of openai/clip-vit-base-patch32, frozen, in fp32.
+
+    The folder may hold the whole CLIP (its text tower is skipped) or the vision tower alone,
+    as pytorch_model.bin or model.safetensors.
+    Raises FileNotFoundError or ValueError, naming the file and the cure.
+    """
+    path = Path(path)
+    check_clip_folder(path)
+    with quiet_transformers():
+        # The stock class under its own name: a subclass would match no key and keep random weights.
+        # dtype: otherwise the checkpoint's own type decides. local_files_only: never wait for a network.
+        vision_model, report = CLIPVisionModel.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
+    foreign = [name for name in report["unexpected_keys"]
+               if not name.startswith(("text_", "visual_projection", "logit_scale")) and "position_ids" not in name]
+    if missing or foreign:
+        raise ValueError(f"{path} does not fit its own config.json: {len(missing)} weights missing "
+                         f"({', '.join(sorted(missing)[:3])}), {len(foreign)} unknown; {CLIP_CURE}")
+    vision_model.eval().requires_grad_(False)       # after loading: a freeze in __init__ is lost
+    return vision_model, read_image_processor(path, vision_model.config.image_size)
+
+
+def check_clip_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise FileNotFoundError(f"no CLIP folder at {path}: {CLIP_CURE}, or name yours with --clip_path")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no config.json: {CLIP_CURE}")
+    check_weight_file(path / "config.json", CLIP_CURE)
+    weights = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+    if not weights:
+        raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin: {CLIP_CURE}")
+    check_weight_file(weights[0], CLIP_CURE)        # transformers prefers safetensors too
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' table of skipped text-tower weights: they are expected, and what matters is checked here."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def read_image_processor(path: Path, size: int) -> ImageProcessor:
+    """Mean and spread from preprocessor_config.json, or from processor_config.json, where newer folders keep them."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (path / name).is_file():
+            values = json.loads((path / name).read_text())
+            values = values.get("image_processor", values)
+            if "image_mean" in values:
+                return ImageProcessor(size, tuple(values["image_mean"]), tuple(values["image_std"]))
+    raise FileNotFoundError(f"{path} holds no preprocessor_config.json with image_mean and image_std: {CLIP_CURE}")
+
+
+def num_image_tokens(vision_model: CLIPVisionModel) -> int:
+    """Tokens per image: one per patch and the class token; 7 * 7 + 1 = 50 for ViT-B/32."""
+    return (vision_model.config.image_size // vision_model.config.patch_size) ** 2 + 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture mode to RGB as a person would see it: upright, transparency on white paper, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I") and values.max(initial=0) > 255 else 255.0
+        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read and fully decode a picture file, in RGB. Raises FileNotFoundError or ValueError, naming the file."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"picture not found: {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read picture {path}: {error}") from None
+
+
+def get_img_process(image: Image.Image, image_processor: ImageProcessor) -> Tensor:
+    """A picture to CLIP's input, (3, S, S) float32.
+
+    Squashed to a square instead of cropped, as v1 does, so nothing at the edges is lost. Equal to transformers'
+    CLIPImageProcessor(size={"height": S, "width": S}, do_center_crop=False) within float rounding, but faster.
+    """
+    side = image_processor.size
+    pixels = np.asarray(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)   # (S, S, 3)
+    mean = np.array(image_processor.mean, dtype=np.float32) * 255
+    std = np.array(image_processor.std, dtype=np.float32) * 255
+    return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).contiguous()
+
+
+@torch.no_grad()
+def get_img_embedding(pixel_values: Tensor, vision_model: CLIPVisionModel) -> Tensor:
+    """Encode images with the frozen CLIP tower, all in one call.
+
+    pixel_values  (M, 3, S, S) float32, from get_img_process; M may be 0
+    returns       (M, N, V): the class token and the patch tokens, before CLIP's final layer norm, because v1 took them there
+    """
+    if not len(pixel_values):
+        config = vision_model.config
+        return pixel_values.new_zeros(0, num_image_tokens(vision_model), config.hidden_size)
+    return vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state
