@@ -44,7 +44,7 @@ def read_rows(path: str | Path) -> list[dict]:
         raise FileNotFoundError(f"data file not found: {path} (README, 'Data'; name yours with --data_path)")
     try:
         if path.suffix == ".parquet":
-            rows = pandas.read_parquet(path).to_dict("records")
+            rows = read_parquet(path)
         elif path.suffix == ".jsonl":
             rows = [parse_line(line, number, path) for number, line in enumerate(open(path, encoding="utf-8"), 1)
                     if line.strip()]
@@ -54,13 +54,18 @@ def read_rows(path: str | Path) -> list[dict]:
         raise ValueError(f"{path} is not valid JSON: line {error.lineno} column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except (OSError, ImportError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of rows, not one {type(rows).__name__}; one row per line is .jsonl")
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
+
+
+def read_parquet(path: Path) -> list[dict]:
+    try:
+        return pandas.read_parquet(path).to_dict("records")
+    except (OSError, ValueError) as error:      # pyarrow's errors are of these two kinds
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 def parse_line(line: str, number: int, path: Path) -> dict:

@@ -75,7 +75,7 @@ def new_clip(preset: Preset, tokenizer: PreTrainedTokenizerFast, sample: Tensor,
         torch.manual_seed(seed)
         model = CLIPModel(config)
         # CLIP's own 0.02 drowns beside the patches: WHERE something lies was then never learnt.
-        torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=1.0)
+        torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.35)
     patch_embedding = model.vision_model.embeddings.patch_embedding
     patch_embedding.weight.data = fit_patch_filters(preset.clip_frequencies, sample)
     patch_embedding.requires_grad_(False)

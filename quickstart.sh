@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# From a fresh machine with Python >= 3.11 to a vision-language model that answers about pictures it has never seen:
+#     bash quickstart.sh             set up, make the demo world, train both stages, score, show answers
+#     bash quickstart.sh --setup     only the virtual environment and its packages
+# A second call goes on where the first one stopped. SEED=1 makes another world (remove dataset/demo and out/demo first).
+set -euo pipefail
+cd "$(dirname "$0")"
+
+WORLD=dataset/demo
+OUT=out/demo
+SEED=${SEED:-0}
+PYTHON=.venv/bin/python
+
+fail() {
+    printf '\nquickstart.sh stopped: %s\n  cure: %s\n' "$1" "$2" >&2
+    exit 1
+}
+
+# run CURE COMMAND...: run a command, or stop and say which one failed and what to do about it
+run() {
+    local cure=$1
+    shift
+    printf '\n$ %s\n' "$*"
+    "$@" || fail "this command failed (exit status $?): $*" "$cure"
+}
+
+# stage NAME CURE COMMAND...: like run, but only once per world, and timed
+stage() {
+    local name=$1 mark="$OUT/.$1.seconds" started=$SECONDS
+    shift
+    if [ -f "$mark" ]; then
+        printf '\n%s: done before (%s s)\n' "$name" "$(cat "$mark")"
+        return
+    fi
+    run "$@"
+    echo $((SECONDS - started)) >"$mark"
+}
+
+set_up() {
+    if [ ! -x "$PYTHON" ] || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+        local python
+        for python in python3 python3.14 python3.13 python3.12 python3.11 ""; do
+            [ -n "$python" ] || fail "no Python >= 3.11 found" "install one (python3.11 or newer) and run this again"
+            "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+        done
+        run "install Python's venv module (Debian: apt-get install python3-venv)" "$python" -m venv .venv
+    fi
+    if ! cmp -s requirements.txt .venv/requirements.installed; then
+        run "check the network connection and the free disk space, then run this again" \
+            "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+        cp requirements.txt .venv/requirements.installed
+    fi
+}
+
+set_up
+[ "${1:-}" = --setup ] && exit 0
+[ $# -eq 0 ] || fail "unknown argument: $1" "bash quickstart.sh, or bash quickstart.sh --setup"
+mkdir -p "$OUT"
+again="look at the message above; run this again to go on, or remove $WORLD and $OUT to start anew"
+
+stage world "$again" "$PYTHON" -m dataset.demo_world --out "$WORLD" --weights_dir "$OUT" --seed "$SEED"
+stage pretrain "$again" "$PYTHON" 1-pretrain_vlm.py "@$WORLD/pretrain.args"
+stage sft "$again" "$PYTHON" 2-sft_vlm.py "@$WORLD/sft.args"
+stage evaluation "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --control real blank shuffled \
+    --questions "$WORLD"/questions_{known,unseen,unseen_pairs}.jsonl --report "$OUT/scores.json"
+run "$again" "$PYTHON" -m dataset.demo_world.report --world "$WORLD" --out "$OUT"

@@ -1,0 +1,110 @@
+"""A small world for the tests: the demo's tokenizer, a randomly initialised CLIP in the real format, rows and pictures."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel
+
+from dataset.demo_world.sentences import train_tokenizer
+from model.checkpoint import save_weights, weights_path
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.prompt import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+
+
+def save_clip(folder: Path, **vision) -> Path:
+    """A CLIP folder as openai/clip-vit-base-patch32 is laid out, with random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 8}
+    model = CLIPModel(CLIPConfig(projection_dim=8, text_config=sizes | {"vocab_size": 50},
+                                 vision_config=sizes | {"image_size": 224, "patch_size": 32} | vision))
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(
+        {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "size": 224}))
+    return folder
+
+
+def save_picture(path: Path, seed: int) -> None:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+
+
+def make_rows(count: int) -> list[dict]:
+    """Rows with answers of very different length."""
+    words = ["图片里有一个红色圆形。", "它是蓝色。", "A large green star at the top left."]
+    return [{"id": str(n), "image": f"{n % 6}.png", "conversations": [
+        {"from": "human", "value": "<image>\n描述这张图片。" if n % 2 else "图片里有什么？\n<image>"},
+        {"from": "gpt", "value": words[n % 3] * (1 + n % 4)}]} for n in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path):
+    return load_tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def clip_path(tmp_path_factory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def config(tokenizer) -> LMConfig:
+    return LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=24, max_seq_len=256)
+
+
+@pytest.fixture
+def model(config) -> Transformer:
+    torch.manual_seed(1)
+    return Transformer(config).eval()
+
+
+@pytest.fixture
+def workplace(tmp_path, tokenizer, tokenizer_path, clip_path) -> Path:
+    """A folder from which the numbered scripts can run: out/32_llm.pth, data.json, pictures, and a recipe `args`."""
+    torch.manual_seed(2)
+    llm = Transformer(LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=0, max_seq_len=256))
+    save_weights(llm, weights_path(tmp_path / "out", llm.config, "llm"))
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        save_picture(tmp_path / "images" / f"{number}.png", number)
+    (tmp_path / "data.json").write_text(json.dumps(make_rows(24), ensure_ascii=False))
+    flags = [f"--{name}={value}" for name, value in SIZES.items()]
+    flags += [f"--tokenizer_path={tokenizer_path}", f"--clip_path={clip_path}", f"--out_dir={tmp_path}/out",
+              f"--data_path={tmp_path}/data.json", f"--image_dir={tmp_path}/images", "--max_seq_len=256", "--batch_size=4",
+              "--learning_rate=1e-3", "--num_workers=0", "--device=cpu", "--dtype=float32", "--log_interval=1"]
+    (tmp_path / "args").write_text("\n".join(flags))
+    return tmp_path
+
+
+def run_script(*command: str, processes: int = 1, timeout: int = 180) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a process, under torchrun if there are several."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=environment, timeout=timeout,
+                          capture_output=True, text=True)
+
+
+def check_refused(result: subprocess.CompletedProcess, *fragments: str) -> None:
+    """Bad input: exit status 2 and ONE line that names what is wrong, no traceback."""
+    message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and len(message) == 1, result.stderr
+    for fragment in fragments:
+        assert fragment in message[0], f"{fragment!r} is not in: {message[0]}"

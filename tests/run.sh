@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up and run the whole test suite: bash tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash quickstart.sh --setup
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+# The browser test wants a browser and a font with Chinese characters; where they cannot be had it says so and is skipped.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium fonts-noto-cjk) >/dev/null 2>&1 \
+        || echo "tests/run.sh: chromium could not be installed; the browser test will be skipped"
+fi
+exec .venv/bin/python -m pytest "$@"

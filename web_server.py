@@ -1,0 +1,269 @@
+"""The chat behind a web page: a picture, a question, a streaming answer.
+
+reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth; --load names
+         others), the tokenizer and CLIP that the .json beside them names, example pictures from dataset/eval_images/
+serves   http://127.0.0.1:7860, to this computer alone unless --host says otherwise; needs no network
+keeps    nothing: what a visitor sends is seen by that visitor only, and deleted after a day or when the server ends
+
+    python web_server.py
+    python web_server.py @dataset/demo/eval.args              # the demo world, on any laptop
+    python web_server.py --load out/768_vlm_sft.pth --host 0.0.0.0 --port 8080     # let the whole network in
+"""
+import argparse
+import html
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+import torch
+
+from model.chat import CLIP_PATH, TOKENIZER_PATH, Chat, load_chat
+from model.generate import Sampling
+from model.prompt import IMAGE_MARK, put_marks
+from model.vision_utils import open_image
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_QUESTION = "这个图片描述的是什么内容？"
+EXAMPLE_QUESTIONS = (DEFAULT_QUESTION, "Describe this picture.", "图片里有什么？", "What does the picture show?")
+NO_PICTURE = "请先添加一张图片，再来提问。\nPlease add a picture first, then ask about it."
+BAD_PICTURE = "这个文件无法作为图片读取，请换一张。\nThis file cannot be read as a picture; please try another one."
+NO_ANSWER = "（模型没有给出回答 / the model gave no answer）"
+HINT = "添加图片并提问；不写问题则描述图片 / Add a picture and ask; no question: describe it"
+WELCOME = ("## 看图问答 · Ask about a picture\n点 **+** 添加图片，写下问题；每个问题只看最近的图片，不记前文。\n\n"
+           "Add a picture with **+** and ask. Each question stands alone and is about your latest picture.")
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
+CSS = """
+.gradio-container { max-width: 900px !important; margin: 0 auto !important; }
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with recipes (@file.args, as in every script here) and with errors of one line."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    fromfile_prefix_chars="@", allow_abbrev=False)
+    parser.add_argument("--load", type=Path, help="weight file (default: the best in --out_dir)")
+    parser.add_argument("--out_dir", default="out", help="folder to look for weights in (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=0, help="look only for weights of this width (0 = any)")
+    parser.add_argument("--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})")
+    parser.add_argument("--clip_path", help=f"CLIP folder (default: what the weights name, else {CLIP_PATH})")
+    parser.add_argument("--image_dir", default="dataset/eval_images", help="example pictures, if any (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is any, else CPU), cpu, cuda, cuda:N, mps")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
+                        help="arithmetic; auto: bfloat16 on GPUs that have it, else float32")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 = everybody (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="TCP port (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, at first (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="at first; 0 = always the likeliest word")
+    parser.add_argument("--seed", type=int, default=0, help="at first; the same seed gives the same answer")
+    return parser.parse_args(argv)
+
+
+def find_weights(out_dir: str | Path, dim: int = 0) -> Path:
+    """The furthest stage that has weights in out_dir, and of several sizes the newest file."""
+    for stage in ("vlm_sft_multi", "vlm_sft", "vlm_pretrain"):
+        found = list(Path(out_dir).glob(f"{dim or ''}*_{stage}.pth"))
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise FileNotFoundError(f"no *_vlm_*.pth in {out_dir}: train them (README, 'Stages'), download them (README, 'Weights'), "
+                            "or name a file with --load")
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); use --device cpu") from None
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+# ---- a conversation: [{"role": "user" or "assistant", "content": [{"path": picture}, ..., text]}, ...] ---------------
+
+
+def ask(text: str, pictures: list[str], messages: list[dict]) -> list[dict]:
+    """The conversation with one more question; an empty one asks for a description."""
+    content = [*({"path": str(picture)} for picture in pictures), text.strip() or DEFAULT_QUESTION]
+    return [*messages, {"role": "user", "content": content}]
+
+
+def last_question(messages: list[dict]) -> tuple[str, list[str]]:
+    """The text of the last question, and the pictures of the last message that has any.
+
+    The models trained here answer single questions, so earlier rounds are not fed back: only their picture counts.
+    """
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    pictures = [[part["path"] for part in content[:-1]] for content in asked]
+    return asked[-1][-1], next((paths for paths in reversed(pictures) if paths), [])
+
+
+def mark_pictures(text: str, num_pictures: int) -> str:
+    """Put the picture marks into a typed question. A typed `<image>` is one only if every picture has its own."""
+    if text.count(IMAGE_MARK) != num_pictures:
+        while IMAGE_MARK in text:       # again: "<ima<image>ge>" leaves a new mark behind
+            text = text.replace(IMAGE_MARK, "")
+    return put_marks(text, num_pictures)
+
+
+def reply(chat: Chat, messages: list[dict], sampling: Sampling) -> Iterator[str]:
+    """The answer to the last question, growing; or one friendly line about what is missing."""
+    text, paths = last_question(messages)
+    if not paths:
+        yield NO_PICTURE
+        return
+    try:
+        pictures = [open_image(path) for path in paths]
+    except Exception:       # on damaged files the decoders raise anything, struct.error and EOFError included
+        yield BAD_PICTURE
+        return
+    answer = ""
+    for piece in chat.stream([{"from": "human", "value": mark_pictures(text, len(pictures))}], pictures, sampling):
+        if piece:
+            answer += piece
+            yield answer
+    if not answer.strip():
+        yield NO_ANSWER
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def find_examples(image_dir: str | Path, several: bool) -> list[dict]:
+    """Up to four example questions about the pictures of a folder; one about two of them if the model can do that."""
+    suffixes = {".jpg", ".jpeg", ".png", ".webp"}
+    paths = sorted(str(path) for path in Path(image_dir).glob("*") if path.suffix.lower() in suffixes)
+    examples = [{"text": text, "files": [path]} for path, text in zip(paths, EXAMPLE_QUESTIONS, strict=False)]
+    if several and len(paths) > 1:
+        examples[-1] = {"text": "这两张图片有什么不同？", "files": paths[:2]}
+    return examples
+
+
+def describe(chat: Chat, weights: Path) -> str:
+    """The head of the page, as HTML: which model answers here."""
+    weight = chat.model.tok_embeddings.weight
+    millions = sum(parameter.numel() for parameter in chat.model.parameters()) / 1e6
+    facts = [weights.name, f"{millions:.1f} M 参数 / parameters", f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}"]
+    return "<h1>MiniMind-V</h1><p>" + "".join(f"<span>{html.escape(fact)}</span>" for fact in facts) + "</p>"
+
+
+def add_settings(args: argparse.Namespace, max_seq_len: int) -> list[gr.components.Component]:
+    """The sampling settings, in the order of Sampling's fields."""
+    with gr.Accordion("生成设置 / Sampling", open=False):
+        with gr.Row():
+            temperature = gr.Slider(0, 2, args.temperature, step=0.05, label="温度 / Temperature", info="0 = 最可能的词 / likeliest")
+            top_k = gr.Slider(0, 200, 0, step=1, precision=0, label="Top-k", info="0 = 全部 / all")
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1 = 全部 / all")
+        with gr.Row():
+            penalty = gr.Slider(1, 2, 1, step=0.05, label="重复惩罚 / Repetition penalty", info="1 = 无 / none")
+            length = gr.Slider(1, max_seq_len, min(args.max_new_tokens, max_seq_len), step=1, precision=0,
+                               label="最多生成词数 / Max new tokens", info="不含问题 / answer only")
+            seed = gr.Number(args.seed, precision=0, minimum=0, maximum=2**31 - 1, label="随机种子 / Seed",
+                             info="温度为 0 时无效 / unused at 0")
+    return [temperature, top_k, top_p, penalty, length, seed]
+
+
+def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks:
+    several = weights.stem.endswith("multi")
+    with gr.Blocks(title="MiniMind-V", fill_height=True, delete_cache=(3600, 24 * 3600)) as page:
+        gr.HTML(describe(chat, weights), elem_id="head")
+        # Plain text: what people type and what the model says is shown to the letter, never as Markdown or HTML.
+        chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], placeholder=WELCOME, buttons=["copy"], scale=1,
+                             height="50vh", show_label=False, examples=find_examples(args.image_dir, several))
+        chatbot.keep_in_cache.update(chatbot.temp_files)        # delete_cache must spare the examples
+        box = gr.MultimodalTextbox(file_types=["image"], file_count="multiple" if several else "single", placeholder=HINT,
+                                   show_label=False, autofocus=True, max_plain_text_length=100_000)
+        settings = add_settings(args, chat.model.config.max_seq_len)
+        connect(chat, chatbot, box, settings)
+    return page
+
+
+def connect(chat: Chat, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings: list) -> None:
+    """What happens when. A visitor's conversation lies in a gr.State: one per visitor, on the server.
+
+    Not gr.ChatInterface, and nothing but an example's number is taken back from the browser: a forged conversation or
+    example could name any file below the working directory, which Gradio would then hand out.
+    """
+    messages = gr.State([])
+    busy = gr.update(value=None, interactive=False, submit_btn=False, stop_btn="停止 Stop")
+    ready = gr.update(interactive=True, submit_btn=True, stop_btn=False)
+
+    def submit(question: dict, messages: list[dict]):
+        messages = ask(question["text"], question["files"], messages)
+        return messages, messages, busy
+
+    def pick(messages: list[dict], event: gr.SelectData):
+        example = chatbot.examples[event.index]
+        messages = ask(example["text"], [file["path"] for file in example["files"]], messages)
+        return messages, messages, busy
+
+    def answer(messages: list[dict], *values):
+        for text in reply(chat, messages, Sampling(*(value or 0 for value in values))):     # None: an emptied box
+            grown = [*messages, {"role": "assistant", "content": [text]}]
+            yield grown, grown
+
+    here, quick = [chatbot, messages, box], {"queue": False, "show_progress": "hidden"}
+    asked = [box.submit(submit, [box, messages], here, api_name="ask", **quick),
+             chatbot.example_select(pick, messages, here, api_visibility="private", **quick)]
+    # One answer at a time: others wait in the queue, and a model on a CPU would not be faster for two.
+    answering = [event.then(answer, [messages, *settings], [chatbot, messages], concurrency_limit=1, concurrency_id="model",
+                            api_name="answer", api_visibility=visibility, show_progress="hidden")
+                 for event, visibility in zip(asked, ("public", "private"), strict=True)]
+    for event in answering:
+        event.then(lambda: ready, None, box, api_visibility="private", **quick)
+    box.stop(None, cancels=answering, api_visibility="private")
+    chatbot.clear(lambda: ([], [], ready), None, here, cancels=answering, api_visibility="private", **quick)
+
+
+# ---- the server ------------------------------------------------------------------------------------------------------
+
+
+def serve(page: gr.Blocks, host: str, port: int) -> None:
+    """Serve the page until interrupted."""
+    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
+    page.queue(max_size=32).launch(
+        server_name=host, server_port=port, share=False, max_file_size="20mb", theme=theme, css=CSS, footer_links=[],
+        quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False, enable_monitoring=False)
+    print(f"http://{host}:{port}  (Ctrl+C ends it)", flush=True)
+    page.block_thread()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    Sampling(args.temperature, max_new_tokens=args.max_new_tokens)      # complains now, not at the first question
+    weights = args.load or find_weights(args.out_dir, args.dim)
+    chat = load_chat(weights, args.tokenizer_path, args.clip_path, device, choose_dtype(args.dtype, device))
+    print(chat.report, flush=True)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))       # so that the folder below is emptied then, too
+    with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:       # not /tmp/gradio, which others share
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        serve(build_page(chat, weights, args), args.host, args.port)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:      # what the user can cure: one line, no traceback
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
