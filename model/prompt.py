@@ -14,7 +14,7 @@ from model.vision_proj import CLOSE_ID, OPEN_ID, placeholder_ids
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TOKENIZER_CURE = ("MiniMind's own lies in the model folders: hf download jingyaogong/minimind-v-v1-small "
-                  "--include 'tokenizer*' --local-dir model/minimind_tokenizer, or name yours with --tokenizer_path")
+                  "tokenizer.json tokenizer_config.json --local-dir model/minimind_tokenizer, or name yours with --tokenizer_path")
 
 
 @dataclass

@@ -239,16 +239,19 @@ def _pairs(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) 
 # ---- questions for the test ------------------------------------------------------------------------------------------
 
 
-def questions(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
+def questions(
+    pictures: Mapping[str, Scene], rng: np.random.Generator, kinds: Sequence[str] = KINDS
+) -> list[dict[str, str]]:
     """One question of every kind about every picture: {"id", "image", "kind", "question", "answer"}.
 
     The question holds the <image> mark, exactly as a training row does.
+    Raises ValueError for a colour or a description of an object whose colour has no name.
     """
-    asked = [(image, scene, kind) for kind in KINDS for image, scene in pictures.items()]
+    asked = [(image, scene, kind) for kind in kinds for image, scene in pictures.items()]
     return [_question(f"{kind}-{Path(image).stem}", image, kind, _ask(kind, scene, rng)) for image, scene, kind in asked]
 
 
-def two_picture_questions(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[dict]:
+def two_picture_questions(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[dict[str, str]]:
     """`count` questions about two pictures, of kind "two_images"."""
     return [
         _question(f"{TWO_IMAGES}-{n:03d}", f"{a}, {b}", TWO_IMAGES, _ask_two(pictures[a], pictures[b], rng))

@@ -1,0 +1,388 @@
+"""The demo world: what is held out stays held out, every question has one answer, and its CLIP is a real CLIP."""
+import dataclasses
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPVisionModel
+
+from dataset.demo_world import encoder, scenes, sentences
+from dataset.demo_world.scenes import COLOURS, PRESETS, TEST_SPLITS, draw, make_splits
+from model.prompt import IMAGE_MARK, encode_text, render_conversation
+from model.vision_utils import get_img_embedding, get_vision_model
+
+NAMES = ("colour", "shape", "position")
+
+
+def triple(scene) -> tuple:
+    return scene.colour, scene.shape, scene.position
+
+
+def named(split) -> list:
+    return [scene for scene in split if scene.colour is not None]
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def preset(request) -> scenes.Preset:
+    return PRESETS[request.param]
+
+
+@pytest.fixture(scope="module")
+def splits(preset) -> dict:
+    return make_splits(preset, seed=0)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict:
+    """Some training pictures of the full world, by file name."""
+    return {f"{i:04d}.jpg": scene for i, scene in enumerate(make_splits(PRESETS["full"], seed=0)["train"][:900])}
+
+
+@pytest.fixture(scope="module")
+def rows(pictures) -> dict[str, list[dict]]:
+    rng = np.random.default_rng(0)
+    return {
+        "pretrain": sentences.pretrain_rows(pictures, rng),
+        "sft": sentences.sft_rows(pictures, rng),
+        "two_pictures": sentences.two_picture_rows(pictures, 300, rng),
+        "text": sentences.text_rows(list(pictures.values()), rng),
+    }
+
+
+# ---- what is held out ----
+
+
+def test_counts(preset, splits):
+    assert list(splits) == ["train", *TEST_SPLITS]
+    assert len(splits["train"]) == preset.train_pictures
+    assert len(splits["train"]) - len(named(splits["train"])) == preset.train_pictures // 4
+    assert all(len(splits[split]) == len(named(splits[split])) == preset.test_pictures for split in TEST_SPLITS)
+
+
+def test_unseen_triples_are_never_drawn_but_each_of_their_pairs_is(splits):
+    train = {triple(scene) for scene in named(splits["train"])}
+    assert train.isdisjoint(triple(scene) for scene in splits["unseen"])
+    for first, second in itertools.combinations(range(len(NAMES)), 2):
+        drawn = {(kind[first], kind[second]) for kind in train}
+        assert {(triple(scene)[first], triple(scene)[second]) for scene in splits["unseen"]} <= drawn
+
+
+def test_held_out_pairs_are_never_drawn_and_share_no_colour_and_no_shape(preset, splits):
+    pairs = {(scene.colour, scene.shape) for scene in splits["unseen_pairs"]}
+    assert pairs.isdisjoint((scene.colour, scene.shape) for scene in splits["train"])
+    assert len(pairs) == len({c for c, _ in pairs}) == len({s for _, s in pairs}) == preset.held_out_pairs
+
+
+def test_training_draws_every_other_pair(preset, splits):
+    held_out = {(scene.colour, scene.shape) for scene in splits["unseen_pairs"]}
+    train = {triple(scene) for scene in named(splits["train"])}
+    assert {(c, s) for c, s, _ in train} == set(itertools.product(preset.colours, preset.shapes)) - held_out
+    assert {(c, p) for c, _, p in train} == set(itertools.product(preset.colours, preset.positions))
+    assert {(s, p) for _, s, p in train} == set(itertools.product(preset.shapes, preset.positions))
+
+
+def test_a_quarter_of_the_triples_is_held_out():
+    preset = dataclasses.replace(PRESETS["full"], held_out_pairs=0, test_pictures=1000)
+    unseen = {triple(scene) for scene in make_splits(preset, seed=0)["unseen"]}
+    assert len(unseen) == len(preset.colours) * len(preset.shapes) * len(preset.positions) / 4
+
+
+def test_known_pictures_are_new_but_their_triples_are_not(splits):
+    assert set(splits["known"]).isdisjoint(splits["train"])
+    assert {triple(scene) for scene in splits["known"]} <= {triple(scene) for scene in splits["train"]}
+
+
+def test_a_seed_is_a_world():
+    world, again, other = (make_splits(PRESETS["tiny"], seed) for seed in (3, 3, 4))
+    assert world == again
+    assert {triple(scene) for scene in world["unseen"]} != {triple(scene) for scene in other["unseen"]}
+
+
+# ---- pictures ----
+
+
+def test_a_picture_shows_its_object_where_and_as_the_scene_says(splits):
+    for scene in splits["train"][:200]:
+        picture = draw(scene)
+        assert picture.size == (128, 128) and picture.mode == "RGB"
+        assert picture.getpixel(tuple(round(c) for c in scene.centre)) == scene.rgb
+        pixels = np.asarray(picture).astype(int)
+        shown = np.argwhere(np.abs(pixels - scene.background).sum(-1) > 0)  # (row, column) of the object
+        middle = (shown.min(0) + shown.max(0)) / 2
+        assert np.abs(middle[::-1] - scene.centre).max() < 4  # a triangle's and a star's middle lies a little off
+        assert shown.max() <= 127 and scene.radius * 1.2 < np.ptp(shown, axis=0).max() < scene.radius * 2.1
+
+
+def test_positions_are_the_middles_of_patches(splits):
+    """Off a patch's middle, an object is cut by the encoder's grid and its position hangs on half a pixel."""
+    for scene in splits["train"]:
+        column_row = np.array(scene.centre) * 7 / scenes.PICTURE_SIZE
+        assert set(column_row.astype(int)) <= {1, 3, 5}
+        assert np.abs(column_row % 1 - 0.5).max() < 0.1
+
+
+def test_all_outlines_differ():
+    scene = make_splits(PRESETS["full"], seed=0)["train"][0]
+    drawn = {draw(dataclasses.replace(scene, shape=shape)).tobytes() for shape in scenes.SHAPES}
+    assert len(drawn) == len(scenes.SHAPES)
+
+
+def test_unnamed_colours_are_far_from_every_named_one(splits):
+    unnamed = [scene for scene in splits["train"] if scene.colour is None]
+    for scene in unnamed:
+        assert min(np.linalg.norm(np.subtract(scene.rgb, rgb)) for rgb in COLOURS.values()) > 70
+    greys = sum(len(set(scene.rgb)) == 1 for scene in unnamed)
+    assert 0.3 < greys / len(unnamed) < 0.5
+
+
+# ---- sentences ----
+
+
+def test_as_many_marks_as_pictures(rows):
+    for name, expected in {"pretrain": 1, "sft": 1, "two_pictures": 2, "text": 0}.items():
+        for row in rows[name]:
+            assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
+            assert row["conversations"][0]["value"].count(IMAGE_MARK) == expected
+            assert len(row["image"].split(", ")) == expected if expected else "image" not in row
+    assert all(len({row["id"] for row in group}) == len(group) for group in rows.values())
+
+
+def test_rows_are_json(rows):
+    assert json.loads(json.dumps(rows, ensure_ascii=False)) == rows
+
+
+def test_unnamed_colours_are_never_described(rows, pictures):
+    unnamed = {image for image, scene in pictures.items() if scene.colour is None}
+    described = [row for row in rows["pretrain"] + rows["two_pictures"]]
+    assert unnamed and unnamed.isdisjoint(image for row in described for image in row["image"].split(", "))
+    colours = [word for language in sentences.LANGUAGES.values() for word in map(language.words.get, COLOURS)]
+    sft = [row["conversations"][1]["value"] for row in rows["sft"] if row["image"] in unnamed]
+    assert len(sft) == 3 * len(unnamed)  # shape, position and size
+    assert not [answer for answer in sft if any(colour in answer for colour in colours)]
+    for kind in ("colour", "description"):
+        with pytest.raises(ValueError, match="has no name"):
+            sentences.questions({"a.jpg": pictures[min(unnamed)]}, np.random.default_rng(0), kinds=(kind,))
+
+
+def test_captions_leave_an_unnamed_colour_out(pictures):
+    red = dataclasses.replace(pictures["0000.jpg"], colour="red", shape="star", size="small", position="top")
+    assert sentences.caption(red) == "图片上方有一个小的红色星形。"
+    assert sentences.caption(dataclasses.replace(red, colour=None)) == "图片上方有一个小的星形。"
+
+
+def spoken_triples(text: str) -> set[tuple]:
+    """The triples that a text names, or could be read to name."""
+    found = set()
+    for language in sentences.LANGUAGES.values():
+        named_here = [
+            [name for name in names if re.search(re.escape(language.words[name]) + r"(?![a-z]| left| right)", text)]
+            for names in (COLOURS, scenes.SHAPES, scenes.POSITIONS)
+        ]
+        found |= set(itertools.product(*named_here))
+    return found
+
+
+def test_unseen_triples_are_never_named(rows):
+    unseen = {triple(scene) for scene in make_splits(PRESETS["full"], seed=0)["unseen"]}
+    texts = [" ".join(turn["value"] for turn in row["conversations"]) for name in ("pretrain", "sft", "text")
+             for row in rows[name]]
+    spoken = set().union(*map(spoken_triples, texts))
+    assert len(spoken) > 200 and unseen.isdisjoint(spoken)
+
+
+def test_every_question_has_one_answer(rows, pictures):
+    """Exact-match scoring is only fair if the wording of the question settles the wording of the answer."""
+    answers = {}
+    for row in rows["sft"] + rows["two_pictures"]:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        wording = question.replace(IMAGE_MARK, "").strip()
+        seen = tuple((*triple(pictures[image]), pictures[image].size) for image in row["image"].split(", "))
+        assert answers.setdefault((wording, seen), answer) == answer
+
+
+def test_test_questions_are_worded_as_in_training(rows, pictures):
+    few = dict(itertools.islice(((i, s) for i, s in pictures.items() if s.colour), 50))
+    rng = np.random.default_rng(1)
+    asked = sentences.questions(few, rng) + sentences.two_picture_questions(few, 30, rng)
+    assert [q["kind"] for q in asked] == [k for k in sentences.KINDS for _ in few] + ["two_images"] * 30
+    assert len({q["id"] for q in asked}) == len(asked)
+    trained = {row["conversations"][0]["value"] for row in rows["sft"] + rows["two_pictures"]}
+    assert {q["question"] for q in asked} <= trained
+    assert all(q["question"].count(IMAGE_MARK) == len(q["image"].split(", ")) for q in asked)
+
+
+def test_both_languages_in_their_shares(rows):
+    share = {name: np.mean([row["conversations"][1]["value"].isascii() for row in group]) for name, group in rows.items()}
+    assert share == pytest.approx({"pretrain": 0.15, "sft": 0.15, "text": 0.15, "two_pictures": 0.4}, abs=0.06)
+
+
+# ---- the tokenizer ----
+
+
+def test_one_token_per_word(tokenizer):
+    assert {word: encode_text(word, tokenizer) for word in sentences.lexicon() if len(encode_text(word, tokenizer)) != 1} == {}
+    assert 500 < len(tokenizer) < 700
+
+
+def test_running_text_is_cut_into_exactly_the_words_of_the_lexicon(rows, tokenizer):
+    """Also where Chinese words meet without a space, and halves of two characters could have merged."""
+    words = {*sentences.lexicon(), "\n", " ", "<", ">"}
+    texts = {turn["value"] for group in rows.values() for row in group for turn in row["conversations"]}
+    for text in texts:
+        text = text.replace(IMAGE_MARK, "<>")
+        ids = encode_text(text, tokenizer)
+        assert {tokenizer.decode([i]) for i in ids} <= words
+        assert tokenizer.decode(ids) == text
+
+
+def test_rows_are_short(rows, tokenizer):
+    """The step times of the recipe hold for these lengths."""
+    for name, longest in {"pretrain": 76, "sft": 76, "two_pictures": 136, "text": 50}.items():
+        assert max(len(render_conversation(row["conversations"], tokenizer).input_ids) for row in rows[name]) <= longest
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n", "a", "图片", "a <", "<>", "。"])
+def test_the_placeholder_is_50_tokens_in_every_context(tokenizer, before):
+    ids = tokenizer(before + "<" * 25 + ">" * 25 + "图").input_ids
+    start = len(tokenizer(before).input_ids)
+    assert ids[start:start + 50] == [30] * 25 + [32] * 25 and len(ids) == start + 50 + len(tokenizer("图").input_ids)
+
+
+def test_special_tokens(tokenizer):
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<", ">"]) == [0, 1, 2, 30, 32]
+    as_markup, as_text = tokenizer("<s>user").input_ids, encode_text("<s>user</s>", tokenizer)
+    assert as_markup[0] == 1 and not {1, 2} & set(as_text)
+    assert tokenizer.decode(as_text) == "<s>user</s>"
+
+
+@pytest.mark.parametrize("text", ["Ünknown wörds, 1234", "鲸鱼🐳", "  two  spaces\n\n\ttab", "<image> <<<>>>"])
+def test_any_text_survives(tokenizer, text):
+    assert tokenizer.decode(encode_text(text, tokenizer)) == text
+
+
+# ---- the encoder ----
+
+FEW = dataclasses.replace(PRESETS["tiny"], clip=scenes.Stage(steps=3, batch_size=16, lr=1e-3))
+
+
+@pytest.fixture(scope="module")
+def few_pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    few = make_splits(FEW, seed=0)["train"][:80]
+    paths = [folder / f"{i}.jpg" for i in range(len(few))]
+    for path, scene in zip(paths, few, strict=True):
+        draw(scene).save(path, quality=scenes.JPEG_QUALITY)
+    return paths, few
+
+
+@pytest.fixture(scope="module")
+def clip_folder(few_pictures, tokenizer_path, tmp_path_factory):
+    """(folder, losses): an encoder after three steps, saved."""
+    losses = []
+    tokenizer = encoder.clip_tokenizer(tokenizer_path)
+    model, final = encoder.train_encoder(*few_pictures, tokenizer, FEW, seed=0, progress=lambda step, loss: losses.append(loss))
+    assert final == losses[-1] and len(losses) == 3
+    folder = tmp_path_factory.mktemp("clip")
+    encoder.save_encoder(model, tokenizer, folder)
+    return folder, losses
+
+
+def test_training_reproduces_bit_for_bit(few_pictures, tokenizer_path, clip_folder):
+    tokenizer = encoder.clip_tokenizer(tokenizer_path)
+    torch.manual_seed(99)  # the global generator must not matter, and must not be disturbed
+    before = torch.get_rng_state()
+    again, _ = encoder.train_encoder(*few_pictures, tokenizer, FEW, seed=0)
+    other, _ = encoder.train_encoder(*few_pictures, tokenizer, FEW, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    saved = CLIPModel.from_pretrained(clip_folder[0]).state_dict()
+    assert all(torch.equal(weight, saved[name]) for name, weight in again.state_dict().items())
+    name = "visual_projection.weight"
+    assert not torch.equal(other.state_dict()[name], saved[name])
+
+
+def test_a_stock_vision_tower_loads_without_a_missing_weight(clip_folder):
+    _, report = CLIPVisionModel.from_pretrained(clip_folder[0], output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+
+
+def test_the_frozen_filters_are_the_cosines_and_are_not_trained(clip_folder, few_pictures, tokenizer_path):
+    weight = CLIPModel.from_pretrained(clip_folder[0]).vision_model.embeddings.patch_embedding.weight
+    cosines, _ = encoder.cosine_filters(FEW.clip_frequencies)
+    scale = (weight * cosines).sum((1, 2, 3)) / cosines.square().sum((1, 2, 3))
+    assert weight.shape == (192, 3, 32, 32) and (scale > 0).all()
+    assert torch.allclose(weight, cosines * scale[:, None, None, None], atol=1e-6)
+
+
+def test_cosine_filters_are_orthogonal_within_a_colour_axis():
+    cosines, u_plus_v = encoder.cosine_filters(8)
+    filters = cosines.view(3, 64, -1)
+    products = filters @ filters.mT
+    assert torch.allclose(products, torch.diag_embed(products.diagonal(dim1=1, dim2=2)), atol=1e-2)
+    assert u_plus_v.view(3, 8, 8)[1].diagonal().tolist() == list(range(0, 16, 2))
+
+
+def test_the_class_token_shortcut_equals_the_whole_tower(clip_folder, few_pictures):
+    """Training computes the last layer for the class token only; any drift from the stock forward would train another model."""
+    model = CLIPModel.from_pretrained(clip_folder[0]).eval()
+    pixels = encoder.load_pixels(few_pictures[0][:8])
+    with torch.no_grad():
+        patches = encoder.encode_patches(model, few_pictures[0][:8])
+        stock = torch.nn.functional.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
+        torch.testing.assert_close(encoder.embed_patches(model, patches), stock, atol=1e-5, rtol=0)
+
+
+def test_the_stock_processor_reads_the_folder(clip_folder, few_pictures):
+    """Pictures as in model/vision_utils.py; captions end in a mark of CLIP's own, at which the text tower is read off."""
+    processor = CLIPProcessor.from_pretrained(clip_folder[0])
+    picture = encoder.open_image(few_pictures[0][0])
+    inputs = processor(text=["图片上方有一个小的星形。", "a star"], images=picture, padding=True, return_tensors="pt")
+    torch.testing.assert_close(inputs.pixel_values, encoder.load_pixels(few_pictures[0][:1]), atol=1e-5, rtol=0)
+    model = CLIPModel.from_pretrained(clip_folder[0])
+    end = model.config.text_config.eos_token_id
+    assert end == processor.tokenizer.eos_token_id == len(processor.tokenizer) - 1
+    assert (inputs.input_ids == end).any(1).all()
+    model(**inputs)
+
+
+def test_the_repository_reads_the_folder(clip_folder, few_pictures):
+    vision_model, image_processor = get_vision_model(clip_folder[0])
+    assert image_processor.size == 224
+    features = get_img_embedding(encoder.load_pixels(few_pictures[0][:2]), vision_model)
+    assert features.shape == (2, 50, 192)
+
+
+def test_the_tokenizer_of_the_encoder_is_its_own(clip_folder, tokenizer):
+    """CLIP's two marks must not leak into the tokenizer of the language model."""
+    clip = AutoTokenizer.from_pretrained(clip_folder[0])
+    assert len(clip) == len(tokenizer) + 2
+    assert clip("图").input_ids[1:-1] == tokenizer("图").input_ids
+
+
+def test_hard_batches_hold_two_colours(few_pictures):
+    colours = np.array([scene.colour or "" for scene in few_pictures[1]])
+    rng = np.random.default_rng(0)
+    for step in range(20):
+        picked = encoder.draw_batch(colours, step, 10, rng)
+        assert len(set(picked.tolist())) == len(picked)
+        assert step % 2 == 0 or len(set(colours[picked])) == 2 and "" not in colours[picked]
+
+
+def test_equal_captions_share_the_target(clip_folder, few_pictures):
+    """Otherwise two equal pictures pull their one caption apart: the best possible loss would not be the lowest one."""
+    model = CLIPModel.from_pretrained(clip_folder[0]).eval()
+    patches = torch.zeros(4, 49, 192)  # four times the same picture, so that all similarities are equal
+    input_ids = torch.tensor([[3, model.config.text_config.eos_token_id]])
+    with torch.no_grad():
+        loss = encoder.contrastive_loss(model, patches, input_ids, torch.zeros(4, dtype=torch.long))
+    assert loss.item() == pytest.approx(np.log(4))  # the loss of indifference, its minimum here
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth():
+    stage = scenes.Stage(steps=1000, batch_size=1, lr=1.0)
+    rates = [encoder.learning_rate(step, stage) for step in range(stage.steps)]
+    assert rates[0] < 0.02 and max(rates) == pytest.approx(1, abs=0.05) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    peak = int(np.argmax(rates))
+    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
