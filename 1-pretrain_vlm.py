@@ -1,7 +1,8 @@
 """Stage 1 of 2: learn to describe a picture in one sentence.
 
 reads    out/512_llm.pth, dataset/LLaVA-Pretrain/chat-translated.json, dataset/pretrain_images/
-writes   out/512_vlm_pretrain.pth  (every --save_interval steps and at the end; .json, .metrics.jsonl and .png beside it)
+writes   out/512_vlm_pretrain.pth  (every --save_interval steps and at the end; .json, .metrics.jsonl and .png
+         beside it)
 trains   the projection and the language model; CLIP stays frozen
 
     torchrun --standalone --nproc_per_node 2 1-pretrain_vlm.py --use_wandb

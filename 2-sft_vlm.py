@@ -1,8 +1,10 @@
 """Stage 2 of 2: learn to answer questions about a picture; with --multi, about several.
 
 reads    out/512_vlm_pretrain.pth, dataset/LLaVA-Instruct/llava_instruct_230k.json, dataset/sft_images/
-writes   out/512_vlm_sft.pth  (every --save_interval steps and at the end; .json, .metrics.jsonl and .png beside it)
---multi  reads out/512_vlm_sft.pth, dataset/sft_multi_images/output.json and its pictures; writes out/512_vlm_sft_multi.pth
+writes   out/512_vlm_sft.pth  (every --save_interval steps and at the end; .json, .metrics.jsonl and .png
+         beside it)
+--multi  reads out/512_vlm_sft.pth, dataset/sft_multi_images/output.json and its pictures;
+         writes out/512_vlm_sft_multi.pth
 trains   the projection and the language model; CLIP stays frozen
 
     torchrun --standalone --nproc_per_node 2 2-sft_vlm.py --use_wandb
@@ -16,13 +18,15 @@ from trainer.args import Parser, add_model_flags, add_training_flags, check_args
 from trainer.distributed import start_run
 from trainer.loop import train_stage
 
-ONE_IMAGE = {"data_path": "dataset/LLaVA-Instruct/llava_instruct_230k.json", "image_dir": "dataset/sft_images"}
+ONE_IMAGE = {"data_path": "dataset/LLaVA-Instruct/llava_instruct_230k.json",
+             "image_dir": "dataset/sft_images"}
 MULTI = {"data_path": "dataset/sft_multi_images/output.json", "image_dir": "dataset/sft_multi_images"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--multi", type=true_or_false, nargs="?", const=True, default=False, metavar="True|False",
+    parser.add_argument("--multi", type=true_or_false, nargs="?", const=True, default=False,
+                        metavar="True|False",
                         help="tune on rows of several pictures, starting from the one-picture weights")
     add_model_flags(parser)
     add_training_flags(parser, **ONE_IMAGE, learning_rate=1e-6)

@@ -2,13 +2,15 @@
 # From a fresh machine with Python >= 3.11 to a vision-language model that answers about pictures it has never seen:
 #     bash quickstart.sh             set up, make the demo world, train both stages, score, show answers
 #     bash quickstart.sh --setup     only the virtual environment and its packages
-# A second call goes on where the first one stopped. SEED=1 makes another world (remove dataset/demo and out/demo first).
+# A second call goes on where the first one stopped. SEED=1 WORLD=dataset/demo1 OUT=out/demo1 bash quickstart.sh makes
+# another world beside it; PRESET=tiny makes a smaller one that learns colours and shapes in a minute.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-WORLD=dataset/demo
-OUT=out/demo
+WORLD=${WORLD:-dataset/demo}
+OUT=${OUT:-out/demo}
 SEED=${SEED:-0}
+PRESET=${PRESET:-full}
 PYTHON=.venv/bin/python
 
 fail() {
@@ -58,7 +60,8 @@ set_up
 mkdir -p "$OUT"
 again="look at the message above; run this again to go on, or remove $WORLD and $OUT to start anew"
 
-stage world "$again" "$PYTHON" -m dataset.demo_world --out "$WORLD" --weights_dir "$OUT" --seed "$SEED"
+stage world "$again" "$PYTHON" -m dataset.demo_world --out "$WORLD" --weights_dir "$OUT" \
+    --preset "$PRESET" --seed "$SEED"
 stage pretrain "$again" "$PYTHON" 1-pretrain_vlm.py "@$WORLD/pretrain.args"
 stage sft "$again" "$PYTHON" 2-sft_vlm.py "@$WORLD/sft.args"
 stage evaluation "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --control real blank shuffled \

@@ -19,15 +19,15 @@ class LMConfig:
     dim: int = 512
     n_layers: int = 8
     n_heads: int = 16
-    n_kv_heads: int = 8              # grouped-query attention: this many key/value heads serve all query heads
+    n_kv_heads: int = 8              # grouped-query attention: so many key/value heads serve all query heads
     vocab_size: int = 6400
-    hidden_dim: int = 0              # width inside the feed-forward; 0 = 2/3 of 4 * dim, rounded up to multiple_of
+    hidden_dim: int = 0              # feed-forward width; 0 = 2/3 of 4 * dim, rounded up to multiple_of
     multiple_of: int = 64
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_seq_len: int = 512           # the longest prompt + answer, in tokens
-    vision_dim: int = 768            # width of the image features (CLIP ViT-B/32: 768); 0 = no vision projection
-    num_image_tokens: int = 50       # tokens per image: 7 * 7 patches + the class token for ViT-B/32 at 224 pixels
+    vision_dim: int = 768            # width of image features (CLIP ViT-B/32: 768); 0 = no vision projection
+    num_image_tokens: int = 50       # per image: 7 * 7 patches + the class token for ViT-B/32 at 224 pixels
     vision_proj_bias: bool = False   # True only for v1's released VLM files, which carry one
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """Everything that an answer needs, loaded and ready: weights, tokenizer, CLIP.
 
-    chat = load_chat("out/512_vlm_sft.pth", "model/minimind_tokenizer", "model/clip_model/clip-vit-base-patch32")
+    chat = load_chat("out/512_vlm_sft.pth", "model/minimind_tokenizer",
+                     "model/clip_model/clip-vit-base-patch32")
     for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}], [Image.open("a.jpg")]):
         print(text, end="", flush=True)
 """
@@ -39,16 +40,18 @@ class Chat:
     def render(self, turns: list[dict]) -> Prompt:
         return render_conversation(turns, self.tokenizer, self.model.config.num_image_tokens)
 
-    def stream(self, turns: list[dict], images: list[Image.Image], sampling: Sampling | None = None) -> Iterator[str]:
+    def stream(self, turns: list[dict], images: list[Image.Image],
+               sampling: Sampling | None = None) -> Iterator[str]:
         """The answer to one conversation, piece by piece as it is made."""
         streamer = TextStreamer(self.tokenizer)
-        ids = generate(self.model, [self.render(turns)], self.tokenizer.eos_token_id, sampling, self.encode(images))
+        ids = generate(self.model, [self.render(turns)], self.tokenizer.eos_token_id, sampling,
+                       self.encode(images))
         for token, in ids:
             yield streamer.push(token)
         yield streamer.finish()
 
-    def answer_batch(self, conversations: list[list[dict]], image_features: Tensor, sampling: Sampling | None = None,
-                     ) -> list[str]:
+    def answer_batch(self, conversations: list[list[dict]], image_features: Tensor,
+                     sampling: Sampling | None = None) -> list[str]:
         """The answers to many conversations at once; image_features (M, N, vision_dim) in reading order."""
         prompts = [self.render(turns) for turns in conversations]
         answers: list[list[int]] = [[] for _ in prompts]
@@ -59,18 +62,20 @@ class Chat:
         return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
 
-def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None, clip_path: str | Path | None = None,
-              device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Chat:
+def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
+              clip_path: str | Path | None = None, device: torch.device | str = "cpu",
+              dtype: torch.dtype = torch.float32) -> Chat:
     """Load a weight file with its tokenizer and CLIP.
 
-    Paths that are None are taken from the .json beside the weights (what they were trained with), else v1's places.
-    Raises FileNotFoundError or ValueError, naming the file and the cure.
+    Paths that are None are taken from the .json beside the weights (what they were trained with), else v1's
+    places. Raises FileNotFoundError or ValueError, naming the file and the cure.
     """
     cure = "train it (README, 'Stages') or download it (README, 'Weights')"
     state, description = read_state_dict(weights, cure), read_description(weights)
     config = config_of(weights, state)
     if not config.vision_dim:
-        raise ValueError(f"{weights} is a language model without a vision projection: train it with 1-pretrain_vlm.py first")
+        raise ValueError(f"{weights} is a language model without a vision projection: "
+                         "train it with 1-pretrain_vlm.py first")
     tokenizer = load_tokenizer(tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH))
     clip_path = clip_path or description.get("clip_path", CLIP_PATH)
     vision_model, image_processor = get_vision_model(clip_path)
@@ -85,8 +90,9 @@ def check_fit(config, tokenizer, vision_model, weights, clip_path) -> None:
     """Raise ValueError unless the language model, the tokenizer and CLIP have the same sizes."""
     width, tokens = vision_model.config.hidden_size, num_image_tokens(vision_model)
     if (width, tokens) != (config.vision_dim, config.num_image_tokens):
-        raise ValueError(f"{weights} was made for image features of {config.num_image_tokens} x {config.vision_dim}, "
-                         f"but the CLIP at {clip_path} gives {tokens} x {width}: name the right one with --clip_path")
+        raise ValueError(f"{weights} was made for image features of {config.num_image_tokens} x "
+                         f"{config.vision_dim}, but the CLIP at {clip_path} gives {tokens} x {width}: "
+                         "name the right one with --clip_path")
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but {weights} knows {config.vocab_size}: "
-                         "name the right one with --tokenizer_path")
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but {weights} knows "
+                         f"{config.vocab_size}: name the right one with --tokenizer_path")

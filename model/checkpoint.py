@@ -23,7 +23,8 @@ def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:
 
 
 def atomic_write(path: str | Path, write) -> None:
-    """Call write(file) on a temporary neighbour and move it into place: a crash leaves the old file, never half a new one."""
+    """Call write(file) on a temporary neighbour and move it into place: a crash leaves the old file, never
+    half a new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,11 +38,13 @@ def atomic_write(path: str | Path, write) -> None:
 
 
 def save_weights(model: nn.Module, path: str | Path, **description) -> None:
-    """Save the state dict, and beside it (.json) the config and whatever else describes it (stage, step, paths, ...)."""
+    """Save the state dict, and beside it (.json) the config and whatever else describes it (stage, step,
+    paths, ...)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     copies: dict[int, Tensor] = {}      # the tied embedding and output weight are written once
-    state = {name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
+    state = {name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu())
+             for name, tensor in model.state_dict().items()}
     atomic_write(path, lambda file: torch.save(state, file))
     text = json.dumps({"config": model.config.to_dict(), **description}, indent=2, ensure_ascii=False) + "\n"
     atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
@@ -63,17 +66,19 @@ def check_weight_file(path: str | Path, cure: str) -> None:
     if not head:
         raise ValueError(f"{path} is empty: {cure}")
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer of a few bytes, not the file itself: run `git lfs pull` there, or {cure}")
+        raise ValueError(f"{path} is a git-lfs pointer of a few bytes, not the file itself: "
+                         f"run `git lfs pull` there, or {cure}")
     if head.startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path} is a web page, not the file itself: {cure}")
 
 
 def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[str, Tensor]:
-    """Tensors of a .pth file under today's names. Runs no code from the file. Raises FileNotFoundError or ValueError."""
+    """Tensors of a .pth file under today's names. Runs no code from the file. Raises FileNotFoundError or
+    ValueError."""
     check_weight_file(path, cure)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # torch raises a dozen different types here, all meaning the same to the user
+    except Exception as error:  # torch raises a dozen different types here, all meaning the same to the user
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): {cure}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no plain state dict of tensors: {cure}")
@@ -81,10 +86,12 @@ def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[s
 
 
 def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """v1's names to ours: wrapper prefixes off, its nested projection flattened, its buffers (rebuilt here) dropped."""
+    """v1's names to ours: wrapper prefixes off, its nested projection flattened, its buffers (rebuilt here)
+    dropped."""
     renamed = {}
     for name, tensor in state.items():
-        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name).replace("vision_proj.vision_proj.0.", "vision_proj.")
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name).replace(
+            "vision_proj.vision_proj.0.", "vision_proj.")
         if name != "pos_cis" and not name.endswith(".mask"):
             renamed[name] = tensor
     if "tok_embeddings.weight" in renamed:      # tied: some formats store the shared matrix once
@@ -94,7 +101,8 @@ def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
     """The sizes that a state dict's shapes reveal; the number of heads is not among them."""
-    sizes = {"n_layers": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")), default=-1)}
+    sizes = {"n_layers": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")),
+                                 default=-1)}
     if "tok_embeddings.weight" in state:
         sizes["vocab_size"], sizes["dim"] = state["tok_embeddings.weight"].shape
     if "layers.0.feed_forward.w1.weight" in state:
@@ -111,7 +119,8 @@ def config_of(path: str | Path, state: dict[str, Tensor]) -> LMConfig:
         return LMConfig.from_dict(described)
     sizes = {"vision_dim": 0, **sizes_of(state)}
     if "dim" not in sizes or not sizes["n_layers"]:
-        raise ValueError(f"{path} is not a MiniMind model: its first tensors are {', '.join(list(state)[:3])}")
+        raise ValueError(f"{path} is not a MiniMind model: "
+                         f"its first tensors are {', '.join(list(state)[:3])}")
     return LMConfig(**sizes, vision_proj_bias="vision_proj.bias" in state)
 
 
@@ -137,7 +146,8 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
                  may_ignore: str | tuple[str, ...] = (), cure: str = "download it again") -> LoadReport:
     """Copy a weight file into a model, strictly.
 
-    may_miss    prefixes of parameters that may be absent from the file ("vision_proj." when a language model gains eyes)
+    may_miss    prefixes of parameters that may be absent from the file ("vision_proj." when a language model
+                gains eyes)
     may_ignore  prefixes of tensors in the file that the model need not have
     raises      FileNotFoundError, or ValueError with the first differences and the sizes that would fit
     """
@@ -146,14 +156,16 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
     surplus = [name for name in state if name not in wanted]
     shapes = [f"{name} {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the model"
               for name, tensor in wanted.items() if name in state and state[name].shape != tensor.shape]
-    bad_missing = [name for name in missing if not name.startswith(tuple([may_miss] if isinstance(may_miss, str) else may_miss))]
+    bad_missing = [name for name in missing
+                   if not name.startswith(tuple([may_miss] if isinstance(may_miss, str) else may_miss))]
     bad_surplus = [name for name in surplus
                    if not name.startswith(tuple([may_ignore] if isinstance(may_ignore, str) else may_ignore))]
     if bad_missing or bad_surplus or shapes:
         raise ValueError(explain_mismatch(path, state, model, bad_missing, bad_surplus, shapes))
     bad = [name for name in wanted if name in state and not torch.isfinite(state[name]).all()]
     if bad:
-        raise ValueError(f"{path} holds values that are not finite, first in {bad[0]}: the run that saved it had broken down")
+        raise ValueError(f"{path} holds values that are not finite, first in {bad[0]}: "
+                         "the run that saved it had broken down")
     with torch.no_grad():
         for name, tensor in wanted.items():
             if name in state:
@@ -164,9 +176,10 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
 def explain_mismatch(path, state, model, missing: list[str], surplus: list[str], shapes: list[str]) -> str:
     """One line: what differs first, and which flags would fit the file."""
     parts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-             for what, names in (("of other shape", shapes), ("missing", missing), ("unknown", surplus)) if names]
+             for what, names in (("of other shape", shapes), ("missing", missing), ("unknown", surplus))
+             if names]
     sizes = sizes_of(state)
-    fitting = " ".join(f"--{name} {sizes[name]}" for name in ("dim", "n_layers")
+    fitting = " ".join(f"--{name} {sizes[name]}" for name in ("dim", "n_layers", "vocab_size")
                        if sizes.get(name) not in (None, 0, getattr(model.config, name)))
     cure = f"; the file would fit {fitting}" if fitting else ""
     return f"{path} does not fit the model: {'; '.join(parts)}{cure}"

@@ -1,8 +1,11 @@
-"""Rows of a json, jsonl or parquet file -> samples -> padded batches. One class; the stages differ by a small spec.
+"""Rows of a json, jsonl or parquet file -> samples -> padded batches. One class; the stages differ by a small
+spec.
 
-    {"image": "a.jpg" | "a.jpg, b.jpg" | ["a.jpg", "b.jpg"], "conversations": [{"from": "human", "value": "..."}, ...]}
+    {"image": "a.jpg" | "a.jpg, b.jpg" | ["a.jpg", "b.jpg"],
+     "conversations": [{"from": "human", "value": "..."}, ...]}
 
-Letters: B rows, T tokens, t tokens of one row, n images of one row, M images in the batch, N tokens per image, S pixels.
+Letters: B rows, T tokens, t tokens of one row, n images of one row, M images in the batch, N tokens per
+image, S pixels.
 """
 import json
 from dataclasses import dataclass
@@ -30,15 +33,16 @@ class DatasetSpec:
 
 
 PRETRAIN = DatasetSpec()
-# v1 keeps the first round only, lest long texts drag a small model down. Its rows name 000000334872.jpg, while the
-# files of sft_images.zip are called COCO_train2014_000000334872.jpg.
+# v1 keeps the first round only, lest long texts drag a small model down. Its rows name 000000334872.jpg,
+# while the files of sft_images.zip are called COCO_train2014_000000334872.jpg.
 SFT = DatasetSpec(max_rounds=1, image_prefix="COCO_train2014_")
 SFT_MULTI = DatasetSpec(max_images=2)
 TEXT = DatasetSpec(min_images=0, max_images=0)      # a language model's conversations
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """All rows of a data file. Raises FileNotFoundError or ValueError with the file, the line and the cure."""
+    """All rows of a data file. Raises FileNotFoundError or ValueError with the file, the line and the
+    cure."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data file not found: {path} (README, 'Data'; name yours with --data_path)")
@@ -46,16 +50,19 @@ def read_rows(path: str | Path) -> list[dict]:
         if path.suffix == ".parquet":
             rows = read_parquet(path)
         elif path.suffix == ".jsonl":
-            rows = [parse_line(line, number, path) for number, line in enumerate(open(path, encoding="utf-8"), 1)
-                    if line.strip()]
+            with open(path, encoding="utf-8") as lines:
+                rows = [parse_line(line, number, path) for number, line in enumerate(lines, 1)
+                        if line.strip()]
         else:
             rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: line {error.lineno} column {error.colno}: {error.msg}") from None
+        raise ValueError(f"{path} is not valid JSON: "
+                         f"line {error.lineno} column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of rows, not one {type(rows).__name__}; one row per line is .jsonl")
+        raise ValueError(f"{path} must hold a list of rows, not one {type(rows).__name__}; "
+                         "one row per line is .jsonl")
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
@@ -72,7 +79,8 @@ def parse_line(line: str, number: int, path: Path) -> dict:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: line {number} column {error.colno}: {error.msg}") from None
+        raise ValueError(f"{path} is not valid JSON: "
+                         f"line {number} column {error.colno}: {error.msg}") from None
 
 
 def image_names(row: dict) -> list[str]:
@@ -84,7 +92,8 @@ def image_names(row: dict) -> list[str]:
 
 
 def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
-    """The picture names and turns of a row that can be trained on. Raises ValueError saying what is wrong with it."""
+    """The picture names and turns of a row that can be trained on. Raises ValueError saying what is wrong
+    with it."""
     if not isinstance(row, dict):
         raise ValueError(f"it is a {type(row).__name__}, not an object")
     conversations = row.get("conversations")
@@ -114,19 +123,24 @@ def first_rounds(turns: list[dict], roles: list[str], max_rounds: int) -> list[d
 
 @dataclass
 class BadSample:
-    """Stands in for a sample that cannot be used. A value, not an exception: it must cross process borders in one line."""
+    """Stands in for a sample that cannot be used. A value, not an exception: it must cross process borders in
+    one line."""
 
     reason: str
 
 
 class VLMDataset(Dataset):
-    """Samples of one data file; a sample that cannot be used comes out as a BadSample naming file, row and reason."""
+    """Samples of one data file; a sample that cannot be used comes out as a BadSample naming file, row and
+    reason."""
 
     def __init__(self, data_path: str | Path, spec: DatasetSpec, tokenizer, image_dir: str | Path = ".",
-                 image_processor: ImageProcessor | None = None, num_image_tokens: int = 50, max_seq_len: int = 512):
+                 image_processor: ImageProcessor | None = None, num_image_tokens: int = 50,
+                 max_seq_len: int = 512):
         self.rows = read_rows(data_path)
-        self.data_path, self.spec, self.tokenizer, self.image_dir = str(data_path), spec, tokenizer, Path(image_dir)
-        self.image_processor, self.num_image_tokens, self.max_seq_len = image_processor, num_image_tokens, max_seq_len
+        self.data_path, self.spec, self.tokenizer, self.image_dir = (
+            str(data_path), spec, tokenizer, Path(image_dir))
+        self.image_processor, self.num_image_tokens, self.max_seq_len = (
+            image_processor, num_image_tokens, max_seq_len)
         if spec.max_images and not self.image_dir.is_dir():
             raise FileNotFoundError(f"picture folder not found: {image_dir} (name it with --image_dir)")
 
@@ -140,7 +154,8 @@ class VLMDataset(Dataset):
             return BadSample(self.name(position, error))
 
     def check_rows(self) -> None:
-        """Raise ValueError for the first malformed row; better now than in the third hour. Opens no pictures."""
+        """Raise ValueError for the first malformed row; better now than in the third hour. Opens no
+        pictures."""
         for position, row in enumerate(self.rows):
             try:
                 check_row(row, self.spec)
@@ -162,7 +177,7 @@ class VLMDataset(Dataset):
         pixels = [get_img_process(open_image(self.find_image(name)), self.image_processor) for name in names]
         side = self.image_processor.size if self.image_processor else 1
         return {
-            "input_ids": ids[:-1],      # the one place where labels are shifted: position t learns token t + 1
+            "input_ids": ids[:-1],    # the one place where labels are shifted: position t learns token t + 1
             "labels": labels[1:],
             "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, self.num_image_tokens),
             "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side),
@@ -185,17 +200,20 @@ def flat_slots(image_slots: list[Tensor], T: int) -> Tensor:
 
 
 def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
-    """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, pixel_values (M, 3, S, S),
-    num_images (B,); and as plain numbers num_tokens, num_learnt (labels that count), bad_samples (why some were left out).
+    """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, pixel_values
+    (M, 3, S, S), num_images (B,); and as plain numbers num_tokens, num_learnt (labels that count),
+    bad_samples (why some were left out).
 
-    A batch without any usable sample becomes one row with nothing to learn, so that every rank takes every step.
+    A batch without any usable sample becomes one row with nothing to learn, so that every rank takes every
+    step.
     """
     good = [sample for sample in samples if not isinstance(sample, BadSample)]
     bad = [sample.reason for sample in samples if isinstance(sample, BadSample)]
     if not good:
         good = [{"input_ids": torch.zeros(1, dtype=torch.long), "labels": torch.tensor([IGNORE_INDEX]),
                  "image_slots": torch.zeros(0, 1, dtype=torch.long), "pixel_values": torch.zeros(0, 3, 1, 1)}]
-    input_ids = pad_rows([sample["input_ids"] for sample in good], 0)      # what stands in the padding is never seen
+    # What stands in the padding is never seen.
+    input_ids = pad_rows([sample["input_ids"] for sample in good], 0)
     labels = pad_rows([sample["labels"] for sample in good], IGNORE_INDEX)
     return {
         "input_ids": input_ids,

@@ -1,4 +1,5 @@
-"""From a prompt to an answer, token by token: one prefill, then one step per token with a key/value cache of its own.
+"""From a prompt to an answer, token by token: one prefill, then one step per token with a key/value cache of
+its own.
 
 Letters: B prompts, T tokens of the longest, M images, N tokens per image, V vocabulary.
 """
@@ -47,8 +48,8 @@ def generate(model: Transformer, prompts: list[Prompt], eos_id: int, sampling: S
     """Answer a batch of prompts of any lengths.
 
     image_features  (M, N, vision_dim), the images of all prompts in reading order
-    yields          one id per prompt and step; None for a prompt whose answer has ended (at eos_id, which is not
-                    yielded, after max_new_tokens, or where the model's context is full)
+    yields          one id per prompt and step; None for a prompt whose answer has ended (at eos_id, which is
+                    not yielded, after max_new_tokens, or where the model's context is full)
     raises          ValueError if a prompt does not fit the context, or images and placeholders do not match
     """
     sampling = sampling or Sampling()
@@ -56,22 +57,26 @@ def generate(model: Transformer, prompts: list[Prompt], eos_id: int, sampling: S
     lengths = [len(prompt.input_ids) for prompt in prompts]
     limit = model.config.max_seq_len
     if max(lengths) >= limit:
-        raise ValueError(f"the prompt has {max(lengths)} tokens, but the model's context holds {limit} with the answer")
-    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0).to(device)               # (B, T)
-    slots = [torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, model.config.num_image_tokens) for prompt in prompts]
-    slots = flat_slots(slots, input_ids.shape[1]).to(device)                                                 # (M, N)
+        raise ValueError(f"the prompt has {max(lengths)} tokens, "
+                         f"but the model's context holds {limit} with the answer")
+    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0).to(device)        # (B, T)
+    slots = [torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, model.config.num_image_tokens)
+             for prompt in prompts]
+    slots = flat_slots(slots, input_ids.shape[1]).to(device)                                          # (M, N)
     max_len = min(max(lengths) + sampling.max_new_tokens, limit)
     cache = KVCache(model.config, len(prompts), max_len, device, model.tok_embeddings.weight.dtype)
     chooser = Chooser(sampling, input_ids, lengths, model.config.vocab_size)
 
     h = model.hidden_states(input_ids, image_features, slots, cache)
-    h = h[torch.arange(len(prompts)), torch.tensor(lengths) - 1]         # (B, D): only each prompt's last token predicts
+    # Only each prompt's last token predicts.
+    h = h[torch.arange(len(prompts)), torch.tensor(lengths) - 1]                                      # (B, D)
     cache.advance(lengths)
     alive = [True] * len(prompts)
     for step in range(sampling.max_new_tokens):
-        next_ids = chooser(model.output(h))                                                                  # (B,)
+        next_ids = chooser(model.output(h))                                                           # (B,)
         chosen = next_ids.tolist()
-        alive = [a and token != eos_id and length + step < limit for a, token, length in zip(alive, chosen, lengths, strict=True)]
+        alive = [a and token != eos_id and length + step < limit
+                 for a, token, length in zip(alive, chosen, lengths, strict=True)]
         if not any(alive):
             return
         yield [token if a else None for a, token in zip(alive, chosen, strict=True)]
@@ -82,15 +87,17 @@ def generate(model: Transformer, prompts: list[Prompt], eos_id: int, sampling: S
 
 
 class Chooser:
-    """Chooses the next token of every row; equal to transformers' logits processors in the order they apply them."""
+    """Chooses the next token of every row; equal to transformers' logits processors in the order they apply
+    them."""
 
     def __init__(self, sampling: Sampling, input_ids: Tensor, lengths: list[int], vocab_size: int):
         self.sampling = sampling
-        self.seen = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=input_ids.device)         # (B, V)
+        self.seen = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=input_ids.device)  # (B, V)
         for row, length in enumerate(lengths):
             self.seen[row, input_ids[row, :length]] = True
         # One generator per row: an answer does not depend on what else is in the batch.
-        self.generators = [torch.Generator(input_ids.device).manual_seed(sampling.seed + row) for row in range(len(lengths))]
+        self.generators = [torch.Generator(input_ids.device).manual_seed(sampling.seed + row)
+                           for row in range(len(lengths))]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits (B, V) -> ids (B,)"""
@@ -105,22 +112,26 @@ class Chooser:
         return next_ids
 
     def penalise(self, logits: Tensor) -> Tensor:
-        """Make seen tokens less likely: a positive logit is divided, a negative one multiplied (dividing would raise it)."""
+        """Make seen tokens less likely: a positive logit is divided, a negative one multiplied (dividing
+        would raise it)."""
         if self.sampling.repetition_penalty == 1:
             return logits
-        penalised = torch.where(logits > 0, logits / self.sampling.repetition_penalty, logits * self.sampling.repetition_penalty)
+        penalised = torch.where(logits > 0, logits / self.sampling.repetition_penalty,
+                                logits * self.sampling.repetition_penalty)
         return torch.where(self.seen, penalised, logits)
 
     def filter(self, logits: Tensor) -> Tensor:
         """Set the logits outside top_k and top_p to -inf."""
         if self.sampling.top_k:
-            kth = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]             # (B, 1)
+            kth = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]      # (B, 1)
             logits = logits.masked_fill(logits < kth, float("-inf"))
         if self.sampling.top_p < 1:
             ordered, order = logits.sort(dim=-1, descending=True)
-            before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))     # probability of all likelier tokens
-            logits = logits.masked_fill((before >= self.sampling.top_p).scatter(-1, order, before >= self.sampling.top_p),
-                                        float("-inf"))
+            # Before each token: the probability of all likelier ones.
+            before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
+            logits = logits.masked_fill(
+                (before >= self.sampling.top_p).scatter(-1, order, before >= self.sampling.top_p),
+                float("-inf"))
         return logits
 
 

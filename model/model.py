@@ -1,4 +1,5 @@
-"""The MiniMind transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU; with eyes if the config says so.
+"""The MiniMind transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU; with eyes if the
+config says so.
 
 Letters: B rows, T tokens, S cached tokens, D model width, H query heads, K key/value heads, E head width,
 M images in the batch, N tokens per image, V vocabulary.
@@ -28,7 +29,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(config: LMConfig, length: int, device: torch.device) -> Tensor:
-    """Cosines and sines of the rotation angles, (2, length, E / 2), always fp32: bf16 angles would blur far positions."""
+    """Cosines and sines of the rotation angles, (2, length, E / 2), always fp32: bf16 angles would blur far
+    positions."""
     half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32),
                          config.rope_theta ** (-half / config.head_dim))
@@ -36,7 +38,8 @@ def rope_table(config: LMConfig, length: int, device: torch.device) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs (0,1), (2,3), ... of every head: v1's interleaved form, on which all weights depend.
+    """Turn neighbouring pairs (0,1), (2,3), ... of every head: v1's interleaved form, on which all weights
+    depend.
 
     x     (B, T, heads, E)
     rope  (2, T, E / 2), or (2, B, T, E / 2) where rows stand at different positions
@@ -57,24 +60,25 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)   # tokens held, per row
-        self.used = 0                                                             # the longest row, known to the host
+        self.used = 0      # the longest row, known to the host
 
     def positions(self, T: int) -> Tensor:
-        """Where the next T tokens of every row stand, (B, T). A row that is full (its answer has ended, its neighbours'
-        have not) keeps overwriting its last place."""
+        """Where the next T tokens of every row stand, (B, T). A row that is full (its answer has ended, its
+        neighbours' have not) keeps overwriting its last place."""
         last = self.keys.shape[3] - 1
         return (self.lengths.unsqueeze(1) + torch.arange(T, device=self.lengths.device)).clamp(max=last)
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, T, K, E) at positions (B, T); returns all that is held, (B, K, S, E) each."""
-        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)             # (B, 1) pairs with positions (B, T)
+        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)     # (B, 1) pairs with positions (B, T)
         self.keys[layer][rows, :, positions] = k.to(self.keys.dtype)
         self.values[layer][rows, :, positions] = v.to(self.values.dtype)
         S = min(self.used + k.shape[1], self.keys.shape[3])
         return self.keys[layer, :, :, :S].to(k.dtype), self.values[layer, :, :, :S].to(v.dtype)
 
     def advance(self, num_tokens: list[int]) -> None:
-        """Keep the first num_tokens[b] of the tokens just written to row b; the rest was padding, to be overwritten."""
+        """Keep the first num_tokens[b] of the tokens just written to row b; the rest was padding, to be
+        overwritten."""
         self.lengths += torch.tensor(num_tokens, device=self.lengths.device)
         self.used = max(self.lengths.tolist())
 
@@ -98,7 +102,8 @@ class Attention(nn.Module):
             k, v, mask = k.transpose(1, 2), v.transpose(1, 2), None                       # (B, K, T, E)
         else:
             k, v = cache.write(self.layer, positions, k, v)                               # (B, K, S, E)
-            mask = (torch.arange(k.shape[2], device=x.device) <= positions.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
+            mask = (torch.arange(k.shape[2], device=x.device)
+                    <= positions.unsqueeze(-1)).unsqueeze(1)                              # (B, 1, T, S)
         # Rows are padded on the right, so causality alone keeps the padding out: no padding mask.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.wo(out.transpose(1, 2).reshape(B, T, D))
@@ -140,10 +145,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.output.weight = self.tok_embeddings.weight     # tied: a sixth of the 27 M parameters would be spent twice
+        # Tied: a sixth of the 27 M parameters would be spent twice.
+        self.output.weight = self.tok_embeddings.weight
         if config.vision_dim:
             self.vision_proj = make_vision_proj(config.vision_dim, config.dim, config.vision_proj_bias)
-        # Not a buffer: .to(bfloat16) would round a buffer's angles and a meta-device load would leave it garbage.
+        # Not a buffer: .to(bfloat16) would round a buffer's angles and a meta-device load would leave it
+        # garbage.
         self._rope = None
         self.apply(self._init_weights)
 
@@ -152,7 +159,8 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        # What each block ADDS to the residual stream starts smaller, so its variance does not grow with depth (GPT-2).
+        # What each block ADDS to the residual stream starts smaller, so its variance does not grow with depth
+        # (GPT-2).
         std = 0.02 / math.sqrt(2 * self.config.n_layers)
         if isinstance(module, Attention):
             nn.init.normal_(module.wo.weight, std=std)
@@ -170,10 +178,12 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(input_ids)
         if image_features is None:
             if image_slots is not None and len(image_slots):
-                raise ValueError(f"the prompt holds {len(image_slots)} image placeholder(s) but no images were given")
+                raise ValueError(f"the prompt holds {len(image_slots)} image placeholder(s) "
+                                 "but no images were given")
             return h
         if not self.config.vision_dim:
-            raise ValueError("this is a language model without a vision projection (vision_dim 0); it takes no images")
+            raise ValueError("this is a language model without a vision projection (vision_dim 0); "
+                             "it takes no images")
         if image_slots is None:
             image_slots = find_image_slots(input_ids, self.config.num_image_tokens)
         check_image_slots(image_slots, image_features)
@@ -193,17 +203,20 @@ class Transformer(nn.Module):
             h = layer(h, rope, kv_cache, positions)
         return self.norm(h)
 
-    def forward(self, input_ids: Tensor, image_features: Tensor | None = None, image_slots: Tensor | None = None,
-                labels: Tensor | None = None, kv_cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_ids: Tensor, image_features: Tensor | None = None,
+                image_slots: Tensor | None = None, labels: Tensor | None = None,
+                kv_cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next token at every position.
 
         input_ids       (B, T), padded on the right
         image_features  (M, N, vision_dim) for all images of the batch in reading order, or None
-        image_slots     (M, N) flat indices into B * T; None: the placeholder runs are searched for in input_ids
+        image_slots     (M, N) flat indices into B * T; None: the placeholder runs are searched for in
+                        input_ids
         labels          (B, T) already shifted, IGNORE_INDEX where nothing is learnt
         kv_cache        holds the tokens before these; the caller advances it
-        returns         (logits (B, T, V), None) without labels; with labels (logits (learnt, V), mean loss over them):
-                        the vocabulary is the widest layer, so it is computed only where something is learnt
+        returns         (logits (B, T, V), None) without labels; with labels (logits (learnt, V), mean loss
+                        over them): the vocabulary is the widest layer, so it is computed only where
+                        something is learnt
         raises          ValueError if images and placeholders do not match
         """
         h = self.hidden_states(input_ids, image_features, image_slots, kv_cache)

@@ -1,4 +1,5 @@
-"""A conversation -> token ids, answer mask and image slots, in one pass. The only place that knows the chat template:
+"""A conversation -> token ids, answer mask and image slots, in one pass. The only place that knows the chat
+template:
 
     {system}<s>user\\n{question}</s>\\n<s>assistant\\n{answer}</s>\\n
 
@@ -14,12 +15,14 @@ from model.vision_proj import CLOSE_ID, OPEN_ID, placeholder_ids
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TOKENIZER_CURE = ("MiniMind's own lies in the model folders: hf download jingyaogong/minimind-v-v1-small "
-                  "tokenizer.json tokenizer_config.json --local-dir model/minimind_tokenizer, or name yours with --tokenizer_path")
+                  "tokenizer.json tokenizer_config.json --local-dir model/minimind_tokenizer, "
+                  "or name yours with --tokenizer_path")
 
 
 @dataclass
 class Prompt:
-    """A rendered conversation; input_ids and answer_mask grow together, so no boundary is ever searched for."""
+    """A rendered conversation; input_ids and answer_mask grow together, so no boundary is ever searched
+    for."""
 
     input_ids: list[int] = field(default_factory=list)
     answer_mask: list[bool] = field(default_factory=list)        # True where the token belongs to an answer
@@ -43,17 +46,20 @@ def load_tokenizer(path: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:      # a broken tokenizer.json surfaces as any of half a dozen types
-        raise ValueError(f"cannot read the tokenizer at {path} ({type(error).__name__}: {error}); {TOKENIZER_CURE}") from None
+        raise ValueError(f"cannot read the tokenizer at {path} ({type(error).__name__}: {error}); "
+                         f"{TOKENIZER_CURE}") from None
     check_tokenizer(tokenizer, path)
     return tokenizer
 
 
 def check_tokenizer(tokenizer, path: str | Path) -> None:
-    """Raise ValueError unless "<" and ">" have the ids that the placeholder is made of, and the specials are there."""
+    """Raise ValueError unless "<" and ">" have the ids that the placeholder is made of, and the specials are
+    there."""
     found = tuple(tokenizer.convert_tokens_to_ids([token for token in "<>"]))
     if found != (OPEN_ID, CLOSE_ID):
-        raise ValueError(f'the tokenizer at {path} gives "<" and ">" the ids {found}, but the image placeholder is made '
-                         f"of {OPEN_ID} and {CLOSE_ID} (MiniMind's); it cannot give exactly 50 placeholder ids. {TOKENIZER_CURE}")
+        raise ValueError(f'the tokenizer at {path} gives "<" and ">" the ids {found}, but the image '
+                         f"placeholder is made of {OPEN_ID} and {CLOSE_ID} (MiniMind's); it cannot give "
+                         f"exactly 50 placeholder ids. {TOKENIZER_CURE}")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer at {path} names no bos_token or no eos_token; {TOKENIZER_CURE}")
 
@@ -64,13 +70,15 @@ def encode_text(text: str, tokenizer) -> list[int]:
 
 
 def normalise_turns(conversations: list[dict]) -> list[tuple[str, str]]:
-    """[{"from": "human", "value": ...}] or [{"role": "user", "content": ...}] to (role, text). Raises ValueError."""
+    """[{"from": "human", "value": ...}] or [{"role": "user", "content": ...}] to (role, text). Raises
+    ValueError."""
     turns = []
     for turn in conversations:
         role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
         if role not in ROLES or not isinstance(text, str):
-            raise ValueError(f'a turn must look like {{"from": "human" or "gpt", "value": "text"}}, not {str(turn)[:80]}')
+            raise ValueError('a turn must look like {"from": "human" or "gpt", "value": "text"}, '
+                             f"not {str(turn)[:80]}")
         turns.append((ROLES[role], text))
     return turns
 
@@ -78,9 +86,9 @@ def normalise_turns(conversations: list[dict]) -> list[tuple[str, str]]:
 def render_conversation(turns: list[dict], tokenizer, num_image_tokens: int = 50) -> Prompt:
     """Render turns (the data's own format) into ids.
 
-    Every `<image>` mark in a user's text becomes one placeholder, inserted as ids: pasted as text after a space it
-    would merge with the space and be lost. Each answer and its closing </s> are marked to be learnt, nothing else.
-    Turns that end with the user's are a question: the prompt then ends where the answer begins.
+    Every `<image>` mark in a user's text becomes one placeholder, inserted as ids: pasted as text after a
+    space it would merge with the space and be lost. Each answer and its closing </s> are marked to be learnt,
+    nothing else. Turns that end with the user's are a question: the prompt then ends where the answer begins.
     """
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     prompt = Prompt()
@@ -113,16 +121,18 @@ def put_marks(text: str, num_images: int) -> str:
 
 
 def check_length(prompt: Prompt, max_seq_len: int) -> int:
-    """Where a training sample must be cut: after the last learnt token that fits. Raises ValueError if an image or
-    every answer would be lost, instead of training on what is left."""
+    """Where a training sample must be cut: after the last learnt token that fits. Raises ValueError if an
+    image or every answer would be lost, instead of training on what is left."""
     for number, slots in enumerate(prompt.image_slots, 1):
         if slots[-1] >= max_seq_len:
-            raise ValueError(f"the prompt is so long that image {number} would be cut at max_seq_len {max_seq_len}; "
+            raise ValueError(f"the prompt is so long that image {number} would be cut at "
+                             f"max_seq_len {max_seq_len}; "
                              f"shorten the text or raise --max_seq_len above {slots[-1] + 1}")
     learnt = [position for position, learn in enumerate(prompt.answer_mask) if learn]
     if not learnt:
         raise ValueError("the conversation has no answer to learn")
     if learnt[0] >= max_seq_len:
-        raise ValueError(f"the answer begins at token {learnt[0]} and is cut away by max_seq_len {max_seq_len}; "
+        raise ValueError(f"the answer begins at token {learnt[0]} and is cut away by "
+                         f"max_seq_len {max_seq_len}; "
                          "shorten the question or raise --max_seq_len")
     return 1 + max(position for position in learnt if position < max_seq_len)

@@ -1,8 +1,8 @@
 """What turns a language model into a vision-language model.
 
-A prompt holds, for every image, a run of placeholder tokens: 25 x "<" and 25 x ">". The image's 50 CLIP features are
-projected to the width of the language model by ONE bias-free matrix and written over the embeddings of that run.
-Everything after that is an ordinary language model.
+A prompt holds, for every image, a run of placeholder tokens: 25 x "<" and 25 x ">". The image's 50 CLIP
+features are projected to the width of the language model by ONE bias-free matrix and written over the
+embeddings of that run. Everything after that is an ordinary language model.
 
 Letters: B rows, T tokens, D model width, M images in the whole batch, N tokens per image, V CLIP width.
 """
@@ -43,8 +43,8 @@ def check_image_slots(image_slots: Tensor, image_features: Tensor) -> None:
     """Raise ValueError unless every image has its run of placeholders and every run its image."""
     slots, given = tuple(image_slots.shape), tuple(image_features.shape[:2])
     if slots[0] != given[0]:
-        raise ValueError(f"the prompt holds {slots[0]} image placeholder(s) but {given[0]} image(s) were given; "
-                         "was a prompt cut, or an <image> mark forgotten?")
+        raise ValueError(f"the prompt holds {slots[0]} image placeholder(s) but {given[0]} image(s) were "
+                         "given; was a prompt cut, or an <image> mark forgotten?")
     if slots[0] and slots != given:
         raise ValueError(f"an image has {given[1]} features but its placeholder has {slots[1]} tokens; "
                          "num_image_tokens must follow the vision encoder")

@@ -24,7 +24,8 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What CLIP was trained to see: the side of its square input and the mean and spread of each colour channel."""
+    """What CLIP was trained to see: the side of its square input and the mean and spread of each colour
+    channel."""
 
     size: int = 224
     mean: tuple[float, float, float] = OPENAI_MEAN
@@ -47,7 +48,8 @@ def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel, ImageProcessor]
             path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
     foreign = [name for name in report["unexpected_keys"]
-               if not name.startswith(("text_", "visual_projection", "logit_scale")) and "position_ids" not in name]
+               if not name.startswith(("text_", "visual_projection", "logit_scale"))
+               and "position_ids" not in name]
     if missing or foreign:
         raise ValueError(f"{path} does not fit its own config.json: {len(missing)} weights missing "
                          f"({', '.join(sorted(missing)[:3])}), {len(foreign)} unknown; {CLIP_CURE}")
@@ -69,7 +71,8 @@ def check_clip_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' table of skipped text-tower weights: they are expected, and what matters is checked here."""
+    """Hide transformers' table of skipped text-tower weights: they are expected, and what matters is checked
+    here."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -81,14 +84,16 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_image_processor(path: Path, size: int) -> ImageProcessor:
-    """Mean and spread from preprocessor_config.json, or from processor_config.json, where newer folders keep them."""
+    """Mean and spread from preprocessor_config.json, or from processor_config.json, where newer folders keep
+    them."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (path / name).is_file():
             values = json.loads((path / name).read_text())
             values = values.get("image_processor", values)
             if "image_mean" in values:
                 return ImageProcessor(size, tuple(values["image_mean"]), tuple(values["image_std"]))
-    raise FileNotFoundError(f"{path} holds no preprocessor_config.json with image_mean and image_std: {CLIP_CURE}")
+    raise FileNotFoundError(f"{path} holds no preprocessor_config.json with image_mean and image_std: "
+                            f"{CLIP_CURE}")
 
 
 def num_image_tokens(vision_model: CLIPVisionModel) -> int:
@@ -97,7 +102,8 @@ def num_image_tokens(vision_model: CLIPVisionModel) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture mode to RGB as a person would see it: upright, transparency on white paper, 16 bits scaled to 8."""
+    """Any picture mode to RGB as a person would see it: upright, transparency on white paper, 16 bits scaled
+    to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
@@ -111,7 +117,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read and fully decode a picture file, in RGB. Raises FileNotFoundError or ValueError, naming the file."""
+    """Read and fully decode a picture file, in RGB. Raises FileNotFoundError or ValueError, naming the
+    file."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -125,11 +132,13 @@ def open_image(path: str | Path) -> Image.Image:
 def get_img_process(image: Image.Image, image_processor: ImageProcessor) -> Tensor:
     """A picture to CLIP's input, (3, S, S) float32.
 
-    Squashed to a square instead of cropped, as v1 does, so nothing at the edges is lost. Equal to transformers'
-    CLIPImageProcessor(size={"height": S, "width": S}, do_center_crop=False) within float rounding, but faster.
+    Squashed to a square instead of cropped, as v1 does, so nothing at the edges is lost. Equal to
+    transformers' CLIPImageProcessor(size={"height": S, "width": S}, do_center_crop=False) within float
+    rounding, but faster.
     """
     side = image_processor.size
-    pixels = np.asarray(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)   # (S, S, 3)
+    pixels = np.asarray(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC),
+                        dtype=np.float32)   # (S, S, 3)
     mean = np.array(image_processor.mean, dtype=np.float32) * 255
     std = np.array(image_processor.std, dtype=np.float32) * 255
     return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).contiguous()
@@ -140,7 +149,8 @@ def get_img_embedding(pixel_values: Tensor, vision_model: CLIPVisionModel) -> Te
     """Encode images with the frozen CLIP tower, all in one call.
 
     pixel_values  (M, 3, S, S) float32, from get_img_process; M may be 0
-    returns       (M, N, V): the class token and the patch tokens, before CLIP's final layer norm, because v1 took them there
+    returns       (M, N, V): the class token and the patch tokens, before CLIP's final layer norm, because v1
+                  took them there
     """
     if not len(pixel_values):
         config = vision_model.config

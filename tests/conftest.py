@@ -1,4 +1,5 @@
-"""A small world for the tests: the demo's tokenizer, a randomly initialised CLIP in the real format, rows and pictures."""
+"""A small world for the tests: the demo's tokenizer, a randomly initialised CLIP in the real format, rows and
+pictures."""
 import json
 import os
 import subprocess
@@ -24,12 +25,14 @@ SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 def save_clip(folder: Path, **vision) -> Path:
     """A CLIP folder as openai/clip-vit-base-patch32 is laid out, with random weights."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 8}
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "projection_dim": 8}
     model = CLIPModel(CLIPConfig(projection_dim=8, text_config=sizes | {"vocab_size": 50},
                                  vision_config=sizes | {"image_size": 224, "patch_size": 32} | vision))
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(
-        {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "size": 224}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "size": 224}))
     return folder
 
 
@@ -75,7 +78,8 @@ def model(config) -> Transformer:
 
 @pytest.fixture
 def workplace(tmp_path, tokenizer, tokenizer_path, clip_path) -> Path:
-    """A folder from which the numbered scripts can run: out/32_llm.pth, data.json, pictures, and a recipe `args`."""
+    """A folder from which the numbered scripts can run: out/32_llm.pth, data.json, pictures, and a recipe
+    `args`."""
     torch.manual_seed(2)
     llm = Transformer(LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=0, max_seq_len=256))
     save_weights(llm, weights_path(tmp_path / "out", llm.config, "llm"))
@@ -85,8 +89,9 @@ def workplace(tmp_path, tokenizer, tokenizer_path, clip_path) -> Path:
     (tmp_path / "data.json").write_text(json.dumps(make_rows(24), ensure_ascii=False))
     flags = [f"--{name}={value}" for name, value in SIZES.items()]
     flags += [f"--tokenizer_path={tokenizer_path}", f"--clip_path={clip_path}", f"--out_dir={tmp_path}/out",
-              f"--data_path={tmp_path}/data.json", f"--image_dir={tmp_path}/images", "--max_seq_len=256", "--batch_size=4",
-              "--learning_rate=1e-3", "--num_workers=0", "--device=cpu", "--dtype=float32", "--log_interval=1"]
+              f"--data_path={tmp_path}/data.json", f"--image_dir={tmp_path}/images", "--max_seq_len=256",
+              "--batch_size=4", "--learning_rate=1e-3", "--num_workers=0", "--device=cpu", "--dtype=float32",
+              "--log_interval=1"]
     (tmp_path / "args").write_text("\n".join(flags))
     return tmp_path
 

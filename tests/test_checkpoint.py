@@ -9,7 +9,15 @@ import pytest
 import torch
 from conftest import ROOT, SIZES
 
-from model.checkpoint import atomic_write, config_of, load_weights, read_description, read_state_dict, save_weights, weights_path
+from model.checkpoint import (
+    atomic_write,
+    config_of,
+    load_weights,
+    read_description,
+    read_state_dict,
+    save_weights,
+    weights_path,
+)
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
@@ -23,7 +31,8 @@ def perturbed(model: Transformer) -> Transformer:
 
 def v1_state_dict(config: LMConfig, bias: bool = False) -> dict[str, torch.Tensor]:
     """A state dict as MiniMind-V v1 saved it: its key names, its buffers, its nested projection."""
-    state = {"tok_embeddings.weight": torch.randn(config.vocab_size, config.dim), "norm.weight": torch.randn(config.dim),
+    state = {"tok_embeddings.weight": torch.randn(config.vocab_size, config.dim),
+             "norm.weight": torch.randn(config.dim),
              "pos_cis": torch.randn(config.max_seq_len, config.head_dim // 2, dtype=torch.complex64),
              "vision_proj.vision_proj.0.weight": torch.randn(config.dim, config.vision_dim)}
     state["output.weight"] = state["tok_embeddings.weight"]
@@ -34,7 +43,8 @@ def v1_state_dict(config: LMConfig, bias: bool = False) -> dict[str, torch.Tenso
         shapes = {"attention.wq": (config.dim, config.dim), "attention.wk": (kv_dim, config.dim),
                   "attention.wv": (kv_dim, config.dim), "attention.wo": (config.dim, config.dim),
                   "attention_norm": (config.dim,), "ffn_norm": (config.dim,),
-                  "feed_forward.w1": (config.hidden_dim, config.dim), "feed_forward.w2": (config.dim, config.hidden_dim),
+                  "feed_forward.w1": (config.hidden_dim, config.dim),
+                  "feed_forward.w2": (config.dim, config.hidden_dim),
                   "feed_forward.w3": (config.hidden_dim, config.dim)}
         state |= {f"layers.{n}.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
         state[f"layers.{n}.attention.mask"] = torch.zeros(1, 1, 8, 8)
@@ -69,12 +79,13 @@ def test_perturb_save_load_round_trip(tmp_path, model, config):
     path = weights_path(tmp_path, config, "vlm_sft")
     assert path.name == "32_vlm_sft.pth"
     save_weights(perturbed(model), path, stage="vlm_sft", step=7)
-    assert read_description(path)["step"] == 7 and LMConfig.from_dict(read_description(path)["config"]) == config
+    assert (read_description(path)["step"] == 7
+            and LMConfig.from_dict(read_description(path)["config"]) == config)
     other = Transformer(config)
     assert load_weights(other, path).num_loaded == len(other.state_dict())
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
-    assert path.stat().st_size < 1.1 * 4 * model.num_parameters() + 20_000     # the tied matrix is stored once
+    assert path.stat().st_size < 1.1 * 4 * model.num_parameters() + 20_000    # the tied matrix is stored once
 
 
 def test_only_what_is_named_may_differ(tmp_path, config, model):
@@ -83,7 +94,8 @@ def test_only_what_is_named_may_differ(tmp_path, config, model):
     with pytest.raises(ValueError, match=r"1 missing \(vision_proj.weight\)"):
         load_weights(model, tmp_path / "llm.pth")
     report = load_weights(model, tmp_path / "llm.pth", may_miss="vision_proj.")
-    assert report.missing == ["vision_proj.weight"] and "new, not in the file: vision_proj.weight" in str(report)
+    assert (report.missing == ["vision_proj.weight"]
+            and "new, not in the file: vision_proj.weight" in str(report))
     save_weights(model, tmp_path / "vlm.pth")
     with pytest.raises(ValueError, match=r"1 unknown \(vision_proj.weight\)"):
         load_weights(llm, tmp_path / "vlm.pth")
@@ -92,12 +104,14 @@ def test_only_what_is_named_may_differ(tmp_path, config, model):
 def test_weights_of_another_size_name_the_flags_that_fit(tmp_path, config):
     big = Transformer(LMConfig.from_dict(config.to_dict() | {"dim": 64, "n_layers": 3, "hidden_dim": 0}))
     save_weights(big, tmp_path / "big.pth")
-    with pytest.raises(ValueError, match=r"of other shape \(tok_embeddings.weight \(581, 64\) in the file.*--dim 64 --n_layers 3"):
+    with pytest.raises(ValueError, match=r"of other shape \(tok_embeddings.weight \(581, 64\) in the file.*"
+                                         r"--dim 64 --n_layers 3"):
         load_weights(Transformer(config), tmp_path / "big.pth")
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (None, "not found: cure me"), (b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
+    (None, "not found: cure me"), (b"", "is empty"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
     (b"<!DOCTYPE html>\n<html>", "web page"), (b"\x80\x04 garbage", "not a readable weight file")])
 def test_what_people_have_instead_of_weights(tmp_path, content, message):
     if content is not None:

@@ -96,23 +96,28 @@ def test_labels_are_shifted_once_and_hold_the_answer(make, tokenizer):
     position = int((sample["labels"] != IGNORE_INDEX).nonzero()[0])
     assert tokenizer.decode(sample["input_ids"][:position + 1]).endswith("<s>assistant\n")
     assert torch.equal(sample["labels"][position:-1], sample["input_ids"][position + 1:])
-    assert sample["labels"][-1] == tokenizer.eos_token_id       # nothing after the last learnt token is computed
+    # Nothing after the last learnt token is computed.
+    assert sample["labels"][-1] == tokenizer.eos_token_id
 
 
 def test_sft_keeps_the_first_round_as_v1_and_finds_coco_names(make, tmp_path, tokenizer):
-    rounds = row()["conversations"] + [{"from": "human", "value": "再说？"}, {"from": "gpt", "value": "它是红色。"}]
+    rounds = row()["conversations"] + [{"from": "human", "value": "再说？"},
+                                       {"from": "gpt", "value": "它是红色。"}]
     save_picture(tmp_path / "COCO_train2014_9.png", 9)
     rows = [row(image="9.png") | {"conversations": rounds}]
     learnt = {spec: make(rows, spec)[0] for spec in (SFT,)}
     assert tokenizer.decode(learnt[SFT]["labels"].clamp(min=0), skip_special_tokens=True) == "它是蓝色。"
-    assert "picture not found" in make(rows, PRETRAIN)[0].reason       # the prefix belongs to the SFT data alone
+    # The prefix belongs to the SFT data alone.
+    assert "picture not found" in make(rows, PRETRAIN)[0].reason
     rows[0]["image"] = "0.png"
-    assert "它是红色。" in tokenizer.decode(make(rows, PRETRAIN)[0]["labels"].clamp(min=0), skip_special_tokens=True)
+    assert "它是红色。" in tokenizer.decode(make(rows, PRETRAIN)[0]["labels"].clamp(min=0),
+                                            skip_special_tokens=True)
 
 
 def test_a_batch_of_rows_with_different_numbers_of_pictures(make):
     """No padding pictures: slots are flat indices into the padded batch."""
-    rows = [row(), row("<image>比<image>？", image="1.png, 2.png"), row("长" * 40 + "<image>", image=["3.png"])]
+    rows = [row(), row("<image>比<image>？", image="1.png, 2.png"),
+            row("长" * 40 + "<image>", image=["3.png"])]
     dataset = make(rows, SFT_MULTI)
     batch = collate([dataset[n] for n in range(3)])
     T = batch["input_ids"].shape[1]
@@ -130,18 +135,23 @@ def test_a_batch_without_a_usable_sample_keeps_its_shape():
     assert batch["input_ids"].shape == (1, 1) and batch["pixel_values"].shape[:2] == (0, 3)
 
 
-def order_of(num_samples, world_size=1, batch_size=4, accumulation_steps=1, steps=0, seed=3) -> list[list[list[int]]]:
+def order_of(num_samples, world_size=1, batch_size=4, accumulation_steps=1, steps=0,
+             seed=3) -> list[list[list[int]]]:
     """Per global step, the samples of every (pass, rank)."""
-    args = argparse.Namespace(seed=seed, batch_size=batch_size, accumulation_steps=accumulation_steps, max_steps=steps, epochs=2)
-    ranks = [list(GlobalBatches(num_samples, args, Run(rank, world_size, torch.device("cpu")))) for rank in range(world_size)]
+    args = argparse.Namespace(seed=seed, batch_size=batch_size, accumulation_steps=accumulation_steps,
+                              max_steps=steps, epochs=2)
+    ranks = [list(GlobalBatches(num_samples, args, Run(rank, world_size, torch.device("cpu"))))
+             for rank in range(world_size)]
     passes = list(zip(*ranks, strict=True))
-    return [[part for one in passes[n:n + accumulation_steps] for part in one] for n in range(0, len(passes), accumulation_steps)]
+    return [[part for one in passes[n:n + accumulation_steps] for part in one]
+            for n in range(0, len(passes), accumulation_steps)]
 
 
 def test_every_epoch_deals_out_every_sample_once_in_a_new_order():
     """v1 never reshuffled under DDP: every epoch had one order."""
     steps = order_of(22, world_size=2)
-    epochs = [[sample for step in half for part in step for sample in part] for half in (steps[:3], steps[3:])]
+    epochs = [[sample for step in half for part in step for sample in part]
+              for half in (steps[:3], steps[3:])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(22)) and epochs[0] != epochs[1]
     assert order_of(22, world_size=2) == steps and order_of(22, world_size=2, seed=4) != steps
 
@@ -149,7 +159,8 @@ def test_every_epoch_deals_out_every_sample_once_in_a_new_order():
 def test_the_order_does_not_depend_on_how_the_batch_is_split():
     """1 x 8 = 2 x 4 = 4 accumulated x 2, step by step."""
     flat = [[[sample for part in step for sample in part] for step in order_of(30, **split)]
-            for split in ({"batch_size": 8}, {"batch_size": 4, "world_size": 2}, {"batch_size": 2, "accumulation_steps": 4})]
+            for split in ({"batch_size": 8}, {"batch_size": 4, "world_size": 2},
+                          {"batch_size": 2, "accumulation_steps": 4})]
     assert flat[0] == flat[1] == flat[2]
 
 

@@ -1,16 +1,22 @@
-"""Answers: cached equals uncached, batched equals one by one, sampling as in transformers, text without half characters."""
+"""Answers: cached equals uncached, batched equals one by one, sampling as in transformers, text without half
+characters."""
 import itertools
 
 import pytest
 import torch
 from transformers import (
-    LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from model.generate import Chooser, Sampling, TextStreamer, generate
 from model.prompt import render_conversation
 
-TEXTS = ["<image>\n图片里有什么？", "图形是什么颜色？", "Describe this picture. <image> and <image>", "<image>"]
+TEXTS = ["<image>\n图片里有什么？", "图形是什么颜色？", "Describe this picture. <image> and <image>",
+         "<image>"]
 
 
 @pytest.fixture
@@ -40,11 +46,13 @@ def collect(model, prompts, sampling, features) -> list[list[int]]:
 
 @pytest.mark.parametrize("sampling", [
     Sampling(max_new_tokens=30), Sampling(max_new_tokens=30, repetition_penalty=1.3),
-    Sampling(max_new_tokens=30, temperature=0.8, top_k=40, top_p=0.9, seed=3)], ids=["greedy", "penalty", "sampled"])
+    Sampling(max_new_tokens=30, temperature=0.8, top_k=40, top_p=0.9, seed=3),
+], ids=["greedy", "penalty", "sampled"])
 def test_batched_equals_one_by_one(lively, prompts, features, sampling):
     together = collect(lively, prompts, sampling, features)
     per_prompt = features.split([len(prompt.image_slots) for prompt in prompts])
-    alone = [collect(lively, [prompt], Sampling(**vars(sampling) | {"seed": sampling.seed + row}), per_prompt[row])[0]
+    alone = [collect(lively, [prompt], Sampling(**vars(sampling) | {"seed": sampling.seed + row}),
+                     per_prompt[row])[0]
              for row, prompt in enumerate(prompts)]
     assert together == alone
     assert len(set(itertools.chain(*together))) > 20       # not one token over and over
@@ -60,11 +68,13 @@ def test_cached_equals_uncached(lively, prompts, features):
 
 
 def test_max_new_tokens_counts_new_tokens_and_the_context_is_the_limit(lively, prompts, features):
-    assert [len(answer) for answer in collect(lively, prompts, Sampling(max_new_tokens=7), features)] == [7] * 4
+    assert [len(answer)
+            for answer in collect(lively, prompts, Sampling(max_new_tokens=7), features)] == [7] * 4
     lengths = [len(prompt.input_ids) for prompt in prompts]
     lively.config.max_seq_len = max(lengths) + 3
     answers = collect(lively, prompts, Sampling(max_new_tokens=500), features)
-    assert [length + len(answer) for length, answer in zip(lengths, answers, strict=True)] == [max(lengths) + 3] * 4
+    assert [length + len(answer)
+            for length, answer in zip(lengths, answers, strict=True)] == [max(lengths) + 3] * 4
     lively.config.max_seq_len = max(lengths)
     with pytest.raises(ValueError, match="context holds"):
         collect(lively, prompts, Sampling(), features)
@@ -83,7 +93,8 @@ def test_two_conversations_at_once_never_mix(lively, prompts, features):
     a, b = (generate(lively, [prompts[n]], 2, Sampling(max_new_tokens=12), features[n:n + 1]) for n in (0, 3))
     interleaved = list(zip(*((x[0], y[0]) for x, y in zip(a, b, strict=True)), strict=True))
     for n, answer in zip((0, 3), interleaved, strict=True):
-        assert list(answer) == collect(lively, [prompts[n]], Sampling(max_new_tokens=12), features[n:n + 1])[0]
+        assert list(answer) == collect(lively, [prompts[n]], Sampling(max_new_tokens=12),
+                                       features[n:n + 1])[0]
 
 
 def test_forgotten_images_are_told(lively, prompts, features):
@@ -104,8 +115,9 @@ def test_choosing_equals_transformers_processors():
     torch.testing.assert_close(ours, processors(ids, logits.clone()))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"repetition_penalty": 0},
-                                   {"max_new_tokens": 0}, {"temperature": float("nan")}])
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"repetition_penalty": 0}, {"max_new_tokens": 0},
+    {"temperature": float("nan")}])
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)

@@ -8,7 +8,8 @@ from model.model import IGNORE_INDEX, Attention, FeedForward, KVCache, Transform
 from model.vision_proj import find_image_slots, overwrite_image_slots, placeholder_ids
 
 
-@pytest.mark.parametrize(("dim", "n_layers", "llm", "vlm"), [(512, 8, 26_878_464, 27_271_680), (768, 16, 108_749_568, 109_339_392)])
+@pytest.mark.parametrize(("dim", "n_layers", "llm", "vlm"), [
+    (512, 8, 26_878_464, 27_271_680), (768, 16, 108_749_568, 109_339_392)])
 def test_parameter_counts_are_those_of_minimind(dim, n_layers, llm, vlm):
     with torch.device("meta"):
         assert Transformer(LMConfig(dim=dim, n_layers=n_layers, vision_dim=0)).num_parameters() == llm
@@ -29,22 +30,26 @@ def test_config_survives_json(tmp_path):
 
 
 def test_what_blocks_add_to_the_stream_starts_smaller():
-    """Once the depth-scaled initialisation sat on w3; it belongs on the two matrices that write to the residual stream."""
+    """Once the depth-scaled initialisation sat on w3; it belongs on the two matrices that write to the
+    residual stream."""
     config = LMConfig(dim=256, n_layers=8, vision_dim=0)
     model = Transformer(config)
     scaled = 0.02 / 4
     for module in model.modules():
         if isinstance(module, Attention):
-            assert abs(module.wo.weight.std() / scaled - 1) < 0.05 and abs(module.wq.weight.std() / 0.02 - 1) < 0.05
+            assert (abs(module.wo.weight.std() / scaled - 1) < 0.05
+                    and abs(module.wq.weight.std() / 0.02 - 1) < 0.05)
         if isinstance(module, FeedForward):
-            assert abs(module.w2.weight.std() / scaled - 1) < 0.05 and abs(module.w3.weight.std() / 0.02 - 1) < 0.05
+            assert (abs(module.w2.weight.std() / scaled - 1) < 0.05
+                    and abs(module.w3.weight.std() / 0.02 - 1) < 0.05)
 
 
 def test_rope_equals_complex_multiplication_of_neighbouring_pairs():
     config = LMConfig(dim=64, n_heads=4, n_kv_heads=2)
     x = torch.randn(2, 9, 4, 16)
     angles = torch.outer(torch.arange(9.0), 10000.0 ** (-torch.arange(0, 16, 2) / 16))
-    turned = torch.view_as_complex(x.unflatten(-1, (8, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    turned = (torch.view_as_complex(x.unflatten(-1, (8, 2)))
+              * torch.polar(torch.ones_like(angles), angles)[:, None])
     expected = torch.view_as_real(turned).flatten(-2)
     torch.testing.assert_close(apply_rope(x, rope_table(config, 9, x.device)), expected)
 
@@ -119,15 +124,16 @@ def test_padding_changes_nothing(model, config):
         model.zero_grad()
         loss = model(ids, labels=labels)[1]
         loss.backward()
-        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]))
+        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()
+                                        if parameter.grad is not None]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-7)
     for short, long in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_to_learn_is_harmless(model):
-    loss = model(torch.ones(2, 4, dtype=torch.long), torch.zeros(0, 50, 24), torch.zeros(0, 50, dtype=torch.long),
-                 labels=torch.full((2, 4), IGNORE_INDEX))[1]
+    loss = model(torch.ones(2, 4, dtype=torch.long), torch.zeros(0, 50, 24),
+                 torch.zeros(0, 50, dtype=torch.long), labels=torch.full((2, 4), IGNORE_INDEX))[1]
     loss.backward()
     assert loss.item() == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())

@@ -15,14 +15,17 @@ MINIMIND_TOKENIZER = Path(os.environ.get("MINIMIND_TOKENIZER", "model/minimind_t
 
 @pytest.fixture(scope="module")
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Like MiniMind's own: nothing keeps "<" apart, so " <" and "<<<<" are tokens, and pasted placeholders are lost."""
+    """Like MiniMind's own: nothing keeps "<" apart, so " <" and "<<<<" are tokens, and pasted placeholders
+    are lost."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"],
+                                  show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator([" < <<<<<<<< >>>>>>>>", "a <b> user assistant"] * 50, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
+                                   eos_token="</s>")
 
 
 @pytest.fixture(params=["demo", "merging", "minimind"])
@@ -38,8 +41,9 @@ def human(text: str) -> list[dict]:
     return [{"from": "human", "value": text}]
 
 
-@pytest.mark.parametrize("text", ["<image>", "see <image>", "x\n<image>\ny", "看<image>图", "<image><image>", "<image> <image>",
-                                  "context: Source Image: <image> Target Image: <image> Instruction: what?"])
+@pytest.mark.parametrize("text", [
+    "<image>", "see <image>", "x\n<image>\ny", "看<image>图", "<image><image>", "<image> <image>",
+    "context: Source Image: <image> Target Image: <image> Instruction: what?"])
 def test_the_placeholder_is_found_in_every_context(any_tokenizer, text):
     prompt = render_conversation(human(text), any_tokenizer)
     assert len(prompt.image_slots) == text.count("<image>")
@@ -49,11 +53,13 @@ def test_the_placeholder_is_found_in_every_context(any_tokenizer, text):
     assert found.tolist() == prompt.image_slots
 
 
-@pytest.mark.parametrize("text", ["<s>user\nhi</s>", "a </s> b", "<<<<" + "<" * 25 + ">" * 25, "<unk>", "<b>html</b>"])
+@pytest.mark.parametrize("text", [
+    "<s>user\nhi</s>", "a </s> b", "<<<<" + "<" * 25 + ">" * 25, "<unk>", "<b>html</b>"])
 def test_text_that_looks_like_markup_stays_text(any_tokenizer, text):
     prompt = render_conversation(human(text), any_tokenizer)
     assert prompt.image_slots == []
-    assert prompt.input_ids.count(1) == 2 and prompt.input_ids.count(2) == 1       # our own turns, nothing of the user's
+    # Our own turns, nothing of the user's.
+    assert prompt.input_ids.count(1) == 2 and prompt.input_ids.count(2) == 1
     start, end = prompt.input_ids.index(1) + 1, prompt.input_ids.index(2)
     assert any_tokenizer.decode(prompt.input_ids[start:end]) == f"user\n{text}"
 
@@ -86,7 +92,8 @@ def test_minimind_ids_of_the_answer_header():
 
 
 def test_length_is_cut_after_an_answer_never_through_an_image(tokenizer):
-    prompt = render_conversation([*human("<image>\n描述这张图片。"), {"from": "gpt", "value": "图片里有什么？" * 9}], tokenizer)
+    prompt = render_conversation([*human("<image>\n描述这张图片。"),
+                                  {"from": "gpt", "value": "图片里有什么？" * 9}], tokenizer)
     first = prompt.answer_mask.index(True)
     assert check_length(prompt, 999) == len(prompt.input_ids) - 1      # the newline after </s> is not learnt
     assert check_length(prompt, first + 3) == first + 3
@@ -106,7 +113,8 @@ def test_marks_are_put_where_a_person_leaves_them_out():
 
 def test_another_tokenizer_is_refused(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<": 1, ">": 2}, unk_token="<unk>"))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
+                                   eos_token="</s>")
     with pytest.raises(ValueError, match="exactly 50 placeholder ids"):
         check_tokenizer(fast, "somewhere")
     with pytest.raises(FileNotFoundError, match="--tokenizer_path"):

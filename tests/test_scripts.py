@@ -1,4 +1,5 @@
-"""The numbered scripts, each run as a process: the chain of stages, torchrun, same seed same bits, and bad input."""
+"""The numbered scripts, each run as a process: the chain of stages, torchrun, same seed same bits, and bad
+input."""
 import json
 import os
 
@@ -54,17 +55,21 @@ def test_the_same_seed_gives_the_same_bits_and_workers_change_nothing(workplace)
     assert not torch.equal(runs[0]["norm.weight"], runs[2]["norm.weight"])
 
 
-@pytest.mark.parametrize(("flags", "processes"), [(["--batch_size=4"], 2), (["--batch_size=2", "--accumulation_steps=4"], 1),
-                                                  (["--batch_size=2", "--accumulation_steps=2"], 2)])
+@pytest.mark.parametrize(("flags", "processes"), [
+    (["--batch_size=4"], 2), (["--batch_size=2", "--accumulation_steps=4"], 1),
+    (["--batch_size=2", "--accumulation_steps=2"], 2)])
 def test_one_global_batch_however_it_is_split(workplace, flags, processes):
     """1 x 8, 2 x 4 and 2 x 2 x 2 accumulated end in the same weights, though answers differ much in length:
-    the loss is normalised by the learnt tokens of the whole global batch. 7 samples are left for an epoch's last step."""
+    the loss is normalised by the learnt tokens of the whole global batch. 7 samples are left for an epoch's
+    last step."""
     (workplace / "data.json").write_text(json.dumps(make_rows(23)))
     train(workplace, "--batch_size=8")
-    expected, losses = weights_of(workplace), read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")
+    expected, losses = (
+        weights_of(workplace), read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl"))
     train(workplace, *flags, processes=processes)
     for name, tensor in weights_of(workplace).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5,
+                                   msg=lambda text, name=name: f"{name}: {text}")
     split = read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")
     for one, other in zip(losses, split, strict=True):
         assert abs(one["loss"] - other["loss"]) < 1e-4 and one["step"] == other["step"]
@@ -75,7 +80,8 @@ def test_reduced_precision_stays_close_to_float32(workplace, dtype):
     losses = []
     for flag in ("--dtype=float32", f"--dtype={dtype}"):
         train(workplace, flag)
-        losses.append([record["loss"] for record in read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")])
+        losses.append([record["loss"]
+                       for record in read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")])
     assert losses[0] != losses[1]       # it really decides
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.05
 
@@ -83,18 +89,23 @@ def test_reduced_precision_stays_close_to_float32(workplace, dtype):
 def test_evaluation_describes_and_scores_the_same_with_two_processes(workplace):
     train(workplace)
     train(workplace, script="2-sft_vlm.py")
-    questions = [{"image": f"images/{n % 6}.png", "question": "什么颜色？", "answer": "它是蓝色。", "kind": "colour"} for n in range(11)]
+    questions = [{"image": f"images/{n % 6}.png", "question": "什么颜色？", "answer": "它是蓝色。",
+                  "kind": "colour"} for n in range(11)]
     (workplace / "questions_x.jsonl").write_text("\n".join(json.dumps(row) for row in questions))
     outputs, reports = [], []
     for processes in (1, 2):
-        common = [f"--out_dir={workplace}/out", "--dim=32", "--device=cpu", "--max_new_tokens=8", "--batch_size=4"]
-        described = run_script("3-eval_chat.py", *common, f"--image_dir={workplace}/images", "--temperature=0.9", processes=processes)
+        common = [f"--out_dir={workplace}/out", "--dim=32", "--device=cpu", "--max_new_tokens=8",
+                  "--batch_size=4"]
+        described = run_script("3-eval_chat.py", *common, f"--image_dir={workplace}/images",
+                               "--temperature=0.9", processes=processes)
         assert described.returncode == 0, described.stderr
         outputs.append(described.stdout[described.stdout.index("["):])
-        scored = run_script("3-eval_chat.py", *common, f"--questions={workplace}/questions_x.jsonl", "--control", "real", "blank",
-                            "shuffled", f"--report={workplace}/report.json", processes=processes)
+        scored = run_script("3-eval_chat.py", *common, f"--questions={workplace}/questions_x.jsonl",
+                            "--control", "real", "blank", "shuffled", f"--report={workplace}/report.json",
+                            processes=processes)
         assert scored.returncode == 0, scored.stderr
-        reports.append(((workplace / "report.json").read_text(), (workplace / "report.answers.jsonl").read_text()))
+        reports.append(((workplace / "report.json").read_text(),
+                        (workplace / "report.answers.jsonl").read_text()))
     assert outputs[0] == outputs[1] and outputs[0].count("这个图片描述的是什么内容？") == 6
     assert reports[0] == reports[1]
     assert set(json.loads(reports[0][0])["x"]["colour"]) == {"real", "blank", "shuffled"}
@@ -105,8 +116,9 @@ def test_chat_in_the_terminal(workplace):
     train(workplace)
     import subprocess
     import sys
-    result = subprocess.run([sys.executable, "3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32", "--stage=vlm_pretrain",
-                             f"--chat={workplace}/images/0.png", "--max_new_tokens=5", "--device=cpu"], cwd=ROOT, timeout=120,
+    result = subprocess.run([sys.executable, "3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32",
+                             "--stage=vlm_pretrain", f"--chat={workplace}/images/0.png",
+                             "--max_new_tokens=5", "--device=cpu"], cwd=ROOT, timeout=120,
                             input="什么颜色？\nand the shape?\n\n", capture_output=True, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0 and result.stdout.count("> ") == 3, result.stderr
@@ -117,21 +129,25 @@ def test_bad_samples_stop_or_are_counted(workplace):
     rows[17]["image"] = "gone.png"
     (workplace / "data.json").write_text(json.dumps(rows))
     flags = [f"@{workplace}/args", "--epochs=1", "--batch_size=32"]
-    check_refused(run_script("1-pretrain_vlm.py", *flags, "--max_steps=0"), "row 18 (id 17)", "gone.png", "--on_bad_sample skip")
+    check_refused(run_script("1-pretrain_vlm.py", *flags, "--max_steps=0"),
+                  "row 18 (id 17)", "gone.png", "--on_bad_sample skip")
     result = run_script("1-pretrain_vlm.py", *flags, "--on_bad_sample=skip", "--num_workers=2", processes=2)
     assert result.returncode == 0 and "1 bad samples left out" in result.stdout + result.stderr, result.stderr
     for row in rows[:5]:
         row["image"] = "gone.png"
     (workplace / "data.json").write_text(json.dumps(rows))
-    check_refused(run_script("1-pretrain_vlm.py", *flags, "--on_bad_sample=skip"), " of 300 rows could not be used, more than 1 %")
+    check_refused(run_script("1-pretrain_vlm.py", *flags, "--on_bad_sample=skip"),
+                  " of 300 rows could not be used, more than 1 %")
 
 
 def test_what_was_learnt_before_an_error_is_kept(workplace):
     rows = make_rows(24)
     rows[3]["image"] = "gone.png"
     (workplace / "data.json").write_text(json.dumps(rows))
-    seeds = (seed for seed in range(20) if 3 not in torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12])
-    check_refused(run_script("1-pretrain_vlm.py", f"@{workplace}/args", "--epochs=1", f"--seed={next(seeds)}"), "gone.png")
+    seeds = (seed for seed in range(20)
+             if 3 not in torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12])
+    check_refused(run_script("1-pretrain_vlm.py", f"@{workplace}/args", "--epochs=1",
+                             f"--seed={next(seeds)}"), "gone.png")
     step = read_description(workplace / "out" / "32_vlm_pretrain.pth")["step"]
     assert 3 <= step < 6 and weights_of(workplace)
 
@@ -156,7 +172,8 @@ def wrong_rows(workplace, text):
     (lambda w: wrong_rows(w, '[{"image": "0.png"},\n oops]'), [], ["data.json is not valid JSON: line 2"]),
     (lambda w: wrong_rows(w, '[{"image": "0.png"}]'), [], ["row 1", 'no "conversations"']),
     (lambda w: None, ["--image_dir=nowhere"], ["picture folder not found: nowhere", "--image_dir"]),
-    (lambda w: None, ["--clip_path=nowhere"], ["no CLIP folder at nowhere", "hf download openai/clip-vit-base-patch32"]),
+    (lambda w: None, ["--clip_path=nowhere"],
+     ["no CLIP folder at nowhere", "hf download openai/clip-vit-base-patch32"]),
     (lambda w: None, ["--tokenizer_path=nowhere"], ["no tokenizer at nowhere", "--tokenizer_path"]),
     (lambda w: None, ["--max_seq_len=64"], ["row", "max_seq_len 64"]),
     (lambda w: None, ["--max_seq_len=40"], ["row", "would be cut at max_seq_len 40"]),
@@ -185,14 +202,16 @@ def test_bad_input_is_one_line_with_the_cure(workplace, prepare, flags, fragment
 ])
 def test_bad_input_to_evaluation(workplace, flags, fragments):
     train(workplace, "--max_steps=1")
-    check_refused(run_script("3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32", "--device=cpu", *flags), *fragments)
+    check_refused(run_script("3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32", "--device=cpu",
+                             *flags), *fragments)
 
 
 def test_another_clip_is_told_before_the_first_answer(workplace, tmp_path):
     train(workplace, "--max_steps=1")
     other = save_clip(tmp_path / "wide", hidden_size=32)
-    check_refused(run_script("3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32", "--stage=vlm_pretrain", f"--clip_path={other}",
-                             "--device=cpu"), "image features of 50 x 24", "gives 50 x 32", "--clip_path")
+    check_refused(run_script("3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32",
+                             "--stage=vlm_pretrain", f"--clip_path={other}", "--device=cpu"),
+                  "image features of 50 x 24", "gives 50 x 32", "--clip_path")
 
 
 def test_multi_false_means_false(workplace):

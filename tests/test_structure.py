@@ -1,4 +1,5 @@
-"""The shape of the repository: imports point one way, nothing happens at import, every command in the README parses."""
+"""The shape of the repository: imports point one way, nothing happens at import, every command in the README
+parses."""
 import ast
 import importlib.util
 import re
@@ -41,7 +42,8 @@ def test_imports_point_one_way(importer):
 def test_the_model_prints_nothing():
     for path in sorted((ROOT / "model").glob("*.py")):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), path.name
+        assert not any(isinstance(call.func, ast.Name) and call.func.id == "print"
+                       for call in calls), path.name
 
 
 def test_the_config_needs_no_torch():
@@ -51,11 +53,13 @@ def test_the_config_needs_no_torch():
 
 def test_nothing_happens_at_import():
     """At the top level stand imports, definitions and constants; no call is made for its effect."""
-    files = [path for pattern in ("*.py", "model/*.py", "trainer/*.py", "dataset/demo_world/*.py") for path in ROOT.glob(pattern)]
+    files = [path for pattern in ("*.py", "model/*.py", "trainer/*.py", "dataset/demo_world/*.py")
+             for path in ROOT.glob(pattern)]
     assert len(files) > 20
     for path in files:
         for node in ast.parse(path.read_text()).body:
-            quiet = isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign)
+            quiet = isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
+                               | ast.Assign | ast.AnnAssign)
             quiet |= isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)        # a docstring
             quiet |= isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
             assert quiet or path.name == "__main__.py", f"{path}:{node.lineno}: {ast.unparse(node)[:60]}"
@@ -71,7 +75,8 @@ def load_script(name: str):
 def documented_commands() -> list[tuple[str, str]]:
     """(where, command) for every command line of ours in the README and in the scripts' docstrings."""
     texts = {name: ast.get_docstring(ast.parse((ROOT / name).read_text())) for name in SCRIPTS}
-    texts["README.md"] = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    texts["README.md"] = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(),
+                                              re.DOTALL))
     found = []
     for where, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():

@@ -1,4 +1,5 @@
-"""Pictures and CLIP: every picture mode, the processor's pixels, the frozen tower from the real on-disk formats."""
+"""Pictures and CLIP: every picture mode, the processor's pixels, the frozen tower from the real on-disk
+formats."""
 import json
 import shutil
 
@@ -10,7 +11,13 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from model.vision_utils import (
-    ImageProcessor, get_img_embedding, get_img_process, get_vision_model, num_image_tokens, open_image, to_rgb,
+    ImageProcessor,
+    get_img_embedding,
+    get_img_process,
+    get_vision_model,
+    num_image_tokens,
+    open_image,
+    to_rgb,
 )
 
 
@@ -39,7 +46,8 @@ def test_transparency_is_white_paper_not_black(mode, tmp_path):
     assert shown[:, :4, 1:].max() < 120 or mode == "LA"
 
 
-@pytest.mark.parametrize(("dtype", "top"), [(np.uint16, 65535), (np.int32, 65535), (np.float32, 255), (np.uint8, 255)])
+@pytest.mark.parametrize(("dtype", "top"), [
+    (np.uint16, 65535), (np.int32, 65535), (np.float32, 255), (np.uint8, 255)])
 def test_deep_pictures_keep_their_greys(dtype, top):
     """16-bit pictures converted directly are clipped to white."""
     values = (np.linspace(0, 1, 16).reshape(4, 4) * top).astype(dtype)
@@ -54,7 +62,8 @@ def test_a_photo_taken_sideways_is_turned_upright(tmp_path):
     exif[0x0112] = 6        # "rotate 90 degrees clockwise to view"
     picture.save(tmp_path / "a.png", exif=exif)
     shown = open_image(tmp_path / "a.png")
-    assert shown.size == (4, 8) and shown.getpixel((1, 0)) == (255, 0, 0) and shown.getpixel((1, 7)) == (255, 255, 255)
+    assert (shown.size == (4, 8) and shown.getpixel((1, 0)) == (255, 0, 0)
+            and shown.getpixel((1, 7)) == (255, 255, 255))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n then nothing"])
@@ -80,12 +89,14 @@ def test_batched_features_equal_one_by_one(clip_path):
     together = get_img_embedding(pixels, vision_model)
     assert together.shape == (3, 50, 24) and num_image_tokens(vision_model) == 50 and processor.size == 224
     for number in range(3):
-        torch.testing.assert_close(get_img_embedding(pixels[number:number + 1], vision_model), together[number:number + 1])
+        torch.testing.assert_close(get_img_embedding(pixels[number:number + 1], vision_model),
+                                   together[number:number + 1])
     assert get_img_embedding(pixels[:0], vision_model).shape == (0, 50, 24)
 
 
 def to_old_format(folder, old):
-    """The layout of 2021: pytorch_model.bin with both towers, position_ids among the weights, half precision."""
+    """The layout of 2021: pytorch_model.bin with both towers, position_ids among the weights, half
+    precision."""
     old.mkdir()
     state = CLIPModel.from_pretrained(folder).state_dict()
     state = {name: tensor.half() for name, tensor in state.items()}
@@ -109,7 +120,8 @@ def test_features_are_those_of_the_hook_that_v1_used(clip_path):
     """v1 took what the encoder's last layer hands to the final layer norm."""
     vision_model, _ = get_vision_model(clip_path)
     caught = []
-    handle = vision_model.encoder.layers[-1].register_forward_hook(lambda module, inputs, output: caught.append(output))
+    handle = vision_model.encoder.layers[-1].register_forward_hook(
+        lambda module, inputs, output: caught.append(output))
     pixels = torch.randn(2, 3, 224, 224)
     features = get_img_embedding(pixels, vision_model)
     handle.remove()
@@ -119,15 +131,18 @@ def test_features_are_those_of_the_hook_that_v1_used(clip_path):
 
 def test_the_tower_is_frozen(clip_path):
     vision_model, _ = get_vision_model(clip_path)
-    assert not vision_model.training and not any(parameter.requires_grad for parameter in vision_model.parameters())
+    assert (not vision_model.training
+            and not any(parameter.requires_grad for parameter in vision_model.parameters()))
 
 
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda folder: shutil.rmtree(folder), "no CLIP folder at .*hf download openai/clip-vit-base-patch32"),
     (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
+    (lambda folder: (folder / "model.safetensors").unlink(),
+     "neither model.safetensors nor pytorch_model.bin"),
     (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
-    (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid"), "git-lfs pointer"),
+    (lambda folder: (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid"), "git-lfs pointer"),
     (lambda folder: (folder / "model.safetensors").write_text("<!DOCTYPE html><html>"), "web page"),
 ])
 def test_a_clip_folder_that_cannot_be_used_says_why(clip_path, tmp_path, damage, message):

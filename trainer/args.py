@@ -47,9 +47,11 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument("--tokenizer_path", help=f"tokenizer folder (default: {TOKENIZER_PATH})")
     group.add_argument("--clip_path", help=f"CLIP folder (default: {CLIP_PATH})")
     group.add_argument("--dim", type=int, default=512, help="model width: 512 with 8 layers, 768 with 16")
-    group.add_argument("--device", default="auto", help="auto (CUDA if there is any, else CPU), cpu, cuda, cuda:N, mps")
+    group.add_argument("--device", default="auto",
+                       help="auto (CUDA if there is any, else CPU), cpu, cuda, cuda:N, mps")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                       help="arithmetic of the matrix products; auto: bfloat16 on GPUs that have it, else float32")
+                       help="arithmetic of the matrix products; "
+                            "auto: bfloat16 on GPUs that have it, else float32")
     group.add_argument("--seed", type=int, default=1337)
 
 
@@ -58,29 +60,39 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group = parser.add_argument_group("sizes")
     group.add_argument("--n_layers", type=int, default=8)
     group.add_argument("--n_heads", type=int, default=16, help="attention heads")
-    group.add_argument("--n_kv_heads", type=int, default=8, help="key/value heads, each shared by n_heads / n_kv_heads")
-    group.add_argument("--vocab_size", type=int, default=0, help="rows of the embedding (0 = as many as the tokenizer has)")
+    group.add_argument("--n_kv_heads", type=int, default=8,
+                       help="key/value heads, each shared by n_heads / n_kv_heads")
+    group.add_argument("--vocab_size", type=int, default=0,
+                       help="rows of the embedding (0 = as many as the tokenizer has)")
     group.add_argument("--max_seq_len", type=int, default=512, help="tokens per sample, images included")
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default=data_path, help="json, jsonl or parquet file (default: %(default)s)")
+    group.add_argument("--data_path", default=data_path,
+                       help="json, jsonl or parquet file (default: %(default)s)")
     group.add_argument("--image_dir", default=image_dir, help="folder of its pictures (default: %(default)s)")
     group.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1),
-                       help="processes that load pictures (0 = the training process itself; default: %(default)s)")
+                       help="processes that load pictures "
+                            "(0 = the training process itself; default: %(default)s)")
     group.add_argument("--on_bad_sample", default="stop", choices=["stop", "skip"],
-                       help="stop and name it, or skip, count and report (stops above 1 %% of the rows all the same)")
+                       help="stop and name it, or skip, count and report "
+                            "(stops above 1 %% of the rows all the same)")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=19)
-    group.add_argument("--max_steps", type=int, default=0, help="optimizer steps (0 = as many as --epochs takes)")
+    group.add_argument("--max_steps", type=int, default=0,
+                       help="optimizer steps (0 = as many as --epochs takes)")
     group.add_argument("--batch_size", type=int, default=32, help="samples per process and forward pass")
     group.add_argument("--accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument("--learning_rate", type=float, default=learning_rate,
                        help="peak; a cosine takes it to a tenth (default: %(default)s)")
-    group.add_argument("--warmup_steps", type=int, default=0, help="optimizer steps of linear rise to the peak")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW decay of matrices (0 = Adam, as v1)")
+    group.add_argument("--warmup_steps", type=int, default=0,
+                       help="optimizer steps of linear rise to the peak")
+    group.add_argument("--weight_decay", type=float, default=0.0,
+                       help="AdamW decay of matrices (0 = Adam, as v1)")
     group.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0 = no limit)")
     group = parser.add_argument_group("record")
-    group.add_argument("--log_interval", type=int, default=10, help="optimizer steps between lines of the metrics log")
-    group.add_argument("--save_interval", type=int, default=100, help="optimizer steps between saves (0 = only at the end)")
+    group.add_argument("--log_interval", type=int, default=10,
+                       help="optimizer steps between lines of the metrics log")
+    group.add_argument("--save_interval", type=int, default=100,
+                       help="optimizer steps between saves (0 = only at the end)")
     group.add_argument("--use_wandb", action="store_true", help="mirror the metrics log to Weights & Biases")
     group.add_argument("--wandb_project", default="MiniMind-V")
     group.add_argument("--wandb_run_name", help="default: made of stage, size and batch")
@@ -88,9 +100,10 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
     """Raise ValueError with every flag whose value cannot be meant."""
-    at_least = {"dim": 1, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "vocab_size": 0, "max_seq_len": 2, "num_workers": 0,
-                "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulation_steps": 1, "warmup_steps": 0,
-                "weight_decay": 0, "grad_clip": 0, "log_interval": 1, "save_interval": 0, "seed": 0}
+    at_least = {"dim": 1, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "vocab_size": 0, "max_seq_len": 2,
+                "num_workers": 0, "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulation_steps": 1,
+                "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "log_interval": 1, "save_interval": 0,
+                "seed": 0}
     problems = [f"--{name} must be at least {low}, not {getattr(args, name)}"
                 for name, low in at_least.items() if hasattr(args, name) and not getattr(args, name) >= low]
     if not 0 < getattr(args, "learning_rate", 1) < math.inf:

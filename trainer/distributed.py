@@ -54,7 +54,8 @@ def start_run(device: str = "auto") -> Run:
     device  "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps"
     raises  ValueError if the device cannot be had
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")     # the loader's workers are forked after its first use
+    # The loader's workers are forked after the tokenizer's first use.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
@@ -74,8 +75,8 @@ def choose_device(device: str, local_rank: int) -> torch.device:
                              f"({torch.__version__}); use --device cpu or install a CUDA build")
         number = int(device.partition(":")[2] or local_rank)
         if number >= torch.cuda.device_count():
-            raise ValueError(f"--device cuda:{number}: this machine has {torch.cuda.device_count()} CUDA device(s); "
-                             "start fewer processes (--nproc_per_node)")
+            raise ValueError(f"--device cuda:{number}: this machine has {torch.cuda.device_count()} "
+                             "CUDA device(s); start fewer processes (--nproc_per_node)")
         return torch.device("cuda", number)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: not available to this PyTorch; use --device cpu")

@@ -1,4 +1,5 @@
-"""The record of a run: a JSONL file beside the weights, a loss curve at the end, and a mirror in wandb if asked for."""
+"""The record of a run: a JSONL file beside the weights, a loss curve at the end, and a mirror in wandb if
+asked for."""
 import argparse
 import json
 from pathlib import Path
@@ -15,7 +16,8 @@ class MetricsLog:
         self.file = self.wandb = None
         if run.is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "w", encoding="utf-8", buffering=1)
+            # Stays open as long as the run: line-buffered, so every step is on disk at once.
+            self.file = open(self.path, "w", encoding="utf-8", buffering=1)     # noqa: SIM115
             if args.use_wandb:
                 self.wandb = start_wandb(weights_out.stem, run, args)
 
@@ -34,14 +36,17 @@ class MetricsLog:
 
 
 def start_wandb(name: str, run: Run, args: argparse.Namespace):
-    """A wandb run; offline where the network or the key is missing, because a record must never cost a training run."""
-    import wandb        # only for those who ask: the import takes seconds
+    """A wandb run; offline where the network or the key is missing, because a record must never cost a
+    training run."""
+    import wandb  # only for those who ask: the import takes seconds
+
     settings = {"project": args.wandb_project, "config": vars(args),
                 "name": args.wandb_run_name or f"{name}-batch{args.batch_size}-lr{args.learning_rate:g}"}
     try:
         return wandb.init(**settings, settings=wandb.Settings(init_timeout=20))
     except Exception as error:      # wandb raises its own types, and those of its transport
-        run.print(f"wandb is not reachable ({str(error).splitlines()[0]}); recording offline, `wandb sync` sends it later")
+        run.print(f"wandb is not reachable ({str(error).splitlines()[0]}); "
+                  "recording offline, `wandb sync` sends it later")
         return wandb.init(**settings, mode="offline")
 
 
@@ -51,12 +56,14 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 def draw_loss_curve(metrics_path: Path, picture_path: Path) -> None:
     """Loss over optimizer steps, as a PNG."""
-    from matplotlib.figure import Figure        # half a second, needed once; Figure alone needs no display
+    from matplotlib.figure import Figure  # half a second, needed once; Figure alone needs no display
+
     records = [record for record in read_metrics(metrics_path) if "loss" in record]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([record["step"] for record in records], [record["loss"] for record in records], color="#2a6fbb")
-    axes.set(xlabel="optimizer step", ylabel="loss per learnt token", title=metrics_path.name.removesuffix(".metrics.jsonl"))
+    axes.set(xlabel="optimizer step", ylabel="loss per learnt token",
+             title=metrics_path.name.removesuffix(".metrics.jsonl"))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.savefig(picture_path, dpi=120)

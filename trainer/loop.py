@@ -1,4 +1,5 @@
-"""One training stage, from flags to weights. Stage 1 and stage 2 differ only in what their scripts hand to train_stage().
+"""One training stage, from flags to weights. Stage 1 and stage 2 differ only in what their scripts hand to
+train_stage().
 
     train_stage   flags -> tokenizer, CLIP, model, data
     train         the loop: batches, one boxed optimizer step, logging, saving
@@ -29,7 +30,8 @@ from trainer.distributed import Run
 from trainer.logger import MetricsLog
 
 
-def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_in: str, weights_out: str) -> None:
+def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_in: str,
+                weights_out: str) -> None:
     """Load what a stage starts from, train, save.
 
     weights_in, weights_out  names of stages (checkpoint.STAGES); files lie in args.out_dir
@@ -64,8 +66,8 @@ WEIGHTS_CURE = {
 }
 
 
-def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset, vision_model: nn.Module | None,
-          weights_out: Path, description: dict) -> None:
+def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
+          vision_model: nn.Module | None, weights_out: Path, description: dict) -> None:
     """Train `model` on `dataset` and save it to `weights_out`, every --save_interval steps and at the end."""
     if args.on_bad_sample == "stop":
         dataset.check_rows()
@@ -81,7 +83,8 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
             save_weights(model, weights_out, **description, step=step, total_steps=batches.total_steps)
 
     step = 0
-    bar = tqdm(total=batches.total_steps, disable=not run.is_main, unit="step", desc=weights_out.stem, dynamic_ncols=True)
+    bar = tqdm(total=batches.total_steps, disable=not run.is_main, unit="step", desc=weights_out.stem,
+               dynamic_ncols=True)
     try:
         for passes in by_step(loader, args.accumulation_steps):
             loss, grad_norm = stepper.step(passes, learning_rate(step, batches.total_steps, args))
@@ -89,9 +92,11 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
             bar.update()
             meter.add(passes, loss)
             if step % args.log_interval == 0 or step == batches.total_steps:
-                values = meter.read(step) | {"learning_rate": stepper.learning_rate, "grad_norm": grad_norm.item()}
+                values = meter.read(step) | {"learning_rate": stepper.learning_rate,
+                                             "grad_norm": grad_norm.item()}
                 log.write(**values)
-                bar.set_postfix_str("loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s".format(**values))
+                bar.set_postfix_str("loss {loss:.4f}, lr {learning_rate:.2e}, "
+                                    "{tokens_per_s:,.0f} tokens/s".format(**values))
             if args.save_interval and step % args.save_interval == 0 and step < batches.total_steps:
                 save()
     finally:        # whatever ends the run, what was learnt is kept
@@ -99,29 +104,35 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
         if step:
             save()
         log.close()
-    run.print(f"saved {weights_out} after {step} steps{meter.summary()}; metrics {log.path.name}, curve {log.curve.name}")
+    run.print(f"saved {weights_out} after {step} steps{meter.summary()}; "
+              f"metrics {log.path.name}, curve {log.curve.name}")
 
 
 class Stepper:
     """The model with what one optimizer step needs: optimizer, gradient scaler, DDP wrapper, dtype."""
 
-    def __init__(self, run: Run, args: argparse.Namespace, model: Transformer, vision_model: nn.Module | None):
+    def __init__(self, run: Run, args: argparse.Namespace, model: Transformer,
+                 vision_model: nn.Module | None):
         self.run, self.grad_clip = run, args.grad_clip or math.inf
         self.model = model.to(run.device).train()
-        self.vision_model = vision_model.to(run.device) if vision_model else None     # in no optimizer and no DDP bucket
+        # CLIP is in no optimizer and no DDP bucket.
+        self.vision_model = vision_model.to(run.device) if vision_model else None
         self.trained = self.model if run.world_size == 1 else DistributedDataParallel(
             self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.model, args)
         self.dtype = choose_dtype(args.dtype, run.device)
-        self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.dtype == torch.float16)   # bfloat16 needs none
+        # bfloat16 needs no scaler.
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.dtype == torch.float16)
         self.learning_rate = 0.0
 
     def step(self, passes: list[dict], learning_rate: float) -> tuple[Tensor, Tensor]:
         """One optimizer step over the batches of all accumulation passes.
 
-        The loss is the sum over the learnt tokens of the whole global batch (all ranks, all passes) divided by their
-        number, so one process with batch 8, two with batch 4 and one with 4 x batch 2 take the same step.
-        returns  this rank's part of that loss, and the gradient norm before clipping; on the device, nothing waits for it
+        The loss is the sum over the learnt tokens of the whole global batch (all ranks, all passes) divided
+        by their number, so one process with batch 8, two with batch 4 and one with 4 x batch 2 take the same
+        step.
+        returns  this rank's part of that loss, and the gradient norm before clipping; on the device, nothing
+                 waits for it
         """
         self.learning_rate = learning_rate
         for group in self.optimizer.param_groups:
@@ -130,10 +141,11 @@ class Stepper:
         num_learnt = self.run.sum(num_learnt).clamp(min=1)
         total = torch.zeros((), device=self.run.device)
         for batch in passes:
-            last = batch is passes[-1]                                       # ranks exchange gradients only once
+            last = batch is passes[-1]      # ranks exchange gradients only once
             with contextlib.nullcontext() if last or self.trained is self.model else self.trained.no_sync():
                 loss = self.forward(to_device(batch, self.run.device)) * batch["num_learnt"] / num_learnt
-                self.scaler.scale(loss * self.run.world_size).backward()     # times world_size: DDP averages over ranks
+                # Times world_size: DDP averages over ranks.
+                self.scaler.scale(loss * self.run.world_size).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip, foreach=True)
@@ -147,19 +159,22 @@ class Stepper:
         with torch.autocast(self.run.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = None
             if self.vision_model:
-                features = get_img_embedding(batch["pixel_values"], self.vision_model)                # (M, N, V)
+                features = get_img_embedding(batch["pixel_values"], self.vision_model)             # (M, N, V)
             return self.trained(batch["input_ids"], features, batch["image_slots"], batch["labels"])[1]
 
 
 class GlobalBatches(Sampler):
-    """Which samples this rank loads, for the whole run: a new shuffle every epoch, each sample once per epoch.
+    """Which samples this rank loads, for the whole run: a new shuffle every epoch, each sample once per
+    epoch.
 
-    A global step takes the next batch_size * world_size * accumulation_steps samples of the epoch's order and deals them
-    out, so the order does not depend on how many processes there are. An epoch's last step may hold fewer.
+    A global step takes the next batch_size * world_size * accumulation_steps samples of the epoch's order and
+    deals them out, so the order does not depend on how many processes there are. An epoch's last step may
+    hold fewer.
     """
 
     def __init__(self, num_samples: int, args: argparse.Namespace, run: Run):
-        self.num_samples, self.seed, self.rank, self.world_size = num_samples, args.seed, run.rank, run.world_size
+        self.num_samples, self.seed, self.rank, self.world_size = (
+            num_samples, args.seed, run.rank, run.world_size)
         self.accumulation_steps = args.accumulation_steps
         self.samples_per_step = args.batch_size * run.world_size * args.accumulation_steps
         self.steps_per_epoch = math.ceil(num_samples / self.samples_per_step)
@@ -172,7 +187,8 @@ class GlobalBatches(Sampler):
         for step in range(self.total_steps):
             epoch, place = divmod(step, self.steps_per_epoch)
             if place == 0:
-                order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
+                order = torch.randperm(self.num_samples,
+                                       generator=torch.Generator().manual_seed(self.seed + epoch))
             samples = order[place * self.samples_per_step:][:self.samples_per_step]
             dealt = torch.tensor_split(samples, self.accumulation_steps * self.world_size)
             yield from (part.tolist() for part in dealt[self.rank::self.world_size])
@@ -194,7 +210,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
     """AdamW; decay, if any, on matrices only. Without decay this is Adam, v1's optimizer."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=matrices[0].device.type in ("cpu", "cuda"))
 
 
@@ -232,15 +249,17 @@ class Meter:
 
         Raises ValueError, on every rank, once more than 1 % of the rows seen are bad.
         """
-        sums = torch.tensor([float(self.loss), self.num_tokens, self.num_bad], dtype=torch.float64).to(self.run.device)
+        sums = torch.tensor([float(self.loss), self.num_tokens, self.num_bad],
+                            dtype=torch.float64).to(self.run.device)
         loss, num_tokens, self.total_bad = self.run.sum(sums).tolist()
         now = time.perf_counter()
-        values = {"step": step, "epoch": round(step / self.batches.steps_per_epoch, 4), "loss": loss / self.num_steps,
-                  "tokens_per_s": num_tokens / (now - self.since), "seconds": round(now - self.started, 3)}
+        values = {"step": step, "epoch": round(step / self.batches.steps_per_epoch, 4),
+                  "loss": loss / self.num_steps, "tokens_per_s": num_tokens / (now - self.since),
+                  "seconds": round(now - self.started, 3)}
         self.loss, self.num_steps, self.num_tokens, self.since = 0.0, 0, 0, now
         if self.total_bad > 0.01 * self.batches.num_samples * math.ceil(step / self.batches.steps_per_epoch):
-            raise ValueError(f"{self.total_bad:.0f} of {self.batches.num_samples} rows could not be used, more than 1 %: "
-                             f"mend {self.args.data_path}")
+            raise ValueError(f"{self.total_bad:.0f} of {self.batches.num_samples} rows could not be used, "
+                             f"more than 1 %: mend {self.args.data_path}")
         return values
 
     def summary(self) -> str:
@@ -251,10 +270,13 @@ def describe_run(run: Run, args: argparse.Namespace, model: Transformer, vision_
                  dataset: VLMDataset, batches: GlobalBatches, dtype: torch.dtype) -> str:
     """What is about to happen, in two lines."""
     frozen = sum(parameter.numel() for parameter in vision_model.parameters()) if vision_model else 0
-    projection = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith("vision_proj"))
+    projection = sum(parameter.numel() for name, parameter in model.named_parameters()
+                     if name.startswith("vision_proj"))
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-    return (f"trained: {model.num_parameters() / 1e6:.2f} M parameters, {projection / 1e6:.2f} M of them the projection; "
+    return (f"trained: {model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{projection / 1e6:.2f} M of them the projection; "
             f"frozen: {frozen / 1e6:.2f} M (CLIP)\n"
-            f"{len(dataset)} samples, {batches.samples_per_step} per step ({run.world_size} process(es) x batch "
-            f"{args.batch_size} x accumulation {args.accumulation_steps}), {batches.total_steps} steps, "
+            f"{len(dataset)} samples, {batches.samples_per_step} per step "
+            f"({run.world_size} process(es) x batch {args.batch_size} x accumulation "
+            f"{args.accumulation_steps}), {batches.total_steps} steps, "
             f"{str(dtype).removeprefix('torch.')} on {run.device}{threads}")

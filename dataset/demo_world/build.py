@@ -1,13 +1,18 @@
 """Make the whole demo world on disk, in the formats of the real run:
 
-    DIR/images/               all pictures                      DIR/tokenizer/    instead of MiniMind's
-    DIR/pretrain.json         instead of LLaVA-Pretrain         DIR/clip/         instead of openai/clip-vit-base-patch32
-    DIR/sft.json              instead of LLaVA-Instruct         DIR/128_llm.pth   instead of MiniMind's 512_llm.pth
-    DIR/sft_multi.json        two pictures a row                DIR/*.args        recipes for the numbered scripts
-    DIR/questions_*.jsonl     held-out questions with answers   DIR/eval_images/  a few pictures never trained on
+    DIR/images/               all pictures
+    DIR/tokenizer/            instead of MiniMind's
+    DIR/pretrain.json         instead of LLaVA-Pretrain
+    DIR/clip/                 instead of openai/clip-vit-base-patch32
+    DIR/sft.json              instead of LLaVA-Instruct
+    DIR/128_llm.pth           instead of MiniMind's 512_llm.pth
+    DIR/sft_multi.json        two pictures a row
+    DIR/*.args                recipes for the numbered scripts
+    DIR/questions_*.jsonl     held-out questions with answers
+    DIR/eval_images/          a few pictures never trained on
 
-Work goes on in DIR.building, one finished part after another, and is moved to DIR when all parts are there: a second
-call goes on where the first was stopped, and half a world is never taken for a whole one.
+Work goes on in DIR.building, one finished part after another, and is moved to DIR when all parts are there: a
+second call goes on where the first was stopped, and half a world is never taken for a whole one.
 """
 import argparse
 import json
@@ -72,13 +77,14 @@ class World:
         os.rename(self.work, self.folder)
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        return {"pictures": self.draw_pictures, "sentences": self.write_rows, "tokenizer": self.make_tokenizer,
-                "clip": self.make_clip, "llm": self.make_llm}
+        return {"pictures": self.draw_pictures, "sentences": self.write_rows,
+                "tokenizer": self.make_tokenizer, "clip": self.make_clip, "llm": self.make_llm}
 
     def check_identity(self) -> None:
         found = read_json(self.folder / "world.json").get("identity")
         if found != self.identity:
-            raise ValueError(f"{self.folder} holds {'another demo world: ' + str(found) if found else 'something else'}; "
+            raise ValueError(f"{self.folder} holds "
+                             f"{'another demo world: ' + str(found) if found else 'something else'}; "
                              "choose another --out, or remove that folder")
 
     def draw_pictures(self) -> None:
@@ -116,7 +122,8 @@ class World:
                 bar.update(step - bar.n)
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             model, _ = encoder.train_encoder([self.work / "images" / name for name in pictures],
-                                             list(pictures.values()), tokenizer, self.preset, self.seed, progress)
+                                             list(pictures.values()), tokenizer, self.preset, self.seed,
+                                             progress)
         encoder.save_encoder(model, tokenizer, self.work / "clip")
 
     def make_llm(self) -> None:
@@ -124,13 +131,15 @@ class World:
         preset = self.preset
         parser = Parser("")
         add_model_flags(parser)
-        add_training_flags(parser, data_path=str(self.work / "text.json"), image_dir="", learning_rate=preset.llm.lr)
+        add_training_flags(parser, data_path=str(self.work / "text.json"), image_dir="",
+                           learning_rate=preset.llm.lr)
         args = check_args(parser.parse_args(self.sizes() + [
             f"--max_steps={preset.llm.steps}", f"--batch_size={preset.llm.batch_size}", f"--seed={self.seed}",
             "--num_workers=0", "--dtype=float32", "--device=cpu"]))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "tokenizer")
-        config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
-                          vocab_size=len(tokenizer), max_seq_len=args.max_seq_len, vision_dim=0)
+        config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads,
+                          n_kv_heads=args.n_kv_heads, vocab_size=len(tokenizer),
+                          max_seq_len=args.max_seq_len, vision_dim=0)
         with start_run(args.device) as run:
             torch.manual_seed(args.seed)
             dataset = VLMDataset(args.data_path, TEXT, tokenizer, max_seq_len=args.max_seq_len)
@@ -147,13 +156,16 @@ class World:
         if weights_dir != self.folder:
             weights_dir.mkdir(parents=True, exist_ok=True)
             for source in self.folder.glob("*_llm.*"):
-                atomic_write(weights_dir / source.name, lambda file, source=source: file.write(source.read_bytes()))
+                atomic_write(weights_dir / source.name,
+                             lambda file, source=source: file.write(source.read_bytes()))
         model = [f"--tokenizer_path={self.folder}/tokenizer", f"--clip_path={self.folder}/clip",
                  f"--out_dir={weights_dir}", f"--seed={self.seed}", "--device=cpu", "--dtype=float32"]
         for name in ("pretrain", "sft", "sft_multi"):
-            stage = {"pretrain": self.preset.pretrain, "sft": self.preset.sft, "sft_multi": self.preset.multi}[name]
-            flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json", f"--image_dir={self.folder}/images",
-                     f"--max_steps={stage.steps}", f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
+            stage = {"pretrain": self.preset.pretrain, "sft": self.preset.sft,
+                     "sft_multi": self.preset.multi}[name]
+            flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json",
+                     f"--image_dir={self.folder}/images", f"--max_steps={stage.steps}",
+                     f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
                      "--num_workers=0"] + ["--multi=True"] * (name == "sft_multi")
             write_recipe(self.folder / f"{name}.args", flags)
         write_recipe(self.folder / "eval.args",
@@ -175,15 +187,19 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def write_recipe(path: Path, flags: list[str]) -> None:
-    text = "# made by python -m dataset.demo_world; a flag given after @this_file wins\n" + "\n".join(flags) + "\n"
+    text = ("# made by python -m dataset.demo_world; a flag given after @this_file wins\n"
+            + "\n".join(flags) + "\n")
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("dataset/demo"), help="folder to make (default: %(default)s)")
-    parser.add_argument("--weights_dir", type=Path, help="the recipes' --out_dir (default: the folder itself)")
-    parser.add_argument("--preset", default="full", choices=list(scenes.PRESETS), help="full learns all; tiny is for tests")
+    parser.add_argument("--out", type=Path, default=Path("dataset/demo"),
+                        help="folder to make (default: %(default)s)")
+    parser.add_argument("--weights_dir", type=Path,
+                        help="the recipes' --out_dir (default: the folder itself)")
+    parser.add_argument("--preset", default="full", choices=list(scenes.PRESETS),
+                        help="full learns all; tiny is for tests")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
     return check_args(parser.parse_args(argv))
 

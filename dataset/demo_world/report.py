@@ -1,6 +1,7 @@
 """The last step of quickstart.sh: what the demo model learnt, as a table, a report and a sheet of answers.
 
-reads    OUT/scores.json and scores.answers.jsonl (3-eval_chat.py --report), OUT/.*.seconds (quickstart.sh), WORLD/world.json
+reads    OUT/scores.json and scores.answers.jsonl (3-eval_chat.py --report), OUT/.*.seconds (quickstart.sh),
+         WORLD/world.json
 writes   OUT/report.json, OUT/answers.png
 """
 import json
@@ -16,8 +17,10 @@ from dataset.demo_world.build import read_json, write_json
 from trainer.args import Parser, clean_exit
 
 STAGES = ("world", "pretrain", "sft", "evaluation")
-# Fonts with Chinese characters of Linux, macOS and Windows; without one the sheet shows English questions only.
-CHINESE_FONTS = re.compile(r"NotoSansCJK|NotoSansSC|SourceHanSans|wqy-|WenQuanYi|DroidSansFallback|msyh|simhei|PingFang|STHeiti")
+# Fonts with Chinese characters of Linux, macOS and Windows; without one the sheet shows English questions
+# only.
+CHINESE_FONTS = re.compile(r"NotoSansCJK|NotoSansSC|SourceHanSans|wqy-|WenQuanYi|DroidSansFallback|"
+                           r"msyh|simhei|PingFang|STHeiti")
 SHEET_KINDS = ("description", "colour", "shape", "position", "size", "description")
 COLUMNS, ROWS = 4, 3
 
@@ -35,13 +38,15 @@ def chinese_font() -> font_manager.FontProperties | None:
 
 
 def choose_records(records: list[dict], with_chinese: bool) -> list[dict]:
-    """The first records of every kind in turn, each about another picture; not chosen by whether they are right."""
+    """The first records of every kind in turn, each about another picture; not chosen by whether they are
+    right."""
     readable = [record for record in records if with_chinese or record["question"].isascii()]
     chosen: list[dict] = []
     for number in range(COLUMNS * ROWS):
         kind = SHEET_KINDS[number % len(SHEET_KINDS)]
         shown = {tuple(record["image"]) for record in chosen}
-        fresh = [record for record in readable if record["kind"] == kind and tuple(record["image"]) not in shown]
+        fresh = [record for record in readable
+                 if record["kind"] == kind and tuple(record["image"]) not in shown]
         chosen += fresh[:1]
     return chosen
 
@@ -51,7 +56,8 @@ def draw_answers(records: list[dict], path: Path) -> None:
     font = chinese_font()
     figure = Figure(figsize=(4 * COLUMNS, 3.9 * ROWS), layout="constrained")
     figure.suptitle("Pictures of combinations that were never shown or named in training", fontsize=18)
-    for axes, record in zip(figure.subplots(ROWS, COLUMNS).flat, choose_records(records, font is not None), strict=False):
+    for axes, record in zip(figure.subplots(ROWS, COLUMNS).flat, choose_records(records, font is not None),
+                            strict=False):
         axes.imshow(Image.open(record["image"][0]))
         axes.set(xticks=[], yticks=[])
         question = record["question"].replace("<image>", "").strip()
@@ -60,7 +66,8 @@ def draw_answers(records: list[dict], path: Path) -> None:
         axes.set_xlabel(f"{record['answer']}\n", fontproperties=font, fontsize=13)
         axes.text(0.5, -0.13, f"{record['given']}  ({mark})", transform=axes.transAxes, ha="center", va="top",
                   fontproperties=font, fontsize=13, color=colour)
-    figure.text(0.01, 0.005, "above: the question   below: the right answer, and in colour the model's", fontsize=12)
+    figure.text(0.01, 0.005, "above: the question   below: the right answer, and in colour the model's",
+                fontsize=12)
     figure.savefig(path, dpi=80)
 
 
@@ -68,7 +75,8 @@ def closing_text(world: Path, out: Path, scores: dict, seconds: dict) -> str:
     rows = {(split, kind): values for split, kinds in scores.items() for kind, values in kinds.items()}
     table = pandas.DataFrame.from_dict(rows, orient="index").to_string(float_format="{:.2f}".format)
     return f"""
-What was learnt (share of answers that are right to the letter; blank and shuffled: the model was shown nothing, or
+What was learnt (share of answers that are right to the letter; blank and shuffled: the model was shown \
+nothing, or
 another picture, so these columns say what guessing gives):
 
 {table}
@@ -82,7 +90,8 @@ weights    {', '.join(str(path) for path in sorted(out.glob('*.pth')))}
 
 What to run next
   describe pictures    .venv/bin/python 3-eval_chat.py @{world}/eval.args
-  chat about one       .venv/bin/python 3-eval_chat.py @{world}/eval.args --chat {world}/eval_images/unseen_0000.jpg
+  chat about one       .venv/bin/python 3-eval_chat.py @{world}/eval.args \
+--chat {world}/eval_images/unseen_0000.jpg
   in the browser       .venv/bin/python web_server.py --out_dir {out} --image_dir {world}/eval_images
   two pictures         .venv/bin/python 2-sft_vlm.py @{world}/sft_multi.args
   the real data        README.md, "Train on the real data"
@@ -97,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     scores = read_json(args.out / "scores.json")
     marks = {name: args.out / f".{name}.seconds" for name in STAGES}
     seconds = {name: float(mark.read_text()) for name, mark in marks.items() if mark.is_file()}
-    details = {f"world/{part}": value for part, value in read_json(args.world / "world.json").get("seconds", {}).items()}
+    details = {f"world/{part}": value
+               for part, value in read_json(args.world / "world.json").get("seconds", {}).items()}
     write_json(args.out / "report.json", scores | {"seconds": {**seconds, **details}})
     draw_answers(read_records(args.out / "scores.answers.jsonl"), args.out / "answers.png")
     print(closing_text(args.world, args.out, scores, seconds))

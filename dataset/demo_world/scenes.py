@@ -24,26 +24,26 @@ from PIL import Image, ImageDraw
 
 Rgb = tuple[int, int, int]
 
-COLOURS: dict[str, Rgb] = {  # black is missing on purpose: with it the small encoder mixed up everything dark
-    "red": (220, 40, 45),
-    "yellow": (240, 210, 40),
-    "green": (45, 160, 65),
-    "blue": (40, 80, 215),
-    "purple": (130, 45, 170),
-    "orange": (245, 130, 25),
-    "pink": (245, 140, 185),
-    "cyan": (45, 200, 215),
+COLOURS: dict[str, Rgb] = {  # no black: so small an encoder did not learn it
+    "red": (215, 30, 50),
+    "yellow": (245, 220, 50),
+    "green": (40, 145, 55),
+    "blue": (40, 75, 215),
+    "purple": (125, 40, 165),
+    "orange": (245, 130, 20),
+    "pink": (250, 150, 195),
+    "cyan": (45, 205, 225),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"large": (24.0, 27.0), "small": (11.5, 13.0)}  # radius in pixels, from - to
-# The encoder cuts a picture into 7 x 7 patches. These are the centres of patches 1, 3 and 5, so that a small object lies
-# within one patch and its position is a matter of WHICH patch rather than of half a pixel.
+# The encoder cuts a picture into 7 x 7 patches. These are the centres of patches 1, 3 and 5, so that every object looks
+# the same to the patches around it, and its position is a matter of WHICH patch rather than of half a pixel.
 GRID = (27.5, 64.0, 100.5)
 POSITIONS = {  # name -> (column, row)
     "top_left": (0, 0), "top": (1, 0), "top_right": (2, 0),
     "left": (0, 1), "middle": (1, 1), "right": (2, 1),
     "bottom_left": (0, 2), "bottom": (1, 2), "bottom_right": (2, 2),
-}  # fmt: skip
+}
 
 PICTURE_SIZE = 128
 JPEG_QUALITY = 92
@@ -110,7 +110,7 @@ PRESETS = {
         two_picture_rows=4000,
         dim=128,
         n_layers=4,
-        clip=Stage(steps=700, batch_size=64, lr=1.2e-3),
+        clip=Stage(steps=600, batch_size=64, lr=1e-3),
         llm=Stage(steps=150, batch_size=32, lr=1.5e-3),
         pretrain=Stage(steps=350, batch_size=32, lr=1.5e-3),
         sft=Stage(steps=450, batch_size=32, lr=1.5e-3),
@@ -172,7 +172,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
         "cross": [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
                   (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
-    }  # fmt: skip
+    }
     if shape in corners:
         return corners[shape]
     radii = {"circle": [0.95] * 60, "star": [1, 0.42] * 5}[shape]
@@ -236,7 +236,7 @@ def _place(colour: str | None, shape: str, position: str, size: str, rng: np.ran
     return Scene(
         colour=colour, shape=shape, size=size, position=position, rgb=rgb, background=background,
         centre=(GRID[column] + float(dx), GRID[row] + float(dy)), radius=float(rng.uniform(*SIZES[size])),
-    )  # fmt: skip
+    )
 
 
 def _unnamed_rgb(background: Rgb, rng: np.random.Generator) -> Rgb:

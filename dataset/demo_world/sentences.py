@@ -77,7 +77,7 @@ CHINESE = Language(
     },
     object="{size}{colour}{shape}",
     two_image_places=("<image>\n<image>\n{q}", "{q}\n<image>\n<image>", "图一<image>\n图二<image>\n{q}"),
-)  # fmt: skip
+)
 
 ENGLISH = Language(
     words={
@@ -108,7 +108,7 @@ ENGLISH = Language(
     },
     object=" a{size}{colour}{shape}",
     two_image_places=("<image>\n<image>\n{q}", "{q}\n<image>\n<image>", "<image> and <image>\n{q}"),
-)  # fmt: skip
+)
 
 LANGUAGES = {"zh": CHINESE, "en": ENGLISH}
 

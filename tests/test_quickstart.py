@@ -1,0 +1,104 @@
+"""quickstart.sh itself, with the tiny demo world: it learns to see, reports it, and a second call repeats nothing."""
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, check_refused, run_script
+from PIL import Image
+
+
+def quickstart(place: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"WORLD": f"{place}/demo", "OUT": f"{place}/out", "PRESET": "tiny", "SEED": "3"}
+    return subprocess.run(["bash", "quickstart.sh", *arguments], cwd=ROOT, env=environment, timeout=400,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("quickstart.sh would set up .venv first: run the suite with bash tests/run.sh")
+    folder = tmp_path_factory.mktemp("quickstart")
+    result = quickstart(folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+def test_the_model_sees_what_it_was_never_shown_and_the_controls_do_not(place):
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert {"world", "pretrain", "sft", "evaluation"} <= set(report["seconds"])
+    for split in ("known", "unseen", "unseen_pairs"):
+        assert set(report[split]) == {"colour", "shape", "position", "size", "description"}
+    for kind in ("colour", "shape"):        # four of each: guessing gives .25
+        assert report["unseen"][kind]["real"] >= 0.8, report
+        assert report["unseen"][kind]["blank"] <= 0.45 and report["unseen"][kind]["shuffled"] <= 0.45, report
+    assert Image.open(place / "out" / "answers.png").size[0] > 800
+    text = (place / "stdout").read_text()
+    assert "What was learnt" in text and f"{place}/out/96_vlm_sft.pth" in text and "web_server.py" in text
+
+
+def test_a_second_call_repeats_nothing(place):
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*.pth")}
+    result = quickstart(place)
+    assert result.returncode == 0 and result.stdout.count("done before") == 4, result.stderr
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*.pth")} == before and len(before) == 4
+
+
+def test_a_failure_names_the_command_and_the_cure(place):
+    weights, mark = place / "out" / "96_vlm_pretrain.pth", place / "out" / ".sft.seconds"
+    mark.rename(mark.with_suffix(".away"))
+    weights.rename(weights.with_suffix(".away"))
+    result = quickstart(place)
+    mark.with_suffix(".away").rename(mark)
+    weights.with_suffix(".away").rename(weights)
+    assert result.returncode == 1 and "96_vlm_pretrain.pth not found" in result.stderr
+    assert "this command failed (exit status 2): .venv/bin/python 2-sft_vlm.py" in result.stderr and "cure: " in result.stderr
+    result = quickstart(place, "--nonsense")
+    assert result.returncode == 1 and "unknown argument: --nonsense" in result.stderr
+
+
+def test_the_recipes_run_all_scripts_and_later_flags_win(place, tmp_path):
+    shutil.copy(place / "out" / "96_llm.pth", tmp_path)
+    for script, recipe in (("1-pretrain_vlm.py", "pretrain"), ("2-sft_vlm.py", "sft"), ("2-sft_vlm.py", "sft_multi")):
+        result = run_script(script, f"@{place}/demo/{recipe}.args", f"--out_dir={tmp_path}", "--max_steps=2")
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "96_vlm_sft_multi.pth").is_file()
+    result = run_script("3-eval_chat.py", f"@{place}/demo/eval.args", "--max_new_tokens=20")
+    assert result.returncode == 0 and result.stdout.count("unseen_") == 8, result.stderr
+
+
+def test_two_pictures_are_scored_too(place, tmp_path):
+    result = run_script("2-sft_vlm.py", f"@{place}/demo/sft_multi.args", "--max_steps=2")
+    assert result.returncode == 0, result.stderr
+    result = run_script("3-eval_chat.py", f"@{place}/demo/eval.args", "--stage=vlm_sft_multi", "--control", "real", "shuffled",
+                        "--questions", f"{place}/demo/questions_multi_unseen.jsonl", f"--report={tmp_path}/multi.json")
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads((tmp_path / "multi.json").read_text())["multi_unseen"]) == {"two_images"}
+
+
+def test_a_world_is_never_mixed_with_another(place):
+    check_refused(run_script("-m", "dataset.demo_world", f"--out={place}/demo", "--preset=tiny", "--seed=4"),
+                  "holds another demo world", "choose another --out")
+
+
+def test_an_interrupted_build_goes_on_and_leaves_no_half_world(place, tmp_path):
+    """Stop the build in the middle of a part: no world yet; the next call finishes, and it is the same world."""
+    command = [str(ROOT / ".venv/bin/python"), "-m", "dataset.demo_world", f"--out={tmp_path}/demo", "--preset=tiny", "--seed=3"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in iter(lambda: process.stderr.read(200), ""):
+        if "clip" in line:
+            process.kill()
+            break
+    process.wait()
+    process.stderr.close()
+    assert not (tmp_path / "demo").exists() and (tmp_path / "demo.building").exists()
+    pictures = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "demo.building" / "images").iterdir()}
+    result = run_script("-m", "dataset.demo_world", f"--out={tmp_path}/demo", "--preset=tiny", "--seed=3")
+    assert result.returncode == 0, result.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "images").iterdir()} == pictures
+    for name in ("sft.json", "questions_unseen.jsonl", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "demo" / name).read_bytes() == (place / "demo" / name).read_bytes()
