@@ -12,6 +12,8 @@ OUT=${OUT:-out/demo}
 SEED=${SEED:-0}
 PRESET=${PRESET:-full}
 PYTHON=.venv/bin/python
+# PyTorch's threads wait for each other by spinning; where another program wants the same cores, that costs them tenfold.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 
 fail() {
     printf '\nquickstart.sh stopped: %s\n  cure: %s\n' "$1" "$2" >&2

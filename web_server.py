@@ -1,22 +1,25 @@
 """The chat behind a web page: a picture, a question, a streaming answer.
 
-reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth; --load names
-         others), the tokenizer and CLIP that the .json beside them names, example pictures from dataset/eval_images/
-serves   http://127.0.0.1:7860, to this computer alone unless --host says otherwise; needs no network
-keeps    nothing: what a visitor sends is seen by that visitor only, and deleted after a day or when the server ends
+reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth; --load
+         names others), the tokenizer and CLIP that the .json beside them names, and example pictures
+serves   http://127.0.0.1:7860, to this computer alone (--host can name another address, with a warning);
+         needs no network
+keeps    nothing: what a visitor sends is seen by that visitor only, and deleted after a day or at the end
 
     python web_server.py
     python web_server.py @dataset/demo/eval.args              # the demo world, on any laptop
-    python web_server.py --load out/768_vlm_sft.pth --host 0.0.0.0 --port 8080     # let the whole network in
+    python web_server.py --load out/768_vlm_sft.pth --port 8080
 """
 import argparse
 import html
+import ipaddress
 import os
 import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import gradio as gr
@@ -29,17 +32,52 @@ from model.vision_utils import open_image
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_QUESTION = "这个图片描述的是什么内容？"
-EXAMPLE_QUESTIONS = (DEFAULT_QUESTION, "Describe this picture.", "图片里有什么？", "What does the picture show?")
+EXAMPLES = (DEFAULT_QUESTION, "Describe this picture.", "图片里有什么？", "What does the picture show?")
 NO_PICTURE = "请先添加一张图片，再来提问。\nPlease add a picture first, then ask about it."
-BAD_PICTURE = "这个文件无法作为图片读取，请换一张。\nThis file cannot be read as a picture; please try another one."
+BAD_PICTURE = "这个文件不能作为图片读取，请换一张。\nThis file cannot be read as a picture; try another one."
+NOT_POSSIBLE = "请缩短问题或修改设置。\nShorten the question or change the settings:\n"
 NO_ANSWER = "（模型没有给出回答 / the model gave no answer）"
-HINT = "添加图片并提问；不写问题则描述图片 / Add a picture and ask; no question: describe it"
-WELCOME = ("## 看图问答 · Ask about a picture\n点 **+** 添加图片，写下问题；每个问题只看最近的图片，不记前文。\n\n"
-           "Add a picture with **+** and ask. Each question stands alone and is about your latest picture.")
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
+HINT = "添加图片并提问 / Add a picture and ask"
+WELCOME = """## 看图问答 · Ask about a picture
+用回形针添加图片并提问；不写问题则描述图片。每次只看最近的图片，不记前文。
+
+Add a picture with the paper clip and ask. Each question stands alone and is about your latest picture."""
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
+         "sans-serif"]
 CSS = """
-.gradio-container { max-width: 900px !important; margin: 0 auto !important; }
+.gradio-container > .main { max-width: 900px; padding: 12px 16px; margin: 0 auto; }
+.gradio-container .column { gap: 10px; }
+#head h1 { font-size: 22px; margin: 0; }
+#head p { font-size: 13px; margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+#chat, #box, #settings { border: 1px solid var(--border-color-primary); border-radius: 10px; }
+#chat { min-height: 380px; }
+#chat .message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+#chat .message-row:has(img) + .message-buttons { display: none; }     /* "share" sends the picture elsewhere */
+#chat .placeholder { margin: auto; padding: 12px 16px 0; text-align: center; }
+#chat .placeholder h2 { margin: 0 0 8px; }
+#chat .placeholder p { margin: 2px 0; color: var(--body-text-color-subdued); }
+#chat .examples { width: 100%; max-width: 640px; gap: 8px; padding: 16px; }
+#chat .example { padding: 8px 12px; border: 1px solid var(--border-color-primary); }
+#chat .example-content { flex-direction: row; align-items: center; gap: 12px; text-align: left; }
+#settings [data-testid="block-info"] { padding: 0; background: none; color: inherit; white-space: nowrap; }
+@media (max-width: 600px) {
+    .gradio-container > .main { padding: 8px; }
+    #box textarea { font-size: 16px; }      /* phones zoom into anything smaller */
+}
 """
+# The copy button hands over what the Chatbot was given, escaped (see shown): turn it back into what was typed.
+# Without https or loopback there is no navigator.clipboard; the button then copies from a textarea off screen.
+COPY = """() => {
+    const marks = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#x27;": "'"};
+    const raw = text => text.replace(/&(amp|lt|gt|quot|#x27);/g, mark => marks[mark]);
+    const board = navigator.clipboard, write = board?.writeText.bind(board);
+    if (board) board.writeText = text => write(raw(text));
+    document.addEventListener("copy", event => {
+        if (event.target.style?.left !== "-999999px") return;
+        event.clipboardData.setData("text/plain", raw(event.target.value));
+        event.preventDefault();
+    });
+}"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,20 +93,22 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.add_argument("--load", type=Path, help="weight file (default: the best in --out_dir)")
-    parser.add_argument("--out_dir", default="out", help="folder to look for weights in (default: %(default)s)")
-    parser.add_argument("--dim", type=int, default=0, help="look only for weights of this width (0 = any)")
-    parser.add_argument("--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})")
-    parser.add_argument("--clip_path", help=f"CLIP folder (default: what the weights name, else {CLIP_PATH})")
-    parser.add_argument("--image_dir", default="dataset/eval_images", help="example pictures, if any (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is any, else CPU), cpu, cuda, cuda:N, mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="arithmetic; auto: bfloat16 on GPUs that have it, else float32")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 = everybody (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="TCP port (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, at first (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="at first; 0 = always the likeliest word")
-    parser.add_argument("--seed", type=int, default=0, help="at first; the same seed gives the same answer")
+    add = parser.add_argument
+    add("--load", type=Path, help="weight file (default: the best in --out_dir)")
+    add("--out_dir", default="out", help="folder to look for weights in (default: %(default)s)")
+    add("--dim", type=int, default=0, help="look only for weights of this width (0 = any)")
+    add("--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})")
+    add("--clip_path", help=f"CLIP folder (default: what the weights name, else {CLIP_PATH})")
+    add("--image_dir", default="dataset/eval_images", help="example pictures, if any (default: %(default)s)")
+    add("--device", default="auto", help="auto (CUDA if there is any, else CPU), cpu, cuda, cuda:N, mps")
+    add("--dtype", default="auto", choices=["auto", *DTYPES],
+        help="arithmetic; auto: bfloat16 on GPUs that have it, else float32")
+    add("--host", default="127.0.0.1", help="address of this computer to serve on; any but the default lets "
+        "others in, without password or encryption (default: %(default)s)")
+    add("--port", type=int, default=7860, help="TCP port (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=256, help="longest answer, at first (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="at first; 0 = always the likeliest word")
+    add("--seed", type=int, default=0, help="at first; the same seed gives the same answer")
     return parser.parse_args(argv)
 
 
@@ -78,8 +118,8 @@ def find_weights(out_dir: str | Path, dim: int = 0) -> Path:
         found = list(Path(out_dir).glob(f"{dim or ''}*_{stage}.pth"))
         if found:
             return max(found, key=lambda path: path.stat().st_mtime)
-    raise FileNotFoundError(f"no *_vlm_*.pth in {out_dir}: train them (README, 'Stages'), download them (README, 'Weights'), "
-                            "or name a file with --load")
+    raise FileNotFoundError(f"no *_vlm_*.pth in {out_dir}: train them (README, 'Stages'), download them "
+                            "(README, 'Weights'), or name a file with --load")
 
 
 def choose_device(name: str) -> torch.device:
@@ -98,7 +138,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-# ---- a conversation: [{"role": "user" or "assistant", "content": [{"path": picture}, ..., text]}, ...] ---------------
+# ---- a conversation: [{"role": "user" or "assistant", "content": [{"path": picture}, ..., text]}, ...] -----
 
 
 def ask(text: str, pictures: list[str], messages: list[dict]) -> list[dict]:
@@ -110,7 +150,7 @@ def ask(text: str, pictures: list[str], messages: list[dict]) -> list[dict]:
 def last_question(messages: list[dict]) -> tuple[str, list[str]]:
     """The text of the last question, and the pictures of the last message that has any.
 
-    The models trained here answer single questions, so earlier rounds are not fed back: only their picture counts.
+    The models trained here answer single questions: of earlier rounds only the picture counts.
     """
     asked = [message["content"] for message in messages if message["role"] == "user"]
     pictures = [[part["path"] for part in content[:-1]] for content in asked]
@@ -118,14 +158,14 @@ def last_question(messages: list[dict]) -> tuple[str, list[str]]:
 
 
 def mark_pictures(text: str, num_pictures: int) -> str:
-    """Put the picture marks into a typed question. A typed `<image>` is one only if every picture has its own."""
+    """Put the marks into a typed question. A typed `<image>` is one only if every picture has its own."""
     if text.count(IMAGE_MARK) != num_pictures:
         while IMAGE_MARK in text:       # again: "<ima<image>ge>" leaves a new mark behind
             text = text.replace(IMAGE_MARK, "")
     return put_marks(text, num_pictures)
 
 
-def reply(chat: Chat, messages: list[dict], sampling: Sampling) -> Iterator[str]:
+def reply(chat: Chat, messages: list[dict], settings: dict) -> Iterator[str]:
     """The answer to the last question, growing; or one friendly line about what is missing."""
     text, paths = last_question(messages)
     if not paths:
@@ -137,22 +177,37 @@ def reply(chat: Chat, messages: list[dict], sampling: Sampling) -> Iterator[str]
         yield BAD_PICTURE
         return
     answer = ""
-    for piece in chat.stream([{"from": "human", "value": mark_pictures(text, len(pictures))}], pictures, sampling):
-        if piece:
-            answer += piece
-            yield answer
+    try:
+        turns = [{"from": "human", "value": mark_pictures(text, len(pictures))}]
+        for piece in chat.stream(turns, pictures, Sampling(**settings)):
+            if piece:
+                answer += piece
+                yield answer
+    except ValueError as error:     # a question that does not fit the context, settings that make no sense
+        yield f"{NOT_POSSIBLE}{error}"
+        return
     if not answer.strip():
         yield NO_ANSWER
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+def shown(messages: list[dict]) -> list[dict]:
+    """The conversation for the Chatbot, which takes all text for HTML, even with render_markdown=False.
+
+    Escaped, it appears exactly as typed; as {"type": "text"}, because a bare string loses its indentation.
+    """
+    def escape(part):
+        return {"type": "text", "text": html.escape(part)} if isinstance(part, str) else part
+    return [message | {"content": [escape(part) for part in message["content"]]} for message in messages]
+
+
+# ---- the page ---------------------------------------------------------------------------------------------
 
 
 def find_examples(image_dir: str | Path, several: bool) -> list[dict]:
-    """Up to four example questions about the pictures of a folder; one about two of them if the model can do that."""
+    """Up to four example questions about the pictures of a folder; one about two if the model can do that."""
     suffixes = {".jpg", ".jpeg", ".png", ".webp"}
     paths = sorted(str(path) for path in Path(image_dir).glob("*") if path.suffix.lower() in suffixes)
-    examples = [{"text": text, "files": [path]} for path, text in zip(paths, EXAMPLE_QUESTIONS, strict=False)]
+    examples = [{"text": text, "files": [path]} for path, text in zip(paths, EXAMPLES, strict=False)]
     if several and len(paths) > 1:
         examples[-1] = {"text": "这两张图片有什么不同？", "files": paths[:2]}
     return examples
@@ -162,36 +217,42 @@ def describe(chat: Chat, weights: Path) -> str:
     """The head of the page, as HTML: which model answers here."""
     weight = chat.model.tok_embeddings.weight
     millions = sum(parameter.numel() for parameter in chat.model.parameters()) / 1e6
-    facts = [weights.name, f"{millions:.1f} M 参数 / parameters", f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}"]
-    return "<h1>MiniMind-V</h1><p>" + "".join(f"<span>{html.escape(fact)}</span>" for fact in facts) + "</p>"
+    facts = [weights.name, f"{millions:.1f} M 参数 / parameters", f"{weight.device}",
+             str(weight.dtype).removeprefix("torch.")]
+    return f"<h1>MiniMind-V</h1><p>{html.escape(' · '.join(facts))}</p>"
 
 
 def add_settings(args: argparse.Namespace, max_seq_len: int) -> list[gr.components.Component]:
     """The sampling settings, in the order of Sampling's fields."""
-    with gr.Accordion("生成设置 / Sampling", open=False):
+    def slider(low, high, value, step, label, info):
+        return gr.Slider(low, high, value, step=step, label=label, info=info, buttons=[])
+
+    with gr.Accordion("生成设置 / Sampling", open=False, elem_id="settings"):
         with gr.Row():
-            temperature = gr.Slider(0, 2, args.temperature, step=0.05, label="温度 / Temperature", info="0 = 最可能的词 / likeliest")
-            top_k = gr.Slider(0, 200, 0, step=1, precision=0, label="Top-k", info="0 = 全部 / all")
-            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1 = 全部 / all")
+            temperature = slider(0, 2, args.temperature, 0.05, "温度 / Temperature", "0 = 最可能的词 / likeliest")
+            top_k = slider(0, 200, 0, 1, "Top-k", "0 = 全部 / all")
+            top_p = slider(0.05, 1, 1, 0.05, "Top-p", "1 = 全部 / all")
         with gr.Row():
-            penalty = gr.Slider(1, 2, 1, step=0.05, label="重复惩罚 / Repetition penalty", info="1 = 无 / none")
-            length = gr.Slider(1, max_seq_len, min(args.max_new_tokens, max_seq_len), step=1, precision=0,
-                               label="最多生成词数 / Max new tokens", info="不含问题 / answer only")
-            seed = gr.Number(args.seed, precision=0, minimum=0, maximum=2**31 - 1, label="随机种子 / Seed",
+            penalty = slider(1, 2, 1, 0.05, "重复惩罚 / Penalty", "1 = 无 / none for repeating")
+            length = slider(1, max_seq_len, min(args.max_new_tokens, max_seq_len), 1, "长度 / Length",
+                            "最多生成词数 / most new tokens")
+            seed = gr.Number(args.seed, precision=0, minimum=0, maximum=2**31 - 1, label="种子 / Seed",
                              info="温度为 0 时无效 / unused at 0")
     return [temperature, top_k, top_p, penalty, length, seed]
 
 
 def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks:
     several = weights.stem.endswith("multi")
-    with gr.Blocks(title="MiniMind-V", fill_height=True, delete_cache=(3600, 24 * 3600)) as page:
+    with gr.Blocks(title="MiniMind-V", delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(describe(chat, weights), elem_id="head")
-        # Plain text: what people type and what the model says is shown to the letter, never as Markdown or HTML.
-        chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], placeholder=WELCOME, buttons=["copy"], scale=1,
-                             height="50vh", show_label=False, examples=find_examples(args.image_dir, several))
+        chatbot = gr.Chatbot(
+            render_markdown=False, latex_delimiters=[], placeholder=WELCOME, buttons=["copy"],
+            show_label=False, allow_file_downloads=False, examples=find_examples(args.image_dir, several), elem_id="chat",
+            height="calc(100dvh - 222px)")
         chatbot.keep_in_cache.update(chatbot.temp_files)        # delete_cache must spare the examples
-        box = gr.MultimodalTextbox(file_types=["image"], file_count="multiple" if several else "single", placeholder=HINT,
-                                   show_label=False, autofocus=True, max_plain_text_length=100_000)
+        box = gr.MultimodalTextbox(
+            file_types=["image"], file_count="multiple" if several else "single", placeholder=HINT,
+            show_label=False, autofocus=True, max_plain_text_length=100_000, elem_id="box")
         settings = add_settings(args, chat.model.config.max_seq_len)
         connect(chat, chatbot, box, settings)
     return page
@@ -200,49 +261,67 @@ def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks
 def connect(chat: Chat, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings: list) -> None:
     """What happens when. A visitor's conversation lies in a gr.State: one per visitor, on the server.
 
-    Not gr.ChatInterface, and nothing but an example's number is taken back from the browser: a forged conversation or
-    example could name any file below the working directory, which Gradio would then hand out.
+    Not gr.ChatInterface, and nothing but an example's number is taken back from the browser: a forged
+    conversation or example could name any file below the working directory, which Gradio would then hand out.
     """
     messages = gr.State([])
-    busy = gr.update(value=None, interactive=False, submit_btn=False, stop_btn="停止 Stop")
-    ready = gr.update(interactive=True, submit_btn=True, stop_btn=False)
+    def busy() -> dict:     # a fresh one every time: Gradio takes the value out of the dictionary it is given
+        return gr.update(value=None, interactive=False, submit_btn=False, stop_btn="停止 Stop")
+
+    def ready() -> dict:
+        return gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
     def submit(question: dict, messages: list[dict]):
         messages = ask(question["text"], question["files"], messages)
-        return messages, messages, busy
+        return shown(messages), messages, busy()
 
     def pick(messages: list[dict], event: gr.SelectData):
         example = chatbot.examples[event.index]
         messages = ask(example["text"], [file["path"] for file in example["files"]], messages)
-        return messages, messages, busy
+        return shown(messages), messages, busy()
 
     def answer(messages: list[dict], *values):
-        for text in reply(chat, messages, Sampling(*(value or 0 for value in values))):     # None: an emptied box
+        names = [field.name for field in fields(Sampling)]      # a value is None where its box was emptied
+        chosen = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        for text in reply(chat, messages, chosen):
             grown = [*messages, {"role": "assistant", "content": [text]}]
-            yield grown, grown
+            yield shown(grown), grown
 
     here, quick = [chatbot, messages, box], {"queue": False, "show_progress": "hidden"}
     asked = [box.submit(submit, [box, messages], here, api_name="ask", **quick),
              chatbot.example_select(pick, messages, here, api_visibility="private", **quick)]
     # One answer at a time: others wait in the queue, and a model on a CPU would not be faster for two.
-    answering = [event.then(answer, [messages, *settings], [chatbot, messages], concurrency_limit=1, concurrency_id="model",
-                            api_name="answer", api_visibility=visibility, show_progress="hidden")
+    answering = [event.then(answer, [messages, *settings], [chatbot, messages], concurrency_limit=1,
+                            concurrency_id="model", api_name="answer", api_visibility=visibility,
+                            show_progress="hidden")
                  for event, visibility in zip(asked, ("public", "private"), strict=True)]
     for event in answering:
-        event.then(lambda: ready, None, box, api_visibility="private", **quick)
-    box.stop(None, cancels=answering, api_visibility="private")
-    chatbot.clear(lambda: ([], [], ready), None, here, cancels=answering, api_visibility="private", **quick)
+        event.then(ready, None, box, api_visibility="private", **quick)
+    box.stop(ready, None, box, cancels=answering, api_visibility="private", **quick)
+    chatbot.clear(lambda: ([], [], ready()), None, here, cancels=answering, api_visibility="private", **quick)
 
 
-# ---- the server ------------------------------------------------------------------------------------------------------
+# ---- the server ------------------------------------------------------------------------------------------
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serve the page until interrupted."""
-    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS,
+                           font_mono=["ui-monospace", "monospace"])
     page.queue(max_size=32).launch(
-        server_name=host, server_port=port, share=False, max_file_size="20mb", theme=theme, css=CSS, footer_links=[],
-        quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False, enable_monitoring=False)
+        server_name=host, server_port=port, share=False, max_file_size="20mb", theme=theme, css=CSS, js=COPY,
+        footer_links=[], quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False,
+        enable_monitoring=False)
+    if not is_loopback(host):
+        print(f"warning: whoever can reach {host} can use this page; no password, no encryption",
+              file=sys.stderr, flush=True)
     print(f"http://{host}:{port}  (Ctrl+C ends it)", flush=True)
     page.block_thread()
 
@@ -250,13 +329,13 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
-    Sampling(args.temperature, max_new_tokens=args.max_new_tokens)      # complains now, not at the first question
+    Sampling(args.temperature, max_new_tokens=args.max_new_tokens)      # complains now
     weights = args.load or find_weights(args.out_dir, args.dim)
     chat = load_chat(weights, args.tokenizer_path, args.clip_path, device, choose_dtype(args.dtype, device))
     print(chat.report, flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))       # so that the folder below is emptied then, too
-    with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:       # not /tmp/gradio, which others share
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))       # so that the folder below goes then, too
+    with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:       # /tmp/gradio is shared
         os.environ["GRADIO_TEMP_DIR"] = folder
         serve(build_page(chat, weights, args), args.host, args.port)
 

@@ -1,20 +1,21 @@
-"""The eye of the demo world: a very small CLIP, trained here in about a minute and saved in the format of the real one.
+"""The eye of the demo world: a very small CLIP, trained in a minute and saved in the format of the real one.
 
-CLIP learns by matching. A batch of pictures and their captions go through two towers, each picture must find its own
-caption among all of them, and in doing so the vision tower comes to say what the caption says. A few hundred steps on
-a few thousand pictures are next to nothing for that. Four things, each of them measured, make them enough:
+CLIP learns by matching. A batch of pictures and their captions go through two towers, each picture must find
+its own caption among all of them, and in doing so the vision tower comes to say what the caption says. A few
+hundred steps on a few thousand pictures are next to nothing for that. Four things make them do, all measured:
 
-1. The patch filters are not learnt. They are the lowest frequencies of a cosine transform (JPEG's) on three colour
-   axes, so every patch arrives as a readable description of itself. And since they are frozen, their output is
-   computed once for all pictures: a training step never touches a pixel.
-2. The loss compares whole captions. One classifier per attribute looks like the natural choice, but it learns that a
-   pair which training never showed does not exist: the shape of such objects was recognised once in ten times.
-3. Half of the batches hold only two colours. In a mixed batch the colour nearly tells which caption is right; in these
-   it does not, and shape, size and position have to be seen.
-4. A slow start: small position embeddings, a long warm-up, clipped gradients. Started fast, the attention settles on
-   fixed places before it has seen what lies there, and shapes were told apart in 62 % of cases instead of 99 %.
+1. The patch filters are not learnt. They are the lowest frequencies of a cosine transform (JPEG's) on three
+   colour axes, so every patch arrives as a readable description of itself. And since they are frozen, their
+   output is computed once for all pictures: a training step never touches a pixel.
+2. The loss compares whole captions. One classifier per attribute looks like the natural choice, but it learns
+   that a pair which training never showed does not exist: such shapes were recognised once in ten times.
+3. Half of the batches hold only two colours. In a mixed batch the colour nearly tells which caption is right;
+   in these it does not, and shape, size and position have to be seen.
+4. A slow start: quiet position embeddings, a long warm-up, clipped gradients. Started loud and fast, some
+   seeds spent half of the training on a plateau and told shapes apart in 62 % of cases instead of 99 %.
 
-Letters: B pictures in a batch, P patches per picture (7 * 7 = 49), W width of the vision tower (192 = 3 * 8 * 8).
+Letters: B pictures in a batch, P patches per picture (7 * 7 = 49), T tokens of a caption, W width of the
+vision tower, which is the number of filters (3 * 8 * 8 = 192).
 """
 
 import math
@@ -27,7 +28,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import processors
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.modeling_clip import CLIPAttention
 
 from dataset.demo_world.scenes import Preset, Scene, Stage
@@ -35,38 +42,38 @@ from dataset.demo_world.sentences import caption
 from model.vision_utils import ImageProcessor, get_img_process, open_image
 
 IMAGE_SIDE, PATCH_SIDE = 224, 32  # ViT-B/32's, hence its 50 tokens per picture
+POSITION_STD = 0.35  # CLIP's 0.02 drowns in the patches (positions were never learnt), 1.0 drowns the patches
 TEXT_START, TEXT_END = "<|startoftext|>", "<|endoftext|>"
 WARMUP_SHARE = 0.15  # of all steps
 MAX_GRAD_NORM = 1.0
 MAX_LOGIT_SCALE = 50.0  # CLIP clamps at 100, for batches of 32,768; fewer captions need less contrast
-PICTURES_AT_ONCE = 64  # decoded pictures held in memory while the patch cache is filled; also the filter sample
+PICTURES_AT_ONCE = 64  # decoded in memory while patches are computed; also the sample that fits the filters
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model ----
 
 
 def clip_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The demo's tokenizer with CLIP's own two marks around every text.
+    """The demo's tokenizer, read from `folder`, with CLIP's own two marks around every text.
 
-    They come last in the vocabulary, as in the real CLIP. "</s>" must not end a caption: its id is 2, and an end token
-    of id 2 is transformers' sign of a CLIP saved before 2023, whose text it reads off at the highest id instead.
+    They come last in the vocabulary, as in the real CLIP. "</s>" must not end a caption: its id is 2, and an
+    end token of id 2 is transformers' sign of a CLIP saved before 2023, whose text is read off elsewhere.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_special_tokens({"bos_token": TEXT_START, "eos_token": TEXT_END, "pad_token": TEXT_END})
-    marks = list(zip((TEXT_START, TEXT_END), (tokenizer.bos_token_id, tokenizer.eos_token_id), strict=True))
+    marks = [(TEXT_START, tokenizer.bos_token_id), (TEXT_END, tokenizer.eos_token_id)]
     template = processors.TemplateProcessing(single=f"{TEXT_START} $A {TEXT_END}", special_tokens=marks)
     tokenizer.backend_tokenizer.post_processor = template
     return tokenizer
 
 
 def new_clip(preset: Preset, tokenizer: PreTrainedTokenizerFast, sample: Tensor, seed: int) -> CLIPModel:
-    """A CLIP of the preset's size, untrained but for its patch filters. sample: pixels (B, 3, 224, 224) to fit them to."""
-    width = 3 * preset.clip_frequencies**2
+    """An untrained CLIP of the preset's size; its patch filters are fitted to `sample` (B, 3, 224, 224)."""
     sizes = {"num_hidden_layers": preset.clip_layers, "projection_dim": preset.clip_projection_dim}
     config = CLIPConfig(
         projection_dim=preset.clip_projection_dim,
         vision_config=sizes | {
-            "image_size": IMAGE_SIDE, "patch_size": PATCH_SIDE, "hidden_size": width,
+            "image_size": IMAGE_SIDE, "patch_size": PATCH_SIDE, "hidden_size": 3 * preset.clip_frequencies**2,
             "num_attention_heads": preset.clip_heads, "intermediate_size": preset.clip_hidden_dim,
         },
         text_config=sizes | {
@@ -78,52 +85,57 @@ def new_clip(preset: Preset, tokenizer: PreTrainedTokenizerFast, sample: Tensor,
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
         torch.manual_seed(seed)
         model = CLIPModel(config)
-        # At CLIP's 0.02 positions drown beside the patches, and were never learnt; at 1.0 they drown the patches.
-        torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.35)
-    patch_embedding = model.vision_model.embeddings.patch_embedding
-    patch_embedding.weight.data = fit_patch_filters(preset.clip_frequencies, sample)
-    patch_embedding.requires_grad_(False)
+        embeddings = model.vision_model.embeddings
+        torch.nn.init.normal_(embeddings.position_embedding.weight, std=POSITION_STD)
+    embeddings.patch_embedding.weight.data = fit_patch_filters(preset.clip_frequencies, sample)
+    embeddings.patch_embedding.requires_grad_(False)
     return model
 
 
 def fit_patch_filters(frequencies: int, sample: Tensor) -> Tensor:
     """The patch convolution (W, 3, 32, 32): cosines on three colour axes, each brought to a known loudness.
 
-    Divided by its rms response every filter speaks equally loudly; the weight 4/(1+u+v) then gives the low frequencies
-    the larger part back. Without it the many fine ones shout down the few that tell the colour.
+    Divided by its rms response every filter speaks equally loudly; the weight 4/(1+u+v) then gives the low
+    frequencies the larger part back. Without it the many fine ones shout down the few that tell the colour.
     """
-    filters, u_plus_v = cosine_filters(frequencies)
+    filters, frequency = cosine_filters(frequencies)
     responses = F.conv2d(sample, filters, stride=PATCH_SIDE)  # (B, W, 7, 7)
     rms = responses.square().mean((0, 2, 3)).sqrt()
-    rms = rms.clamp(min=0.002 * rms.max())  # a frequency that these pictures hardly contain is noise: leave it small
-    loudness = 4 / (1 + u_plus_v) / 3
+    rms = rms.clamp(min=0.002 * rms.max())  # what the pictures hardly contain is noise, and stays quiet
+    loudness = 4 / (1 + frequency) / 3
     return filters * (loudness / rms)[:, None, None, None]
 
 
 def cosine_filters(frequencies: int) -> tuple[Tensor, Tensor]:
-    """The lowest n x n DCT-II frequencies on three colour axes: filters (3nn, 3, 32, 32), and each one's u + v (3nn,)."""
-    axes = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [0.5, 0.5, -1]])  # brightness, red-green, yellow-blue
+    """The lowest n x n frequencies of the DCT-II on three colour axes.
+
+    returns  filters (3nn, 3, 32, 32), not normalised, and the frequency u + v of each (3nn,)
+    """
+    brightness, red_green, yellow_blue = [1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [0.5, 0.5, -1]
+    axes = torch.tensor([brightness, red_green, yellow_blue])
     u, x = torch.arange(frequencies)[:, None], torch.arange(PATCH_SIDE)[None]
     cosines = torch.cos(math.pi * (2 * x + 1) * u / (2 * PATCH_SIDE))  # (n, 32)
     filters = torch.einsum("ac,vy,ux->avucyx", axes, cosines, cosines)
-    u_plus_v = (u + u.T).expand(3, -1, -1)
-    return filters.reshape(-1, 3, PATCH_SIDE, PATCH_SIDE), u_plus_v.reshape(-1)
+    frequency = (u + u.T).expand(3, -1, -1)
+    return filters.reshape(-1, 3, PATCH_SIDE, PATCH_SIDE), frequency.reshape(-1)
 
 
 def load_pixels(pictures: Sequence[Path]) -> Tensor:
-    """Picture files to CLIP's input (B, 3, 224, 224), by the same function that the real training uses."""
+    """Picture files to CLIP's input (B, 3, 224, 224), by the same functions that the later stages use."""
     processor = ImageProcessor(size=IMAGE_SIDE)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # PIL lets other threads run while it works
-        return torch.stack(list(pool.map(lambda path: get_img_process(open_image(path), processor), pictures)))
+        images = pool.map(open_image, pictures)
+        return torch.stack(list(pool.map(get_img_process, images, [processor] * len(pictures))))
 
 
 @torch.no_grad()
 def encode_patches(model: CLIPModel, pictures: Sequence[Path]) -> Tensor:
-    """What the frozen filters make of all pictures: (N, P, W), computed once."""
-    patch_embedding = model.vision_model.embeddings.patch_embedding
-    starts = range(0, len(pictures), PICTURES_AT_ONCE)
-    maps = [patch_embedding(load_pixels(pictures[i : i + PICTURES_AT_ONCE])) for i in starts]  # (B, W, 7, 7) each
-    return torch.cat([one.flatten(2).transpose(1, 2) for one in maps])
+    """What the frozen filters make of all pictures: (number of pictures, P, W)."""
+    patch_embedding, patches = model.vision_model.embeddings.patch_embedding, []
+    for start in range(0, len(pictures), PICTURES_AT_ONCE):
+        maps = patch_embedding(load_pixels(pictures[start : start + PICTURES_AT_ONCE]))  # (B, W, 7, 7)
+        patches.append(maps.flatten(2).transpose(1, 2))
+    return torch.cat(patches)
 
 
 def embed_patches(model: CLIPModel, patches: Tensor) -> Tensor:
@@ -134,8 +146,8 @@ def embed_patches(model: CLIPModel, patches: Tensor) -> Tensor:
     """
     vision = model.vision_model
     class_token = vision.embeddings.class_embedding.expand(len(patches), 1, -1)
-    hidden = torch.cat([class_token, patches], dim=1) + vision.embeddings.position_embedding.weight  # (B, 1 + P, W)
-    hidden = vision.pre_layrnorm(hidden)
+    hidden = torch.cat([class_token, patches], dim=1) + vision.embeddings.position_embedding.weight
+    hidden = vision.pre_layrnorm(hidden)  # (B, 1 + P, W)
     *layers, last = vision.encoder.layers
     for layer in layers:
         hidden = layer(hidden, attention_mask=None)
@@ -152,11 +164,11 @@ def attend_from_class_token(attention: CLIPAttention, hidden: Tensor) -> Tensor:
 
 
 def embed_text(model: CLIPModel, input_ids: Tensor) -> Tensor:
-    """Captions (B, T) to unit vectors (B, projection_dim). Causal and right-padded, so no padding mask is needed."""
+    """Captions (B, T) to unit vectors (B, projection_dim); causal and padded right, so it needs no mask."""
     return F.normalize(model.text_projection(model.text_model(input_ids).pooler_output), dim=-1)
 
 
-# ---- its training ----------------------------------------------------------------------------------------------------
+# ---- its training ----
 
 
 def train_encoder(
@@ -174,12 +186,10 @@ def train_encoder(
     returns    the model, and its mean loss over the last tenth of the steps
     """
     rng = np.random.default_rng(seed)
-    sample = [pictures[i] for i in rng.choice(len(pictures), min(PICTURES_AT_ONCE, len(pictures)), replace=False)]
-    model = new_clip(preset, tokenizer, load_pixels(sample), seed)
+    sample = rng.choice(len(pictures), min(PICTURES_AT_ONCE, len(pictures)), replace=False)
+    model = new_clip(preset, tokenizer, load_pixels([pictures[i] for i in sample]), seed)
     patches = encode_patches(model, pictures)
-    captions = sorted({caption(scene) for scene in scenes})
-    caption_of = torch.tensor([captions.index(caption(scene)) for scene in scenes])
-    input_ids = tokenizer(captions, padding=True, return_tensors="pt").input_ids
+    input_ids, caption_of = tokenize_captions(scenes, tokenizer)
     colours = np.array([scene.colour or "" for scene in scenes])
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -197,11 +207,21 @@ def train_encoder(
         losses.append(loss.item())
         if progress:
             progress(step + 1, losses[-1])
-    return model.eval(), float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    return model.eval(), float(np.mean(losses[-math.ceil(len(losses) / 10) :]))
+
+
+def tokenize_captions(
+    scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerFast
+) -> tuple[Tensor, Tensor]:
+    """The different captions as ids (number of captions, T), and which of them each scene has (N,)."""
+    captions = [caption(scene) for scene in scenes]
+    number = {text: n for n, text in enumerate(sorted(set(captions)))}
+    input_ids = tokenizer(list(number), padding=True, return_tensors="pt").input_ids
+    return input_ids, torch.tensor([number[text] for text in captions])
 
 
 def draw_batch(colours: np.ndarray, step: int, size: int, rng: np.random.Generator) -> Tensor:
-    """Indices of a batch without repeats: of all pictures at even steps, of only two named colours at odd ones."""
+    """Indices of a batch: any pictures at even steps, those of two named colours at odd ones; none twice."""
     pool = np.arange(len(colours))
     if step % 2:
         two = rng.choice(np.unique(colours[colours != ""]), 2, replace=False)
@@ -217,9 +237,10 @@ def learning_rate(step: int, stage: Stage) -> float:
 
 
 def contrastive_loss(model: CLIPModel, patches: Tensor, input_ids: Tensor, caption_of: Tensor) -> Tensor:
-    """InfoNCE, picture to caption and back. patches (B, P, W); input_ids of all captions; caption_of (B,) rows of it.
+    """InfoNCE (van den Oord et al., 2018) as in CLIP, from picture to caption and back.
 
-    Pictures with the same caption share the target: telling them apart is impossible, and trying would teach noise.
+    patches (B, P, W); input_ids of all captions; caption_of (B,), rows of input_ids.
+    Pictures with the same caption share the target: nothing but noise could tell them apart.
     """
     similarity = embed_patches(model, patches) @ embed_text(model, input_ids[caption_of]).T  # (B, B)
     logits = similarity * model.logit_scale.exp()
@@ -229,10 +250,10 @@ def contrastive_loss(model: CLIPModel, patches: Tensor, input_ids: Tensor, capti
 
 
 def save_encoder(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the folder that openai/clip-vit-base-patch32 would be: model, processor, and the image processor on its own.
+    """Write what the folder of openai/clip-vit-base-patch32 holds: model, tokenizer, image processor.
 
-    The newest transformers keep the image processor inside processor_config.json; everything older, and
-    model/vision_utils.py, reads preprocessor_config.json. Pictures are squashed, not cropped, as everywhere here.
+    The newest transformers keep the image processor inside processor_config.json; everything older reads
+    preprocessor_config.json, so both are there. Pictures are squashed to a square, not cropped.
     """
     side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     image_processor = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)

@@ -38,15 +38,14 @@ def chinese_font() -> font_manager.FontProperties | None:
 
 
 def choose_records(records: list[dict], with_chinese: bool) -> list[dict]:
-    """The first records of every kind in turn, each about another picture; not chosen by whether they are
-    right."""
-    readable = [record for record in records if with_chinese or record["question"].isascii()]
+    """The first records of every kind in turn, each about another picture, every fourth in English; not chosen by
+    whether they are right."""
     chosen: list[dict] = []
     for number in range(COLUMNS * ROWS):
-        kind = SHEET_KINDS[number % len(SHEET_KINDS)]
+        kind, english = SHEET_KINDS[number % len(SHEET_KINDS)], not with_chinese or number % 4 == 3
         shown = {tuple(record["image"]) for record in chosen}
-        fresh = [record for record in readable
-                 if record["kind"] == kind and tuple(record["image"]) not in shown]
+        fresh = [record for record in records if record["kind"] == kind
+                 and record["question"].isascii() == english and tuple(record["image"]) not in shown]
         chosen += fresh[:1]
     return chosen
 
@@ -54,21 +53,22 @@ def choose_records(records: list[dict], with_chinese: bool) -> list[dict]:
 def draw_answers(records: list[dict], path: Path) -> None:
     """A sheet of pictures never seen, each with its question, the right answer and the model's."""
     font = chinese_font()
-    figure = Figure(figsize=(4 * COLUMNS, 3.9 * ROWS), layout="constrained")
-    figure.suptitle("Pictures of combinations that were never shown or named in training", fontsize=18)
-    for axes, record in zip(figure.subplots(ROWS, COLUMNS).flat, choose_records(records, font is not None),
-                            strict=False):
+    figure = Figure(figsize=(4 * COLUMNS, 4.2 * ROWS))
+    cells = figure.subplots(ROWS, COLUMNS).flat
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.88, bottom=0.07, hspace=0.42, wspace=0.08)
+    figure.text(0.5, 0.955, "Pictures of combinations that were never shown or named in training", ha="center", fontsize=20)
+    figure.text(0.5, 0.928, "above: the question; below: the right answer, and in colour the model's", ha="center", fontsize=14)
+    for axes, record in zip(cells, choose_records(records, font is not None), strict=False):
         axes.imshow(Image.open(record["image"][0]))
         axes.set(xticks=[], yticks=[])
         question = record["question"].replace("<image>", "").strip()
-        mark, colour = ("right", "#1a7f37") if record["right"] else ("wrong", "#c62828")
-        axes.set_title(question, fontproperties=font, fontsize=14)
-        axes.set_xlabel(f"{record['answer']}\n", fontproperties=font, fontsize=13)
-        axes.text(0.5, -0.13, f"{record['given']}  ({mark})", transform=axes.transAxes, ha="center", va="top",
-                  fontproperties=font, fontsize=13, color=colour)
-    figure.text(0.01, 0.005, "above: the question   below: the right answer, and in colour the model's",
-                fontsize=12)
-    figure.savefig(path, dpi=80)
+        mark, colour = ("\u2713", "#1a7f37") if record["right"] else ("\u2717", "#c62828")
+        axes.set_title(question, fontproperties=font, fontsize=15)
+        axes.set_xlabel(record["answer"], fontproperties=font, fontsize=14)
+        axes.text(0.5, -0.135, record["given"], transform=axes.transAxes, ha="center", va="top", fontproperties=font,
+                  fontsize=14, color=colour)
+        axes.text(1.03, 0.45, mark, transform=axes.transAxes, fontsize=26, color=colour)
+    figure.savefig(path, dpi=72)
 
 
 def closing_text(world: Path, out: Path, scores: dict, seconds: dict) -> str:

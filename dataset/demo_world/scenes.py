@@ -1,14 +1,15 @@
-"""The demo world itself: which things exist, how a picture of one is drawn, and which pictures are kept for the test.
+"""The demo world itself: what exists, how a picture is drawn, and which pictures are kept for the test.
 
-A picture shows one object on a light background. Everything that can be said about it is four words: its colour, its
-shape, its size and its position. That is small enough to be learnt in minutes and large enough to ask the one question
-that matters: does the model SEE, or does it guess? Three splits of test pictures answer it.
+A picture shows one object on a light background, and all that can be said about it is four words: its
+colour, shape, size and position. That is small enough to be learnt in minutes, and large enough to ask the
+question that matters: does the model SEE, or does it guess? Three splits of test pictures answer it.
 
     known          new pictures of combinations that training has shown
-    unseen         a quarter of the (colour, shape, position) triples: never drawn and never named while training, but
-                   each of their three pairs is. Whoever learnt colour, shape and position one by one can answer.
-    unseen_pairs   a few (colour, shape) pairs that training never brings together. Harder, because a language model that
-                   never wrote "purple star" is reluctant to begin: report it, expect little.
+    unseen         a quarter of the (colour, shape, position) triples: never drawn and never named in
+                   training, although each of their pairs is. Who learnt colour, shape and position one by one
+                   can answer.
+    unseen_pairs   a few (colour, shape) pairs that training never brings together. Harder: a language model
+                   that never wrote "purple star" is reluctant to start with it. Reported, not promised.
 
 The recipe lives here as well: a `Preset` holds every size, step count and learning rate of the demo.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-# ---- what exists -----------------------------------------------------------------------------------------------------
+# ---- what exists ----
 
 Rgb = tuple[int, int, int]
 
@@ -36,8 +37,8 @@ COLOURS: dict[str, Rgb] = {  # no black: so small an encoder did not learn it
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"large": (24.0, 27.0), "small": (11.5, 13.0)}  # radius in pixels, from - to
-# The encoder cuts a picture into 7 x 7 patches. These are the centres of patches 1, 3 and 5, so that every object looks
-# the same to the patches around it, and its position is a matter of WHICH patch rather than of half a pixel.
+# The encoder cuts a picture into 7 x 7 patches. These are the centres of patches 1, 3 and 5: wherever an
+# object lies, the patches around it see the same, and its position is a matter of WHICH patch, not of pixels.
 GRID = (27.5, 64.0, 100.5)
 POSITIONS = {  # name -> (column, row)
     "top_left": (0, 0), "top": (1, 0), "top_right": (2, 0),
@@ -48,12 +49,13 @@ POSITIONS = {  # name -> (column, row)
 PICTURE_SIZE = 128
 JPEG_QUALITY = 92
 JITTER = 1.5  # pixels that an object may lie off its grid point, in x and in y
-COLOUR_JITTER = 8  # steps of 255 that a named colour may be off, per channel
+COLOUR_JITTER = 8  # how far a named colour may be off in each channel, of 255
+UNNAMED_DISTANCE = 70  # how far an unnamed colour stays from all named ones, in RGB space
 TEST_SPLITS = ("known", "unseen", "unseen_pairs")
 SPLITS = ("train", *TEST_SPLITS)
 
 
-# ---- the recipe ------------------------------------------------------------------------------------------------------
+# ---- the recipe ----
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,6 @@ class Preset:
     positions: tuple[str, ...] = tuple(POSITIONS)
     test_pictures: int = 200  # per test split
     unnamed_share: float = 0.25  # training pictures in a colour that no word names
-    text_share: float = 0.2  # text-only steps of pretrain and sft, so that the language is not forgotten
     n_heads: int = 8
     n_kv_heads: int = 4
     # the encoder: 3 colour axes x frequencies^2 patch filters = 192 numbers per patch, which is its width
@@ -112,11 +113,11 @@ PRESETS = {
         n_layers=4,
         clip=Stage(steps=600, batch_size=64, lr=1e-3),
         llm=Stage(steps=150, batch_size=32, lr=1.5e-3),
-        pretrain=Stage(steps=350, batch_size=32, lr=1.5e-3),
-        sft=Stage(steps=450, batch_size=32, lr=1.5e-3),
+        pretrain=Stage(steps=300, batch_size=32, lr=1.5e-3),
+        sft=Stage(steps=300, batch_size=32, lr=1.5e-3),
         multi=Stage(steps=150, batch_size=32, lr=1e-3),
     ),
-    "tiny": Preset(  # well under a minute, for the tests; learns colour and shape, but not position
+    "tiny": Preset(  # under a minute, for the tests
         colours=("red", "yellow", "green", "blue"),
         shapes=("circle", "square", "triangle", "star"),
         sizes=("large",),
@@ -127,14 +128,14 @@ PRESETS = {
         n_layers=3,
         clip=Stage(steps=150, batch_size=48, lr=1.5e-3),
         llm=Stage(steps=60, batch_size=24, lr=2e-3),
-        pretrain=Stage(steps=80, batch_size=24, lr=2e-3),
-        sft=Stage(steps=120, batch_size=24, lr=2e-3),
+        pretrain=Stage(steps=110, batch_size=24, lr=2e-3),
+        sft=Stage(steps=160, batch_size=24, lr=2e-3),
         multi=Stage(steps=50, batch_size=16, lr=1e-3),
     ),
 }
 
 
-# ---- one picture -----------------------------------------------------------------------------------------------------
+# ---- one picture ----
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,15 @@ def draw(scene: Scene) -> Image.Image:
     scale = 4  # draw the outline four times as large and shrink it: smooth edges
     mask = Image.new("L", (PICTURE_SIZE * scale, PICTURE_SIZE * scale))
     (x, y), radius = scene.centre, scene.radius
-    outline = [((x + radius * dx) * scale, (y + radius * dy) * scale) for dx, dy in _outline(scene.shape)]
-    ImageDraw.Draw(mask).polygon(outline, fill=255)
+    corners = [((x + radius * dx) * scale, (y + radius * dy) * scale) for dx, dy in outline(scene.shape)]
+    ImageDraw.Draw(mask).polygon(corners, fill=255)
     picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), scene.background)
     picture.paste(scene.rgb, mask=mask.reduce(scale))
     return picture
 
 
-def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape in units of its radius, y pointing down. All stay within -1..1: nothing leaves the picture."""
+def outline(shape: str) -> list[tuple[float, float]]:
+    """Corners of a shape in units of its radius, y pointing down; all within -1..1, so nothing is cut off."""
     arm = 0.34  # half the width of a bar of the cross
     corners = {
         "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
@@ -180,58 +181,63 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(radii, angles, strict=True)]
 
 
-# ---- all pictures ----------------------------------------------------------------------------------------------------
+# ---- all pictures ----
 
 Triple = tuple[str | None, str, str]  # colour, shape, position
 
 
 def make_splits(preset: Preset, seed: int) -> dict[str, list[Scene]]:
-    """All scenes of the world by split: train, known, unseen, unseen_pairs. The same seed gives the same world."""
+    """All scenes of the world by split: train, known, unseen, unseen_pairs. A seed is a world."""
     rng = np.random.default_rng(seed)
-    triples = _divide_triples(preset, rng)
-    counts = dict.fromkeys(TEST_SPLITS, preset.test_pictures)
-    unnamed = round(preset.train_pictures * preset.unnamed_share)
-    train = _scenes(triples["known"], preset, preset.train_pictures - unnamed, rng)
-    nameless = [(None, shape, position) for shape in preset.shapes for position in preset.positions]
-    train += _scenes(nameless, preset, unnamed, rng)
-    mixed = [train[i] for i in rng.permutation(len(train))]
-    return {"train": mixed} | {split: _scenes(triples[split], preset, counts[split], rng) for split in TEST_SPLITS}
+    triples = divide_triples(preset, rng)
+    num_unnamed = round(preset.train_pictures * preset.unnamed_share)
+    unnamed = [(None, shape, position) for shape in preset.shapes for position in preset.positions]
+    train = make_scenes(triples["known"], preset, preset.train_pictures - num_unnamed, rng)
+    train += make_scenes(unnamed, preset, num_unnamed, rng)
+    splits = {"train": [train[i] for i in rng.permutation(len(train))]}
+    for split in TEST_SPLITS:
+        splits[split] = make_scenes(triples[split], preset, preset.test_pictures, rng)
+    return splits
 
 
-def _divide_triples(preset: Preset, rng: np.random.Generator) -> dict[str, list[Triple]]:
+def divide_triples(preset: Preset, rng: np.random.Generator) -> dict[str, list[Triple]]:
     """Deal the (colour, shape, position) triples out to the test splits; training draws those of `known`.
 
-    A triple is held out where the three (shuffled) ranks add up to a multiple of four. Like a Latin square this takes
-    a quarter of the triples and never all triples of a pair, which holding out at random would do sooner or later.
+    A triple is unseen where its three (shuffled) ranks add up to a multiple of four. As in a Latin square,
+    that takes a quarter of all triples and never all triples of a pair; chance would, sooner or later.
     """
-    colours, shapes, positions = (
-        [str(name) for name in rng.permutation(names)] for names in (preset.colours, preset.shapes, preset.positions)
-    )
-    pairs = set(zip(colours[: preset.held_out_pairs], shapes, strict=False))  # no colour and no shape is in two of them
-    triples = {split: [] for split in TEST_SPLITS}
+    names = (preset.colours, preset.shapes, preset.positions)
+    colours, shapes, positions = ([str(name) for name in rng.permutation(group)] for group in names)
+    # Paired off in order, so that no colour and no shape is in two of the held-out pairs.
+    pairs = list(zip(colours, shapes, strict=False))[: preset.held_out_pairs]
+    triples: dict[str, list[Triple]] = {split: [] for split in TEST_SPLITS}
     for i, colour in enumerate(colours):
         for j, shape in enumerate(shapes):
             for k, position in enumerate(positions):
-                split = "unseen_pairs" if (colour, shape) in pairs else "known" if (i + j + k) % 4 else "unseen"
+                split = "known" if (i + j + k) % 4 else "unseen"
+                if (colour, shape) in pairs:
+                    split = "unseen_pairs"
                 triples[split].append((colour, shape, position))
     return triples
 
 
-def _scenes(triples: Sequence[Triple], preset: Preset, count: int, rng: np.random.Generator) -> list[Scene]:
+def make_scenes(
+    triples: Sequence[Triple], preset: Preset, count: int, rng: np.random.Generator
+) -> list[Scene]:
     """`count` scenes in shuffled rounds over all triples and sizes, so that none is missing by bad luck."""
     kinds = [(*triple, size) for triple in triples for size in preset.sizes]
     rounds = math.ceil(count / len(kinds))
     order = [kinds[i] for _ in range(rounds) for i in rng.permutation(len(kinds))]
-    return [_place(*kind, rng) for kind in order[:count]]
+    return [make_scene(*kind, rng) for kind in order[:count]]
 
 
-def _place(colour: str | None, shape: str, position: str, size: str, rng: np.random.Generator) -> Scene:
+def make_scene(colour: str | None, shape: str, position: str, size: str, rng: np.random.Generator) -> Scene:
     column, row = POSITIONS[position]
-    background = _rgb(rng.integers(226, 251, 3))
+    background = to_rgb(rng.integers(226, 251, 3))
     if colour is None:
-        rgb = _unnamed_rgb(background, rng)
+        rgb = choose_unnamed_rgb(background, rng)
     else:
-        rgb = _rgb(np.array(COLOURS[colour]) + rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3))
+        rgb = to_rgb(COLOURS[colour] + rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3))
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     return Scene(
         colour=colour, shape=shape, size=size, position=position, rgb=rgb, background=background,
@@ -239,19 +245,19 @@ def _place(colour: str | None, shape: str, position: str, size: str, rng: np.ran
     )
 
 
-def _unnamed_rgb(background: Rgb, rng: np.random.Generator) -> Rgb:
+def choose_unnamed_rgb(background: Rgb, rng: np.random.Generator) -> Rgb:
     """A colour far from every named one and from the background; two in five are grey.
 
-    Such objects force the encoder to keep shape and position apart from colour: there is no colour word to lean on.
+    Objects without a colour word teach the encoder that shape and position are there without one as well.
     """
-    known = np.array([*COLOURS.values(), background])
+    taken = np.array([*COLOURS.values(), background])
     grey = rng.random() < 0.4
     while True:
         rgb = np.full(3, rng.integers(0, 256)) if grey else rng.integers(0, 256, 3)
-        if np.linalg.norm(known - rgb, axis=1).min() > 70:
-            return _rgb(rgb)
+        if np.linalg.norm(taken - rgb, axis=1).min() > UNNAMED_DISTANCE:
+            return to_rgb(rgb)
 
 
-def _rgb(values: np.ndarray) -> Rgb:
-    red, green, blue = (int(v) for v in values.clip(0, 255))
+def to_rgb(values: np.ndarray) -> Rgb:
+    red, green, blue = (int(value) for value in values.clip(0, 255))
     return red, green, blue

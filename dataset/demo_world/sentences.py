@@ -1,15 +1,16 @@
-"""Everything that is said about the demo world, in Chinese and English, and the tokenizer that reads it.
+"""All that is said about the demo world, in Chinese and English, and the tokenizer that reads it.
 
-Every question has exactly ONE right answer, word for word: the wording of the question fixes the wording of the answer,
-so a scorer only compares strings. Rows come in the formats of the real data,
+Every question has exactly ONE right answer, word for word: the wording of the question fixes the wording of
+the answer, so that a scorer need only compare strings. Rows come in the formats of the real data,
 
-    {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}
+    {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."},
+                                                    {"from": "gpt", "value": "..."}]}
 
-with "a.jpg, b.jpg" for two pictures and no "image" at all for the text-only rows of the language model.
+with "a.jpg, b.jpg" for two pictures, and no "image" at all for the text-only rows of the language model.
 
-Objects in a colour that no word names are special. The language stages ask for their shape, position and size, but never
-describe them: a model that has read descriptions without a colour word leaves the colour out elsewhere as well
-(measured: exact descriptions fall from 1.00 to .92). Only the encoder reads their captions.
+Objects in a colour that no word names are special. The language stages ask for their shape, position and
+size, but never describe them: a model that has read descriptions without a colour word leaves the colour out
+elsewhere as well (measured: exact descriptions fall from 1.00 to .92). Only the encoder reads their captions.
 """
 
 import re
@@ -29,15 +30,15 @@ KINDS = (*ATTRIBUTES, "description")  # what is asked about one picture
 TWO_IMAGES = "two_images"  # what is asked about two
 DESCRIPTIONS_PER_PICTURE = 3  # a description holds all four attributes, so it is asked three times as often
 ENGLISH_SHARE = 0.15
-ENGLISH_SHARE_TWO_IMAGES = 0.4  # the last stage is short, and its English sentence is a long new one
+ENGLISH_SHARE_TWO_IMAGES = 0.4  # the last stage is short, and its English sentence is long and new
 
 
-# ---- the two languages -----------------------------------------------------------------------------------------------
+# ---- the two languages ----
 
 
 @dataclass(frozen=True)
 class Language:
-    """Words and sentence patterns. `{field}` is filled in; a bar marks a word boundary that Chinese does not write.
+    """Words and sentence patterns. {field} is filled in; a bar marks a word boundary that is not written.
 
     The words of English keep the space in front of them: " red" is what the tokenizer sees as one word.
     """
@@ -46,14 +47,15 @@ class Language:
     questions: dict[str, tuple[str, ...]]  # kind -> wordings that all ask for the same answer
     answers: dict[str, str]  # kind -> the one right answer
     object: str  # one of the two objects in the answer about two pictures
-    two_image_places: tuple[str, ...]  # where the pictures stand around the question {q}
+    numbered: str  # a third way to place two pictures, besides before and behind the question
 
 
 CHINESE = Language(
     words={
         "red": "红色", "yellow": "黄色", "green": "绿色", "blue": "蓝色",
         "purple": "紫色", "orange": "橙色", "pink": "粉色", "cyan": "青色",
-        "circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "diamond": "菱形", "cross": "十字形",
+        "circle": "圆形", "square": "方形", "triangle": "三角形",
+        "star": "星形", "diamond": "菱形", "cross": "十字形",
         "large": "大的", "small": "小的",
         "top_left": "左上角", "top": "上方", "top_right": "右上角",
         "left": "左侧", "middle": "中间", "right": "右侧",
@@ -64,7 +66,8 @@ CHINESE = Language(
         "shape": ("图形|是|什么|形状？", "图片|里的|图形|是|什么|形状？"),
         "position": ("图形|在|哪里？", "图形|在|图片|的|什么|位置？"),
         "size": ("图形|是|大的|还是|小的？", "图形|有|多大？"),
-        "description": ("这个|图片|描述|的|是|什么|内容？", "描述|这张|图片。", "图片|里|有|什么？", "请|简要|描述|图片|的|内容。"),
+        "description": ("这个|图片|描述|的|是|什么|内容？", "描述|这张|图片。", "图片|里|有|什么？",
+                        "请|简要|描述|图片|的|内容。"),
         TWO_IMAGES: ("这|两张|图片|有|什么|不同？", "说说|这|两张|图片|的|不同。"),
     },
     answers={
@@ -76,19 +79,20 @@ CHINESE = Language(
         TWO_IMAGES: "图一|是{first}，图二|是{second}。",
     },
     object="{size}{colour}{shape}",
-    two_image_places=("<image>\n<image>\n{q}", "{q}\n<image>\n<image>", "图一<image>\n图二<image>\n{q}"),
+    numbered="图一<image>\n图二<image>\n{question}",
 )
 
 ENGLISH = Language(
     words={
         "red": " red", "yellow": " yellow", "green": " green", "blue": " blue",
         "purple": " purple", "orange": " orange", "pink": " pink", "cyan": " cyan",
-        "circle": " circle", "square": " square", "triangle": " triangle", "star": " star", "diamond": " diamond",
-        "cross": " cross",
+        "circle": " circle", "square": " square", "triangle": " triangle",
+        "star": " star", "diamond": " diamond", "cross": " cross",
         "large": " large", "small": " small",
         "top_left": " at the top left", "top": " at the top", "top_right": " at the top right",
         "left": " on the left", "middle": " in the middle", "right": " on the right",
-        "bottom_left": " at the bottom left", "bottom": " at the bottom", "bottom_right": " at the bottom right",
+        "bottom_left": " at the bottom left", "bottom": " at the bottom",
+        "bottom_right": " at the bottom right",
     },
     questions={
         "colour": ("What colour is the shape?", "Which colour do you see?"),
@@ -107,184 +111,193 @@ ENGLISH = Language(
         TWO_IMAGES: "Picture one is{first}, picture two is{second}.",
     },
     object=" a{size}{colour}{shape}",
-    two_image_places=("<image>\n<image>\n{q}", "{q}\n<image>\n<image>", "<image> and <image>\n{q}"),
+    numbered="<image> and <image>\n{question}",
 )
 
 LANGUAGES = {"zh": CHINESE, "en": ENGLISH}
 
 
-def _fill(pattern: str, **fields: str) -> str:
+def fill(pattern: str, **fields: str) -> str:
     return pattern.replace("|", "").format(**fields)
 
 
-def _words(scene: Scene, language: Language) -> dict[str, str]:
-    """What the attributes of a scene are called; an unnamed colour is called nothing."""
-    return {name: language.words.get(getattr(scene, name), "") for name in ATTRIBUTES}
+def name_attributes(scene: Scene, language: Language) -> dict[str, str]:
+    """What colour, shape, position and size of a scene are called; an unnamed colour is called nothing."""
+    return {attribute: language.words.get(getattr(scene, attribute), "") for attribute in ATTRIBUTES}
 
 
 def caption(scene: Scene) -> str:
     """The sentence that the encoder learns from; the colour is left out where no word names it."""
-    return _fill(CHINESE.answers["description"], **_words(scene, CHINESE))
+    return fill(CHINESE.answers["description"], **name_attributes(scene, CHINESE))
 
 
-def _answer(kind: str, scene: Scene, language: Language) -> str:
+def answer_one(kind: str, scene: Scene, language: Language) -> str:
     if scene.colour is None and kind in ("colour", "description"):
-        raise ValueError(f"the colour of this {scene.shape} has no name: there is no right answer about its {kind}")
-    return _fill(language.answers[kind], **_words(scene, language))
+        raise ValueError(f"the colour of this {scene.shape} has no name, so its {kind} has no right answer")
+    return fill(language.answers[kind], **name_attributes(scene, language))
 
 
-def _two_image_answer(first: Scene, second: Scene, language: Language) -> str:
-    objects = [_fill(language.object, **_words(scene, language)) for scene in (first, second)]
-    return _fill(language.answers[TWO_IMAGES], first=objects[0], second=objects[1])
+def answer_two(first: Scene, second: Scene, language: Language) -> str:
+    objects = [fill(language.object, **name_attributes(scene, language)) for scene in (first, second)]
+    return fill(language.answers[TWO_IMAGES], first=objects[0], second=objects[1])
 
 
-# ---- questions and answers -------------------------------------------------------------------------------------------
+# ---- questions and answers ----
 
 
-def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
+def pick(options: Sequence[str], rng: np.random.Generator) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _pick_language(english_share: float, rng: np.random.Generator) -> Language:
+def pick_language(english_share: float, rng: np.random.Generator) -> Language:
     return ENGLISH if rng.random() < english_share else CHINESE
 
 
-def _ask(kind: str, scene: Scene, rng: np.random.Generator, as_text: bool = False) -> tuple[str, str]:
-    """A question about one picture, and its answer. The picture stands before or after the words.
+def ask_one(kind: str, scene: Scene, rng: np.random.Generator, as_text: bool = False) -> tuple[str, str]:
+    """A question about one picture, which stands before or after the words, and its answer.
 
-    as_text: the shuffled words of the description stand in for the picture. The language model is raised on such
-    questions, so that afterwards the picture only has to learn to say the same words.
+    as_text: words stand in for the picture. The language model is raised on such questions; later on,
+    pictures only have to be read as the same words.
     """
-    language = _pick_language(ENGLISH_SHARE, rng)
-    question = _fill(_pick(language.questions[kind], rng))
-    picture = _in_words(scene, language, rng) if as_text else IMAGE_MARK
-    place = _pick(("{picture}\n{question}", "{question}\n{picture}"), rng)
-    return place.format(picture=picture, question=question), _answer(kind, scene, language)
+    language = pick_language(ENGLISH_SHARE, rng)
+    question = fill(pick(language.questions[kind], rng))
+    picture = put_in_words(scene, language, rng) if as_text else IMAGE_MARK
+    place = pick(("{picture}\n{question}", "{question}\n{picture}"), rng)
+    return place.format(picture=picture, question=question), answer_one(kind, scene, language)
 
 
-def _in_words(scene: Scene, language: Language, rng: np.random.Generator) -> str:
-    words = [word for word in _words(scene, language).values() if word]
+def put_in_words(scene: Scene, language: Language, rng: np.random.Generator) -> str:
+    """The words of the description in any order: what there is to see, but not yet a sentence."""
+    words = [word for word in name_attributes(scene, language).values() if word]
     return "[" + "".join(words[i] for i in rng.permutation(len(words))) + "]"
 
 
-def _ask_two(first: Scene, second: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    language = _pick_language(ENGLISH_SHARE_TWO_IMAGES, rng)
-    question = _fill(_pick(language.questions[TWO_IMAGES], rng))
-    place = _pick(language.two_image_places, rng)
-    return place.format(q=question), _two_image_answer(first, second, language)
+def ask_two(first: Scene, second: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    language = pick_language(ENGLISH_SHARE_TWO_IMAGES, rng)
+    question = fill(pick(language.questions[TWO_IMAGES], rng))
+    marks = f"{IMAGE_MARK}\n{IMAGE_MARK}"
+    place = pick((f"{marks}\n{{question}}", f"{{question}}\n{marks}", language.numbered), rng)
+    return place.format(question=question), answer_two(first, second, language)
 
 
-def _sft_kinds(scene: Scene) -> tuple[str, ...]:
-    """The kinds of question that training asks about a scene; those with a colour word need a colour that has one."""
+def trained_kinds(scene: Scene) -> tuple[str, ...]:
+    """The kinds of question that training asks about a scene."""
     if scene.colour is None:
         return ("shape", "position", "size")
     return (*ATTRIBUTES, *["description"] * DESCRIPTIONS_PER_PICTURE)
 
 
-# ---- rows for training -----------------------------------------------------------------------------------------------
-
-
-def _turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def _row(number: int, image: str, turns: list[dict[str, str]]) -> dict:
-    return {"id": f"{number:06d}", "image": image, "conversations": turns}
-
-
-def pretrain_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
-    """One description of every picture whose colour has a name. pictures: file name -> scene."""
-    named = [(image, scene) for image, scene in pictures.items() if scene.colour is not None]
-    return [_row(n, image, _turns(*_ask("description", scene, rng))) for n, (image, scene) in enumerate(named)]
-
-
-def sft_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
-    """All kinds of questions about every picture."""
-    asked = [(image, scene, kind) for image, scene in pictures.items() for kind in _sft_kinds(scene)]
-    return [_row(n, image, _turns(*_ask(kind, scene, rng))) for n, (image, scene, kind) in enumerate(asked)]
-
-
-def two_picture_rows(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[dict]:
-    """`count` times: say how two pictures differ."""
-    rows = []
-    for n, (first, second) in enumerate(_pairs(pictures, count, rng)):
-        turns = _turns(*_ask_two(pictures[first], pictures[second], rng))
-        rows.append(_row(n, f"{first}, {second}", turns))
-    return rows
-
-
-def text_rows(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
-    """The questions of `sft_rows` with words in the place of the picture: food for a model that cannot see yet."""
-    asked = [(scene, kind) for scene in scenes for kind in _sft_kinds(scene)]
-    return [
-        {"id": f"{n:06d}", "conversations": _turns(*_ask(kind, scene, rng, as_text=True))}
-        for n, (scene, kind) in enumerate(asked)
-    ]
-
-
-def _pairs(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Pairs of pictures that really differ in what is said about them, and whose colours have names."""
-    said = {image: _fill(CHINESE.object, **_words(scene, CHINESE))
-            for image, scene in pictures.items() if scene.colour is not None}
-    if len(set(said.values())) < 2:
-        raise ValueError("all pictures look alike: no two of them differ in anything that can be said")
-    named, pairs = list(said), []
+def choose_pairs(
+    pictures: Mapping[str, Scene], count: int, rng: np.random.Generator
+) -> list[tuple[str, str]]:
+    """Pairs of pictures that differ in what is said about them, and whose colours have names."""
+    named = {image: scene for image, scene in pictures.items() if scene.colour is not None}
+    said = {image: (scene.size, scene.colour, scene.shape) for image, scene in named.items()}
+    images, pairs = list(said), []
     while len(pairs) < count:
-        first, second = (named[i] for i in rng.integers(len(named), size=2))
+        first, second = (images[i] for i in rng.integers(len(images), size=2))
         if said[first] != said[second]:
             pairs.append((first, second))
     return pairs
 
 
-# ---- questions for the test ------------------------------------------------------------------------------------------
+# ---- rows for training; pictures are given as {file name: scene} ----
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def pretrain_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
+    """One description of every picture whose colour has a name."""
+    named = [(image, scene) for image, scene in pictures.items() if scene.colour is not None]
+    return [
+        {"id": f"{n:06d}", "image": image, "conversations": turns(*ask_one("description", scene, rng))}
+        for n, (image, scene) in enumerate(named)
+    ]
+
+
+def sft_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
+    """All kinds of questions about every picture."""
+    asked = [(image, scene, kind) for image, scene in pictures.items() for kind in trained_kinds(scene)]
+    return [
+        {"id": f"{n:06d}", "image": image, "conversations": turns(*ask_one(kind, scene, rng))}
+        for n, (image, scene, kind) in enumerate(asked)
+    ]
+
+
+def two_picture_rows(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[dict]:
+    """`count` times: say how two pictures differ."""
+    rows = []
+    for n, (first, second) in enumerate(choose_pairs(pictures, count, rng)):
+        asked = ask_two(pictures[first], pictures[second], rng)
+        rows.append({"id": f"{n:06d}", "image": f"{first}, {second}", "conversations": turns(*asked)})
+    return rows
+
+
+def text_rows(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
+    """The questions of `sft_rows` with words in the place of the picture, for a model that cannot see yet."""
+    asked = [(scene, kind) for scene in scenes for kind in trained_kinds(scene)]
+    return [
+        {"id": f"{n:06d}", "conversations": turns(*ask_one(kind, scene, rng, as_text=True))}
+        for n, (scene, kind) in enumerate(asked)
+    ]
+
+
+# ---- questions for the test: {"id", "image", "kind", "question", "answer"}, marks as in the rows ----
 
 
 def questions(
     pictures: Mapping[str, Scene], rng: np.random.Generator, kinds: Sequence[str] = KINDS
 ) -> list[dict[str, str]]:
-    """One question of every kind about every picture: {"id", "image", "kind", "question", "answer"}.
+    """One question of every kind about every picture.
 
-    The question holds the <image> mark, exactly as a training row does.
-    Raises ValueError for a colour or a description of an object whose colour has no name.
+    Raises ValueError where a colour without a name would be asked for.
     """
-    asked = [(image, scene, kind) for kind in kinds for image, scene in pictures.items()]
-    return [_question(f"{kind}-{Path(image).stem}", image, kind, _ask(kind, scene, rng)) for image, scene, kind in asked]
-
-
-def two_picture_questions(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[dict[str, str]]:
-    """`count` questions about two pictures, of kind "two_images"."""
+    asked = [(kind, image, scene) for kind in kinds for image, scene in pictures.items()]
     return [
-        _question(f"{TWO_IMAGES}-{n:03d}", f"{a}, {b}", TWO_IMAGES, _ask_two(pictures[a], pictures[b], rng))
-        for n, (a, b) in enumerate(_pairs(pictures, count, rng))
+        make_question(f"{kind}-{Path(image).stem}", image, kind, ask_one(kind, scene, rng))
+        for kind, image, scene in asked
     ]
 
 
-def _question(name: str, image: str, kind: str, asked: tuple[str, str]) -> dict[str, str]:
+def two_picture_questions(
+    pictures: Mapping[str, Scene], count: int, rng: np.random.Generator
+) -> list[dict[str, str]]:
+    """`count` questions of kind "two_images"."""
+    asked = []
+    for n, (first, second) in enumerate(choose_pairs(pictures, count, rng)):
+        pair = ask_two(pictures[first], pictures[second], rng)
+        asked.append(make_question(f"{TWO_IMAGES}-{n:03d}", f"{first}, {second}", TWO_IMAGES, pair))
+    return asked
+
+
+def make_question(name: str, image: str, kind: str, asked: tuple[str, str]) -> dict[str, str]:
     return {"id": name, "image": image, "kind": kind, "question": asked[0], "answer": asked[1]}
 
 
-# ---- the tokenizer ---------------------------------------------------------------------------------------------------
+# ---- the tokenizer ----
 
 
 def lexicon() -> list[str]:
-    """Every word of both languages and of the chat format, as the tokenizer meets it: English with its space."""
-    patterns = ["user|assistant"]
+    """Every word of both languages and of the chat format, as the tokenizer meets it."""
+    patterns = ["user|assistant|[|]"]
     for language in LANGUAGES.values():
-        patterns += [*language.words.values(), *language.answers.values(), language.object, *language.two_image_places]
-        patterns += [wording for wordings in language.questions.values() for wording in wordings]
+        patterns += [*language.words.values(), *language.answers.values(), language.object]
+        patterns += [language.numbered, *(q for asked in language.questions.values() for q in asked)]
     literal = (re.sub(r"\{\w+\}|<image>|\n", "|", pattern) for pattern in patterns)
     words = (word for text in literal for word in re.findall(r" ?[A-Za-z]+|[\u4e00-\u9fff]+|[^\s|]", text))
-    return list(dict.fromkeys([*words, "[", "]"]))
+    return list(dict.fromkeys(words))
 
 
 def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the lexicon is one token (about 640 in all), saved for transformers.
+    """A byte-level BPE in which every word of the lexicon is one token (some 580 in all), saved in `folder`.
 
-    It is trained on the words, not on sentences: a BPE that sees running Chinese, where no space ends a word, spends its
-    tokens on halves of characters and on whole clauses, and rows become twice as long.
+    It is trained on the words, not on sentences: Chinese does not write where a word ends, and a BPE that
+    sees it running spends its tokens on halves of characters and on whole clauses. Rows become twice as long.
 
-    "<" and ">" get the ids 30 and 32 that MiniMind's tokenizer gives them, and are always tokens of their own: the
-    placeholder of a picture is made of them, and must never melt into what stands before it.
+    "<" and ">" get the ids that they have in MiniMind's tokenizer, 30 and 32, and are always tokens of their
+    own: the placeholder of a picture is made of them, and must never melt into what stands before it.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -299,7 +312,8 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(lexicon(), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(folder)
     return fast
