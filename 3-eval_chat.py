@@ -22,11 +22,12 @@ from tqdm import tqdm
 from model.chat import Chat, load_chat
 from model.checkpoint import STAGES, atomic_write, weights_path
 from model.dataset import image_names, read_rows
+from model.device import choose_dtype
 from model.generate import Sampling
 from model.LMConfig import LMConfig
 from model.prompt import put_marks
 from model.vision_utils import open_image
-from trainer.args import Parser, add_model_flags, check_args, choose_dtype, clean_exit
+from trainer.args import Parser, add_model_flags, check_args, clean_exit
 from trainer.distributed import Run, start_run
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

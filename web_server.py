@@ -12,7 +12,6 @@ keeps    nothing: what a visitor sends is seen by that visitor only, and deleted
 """
 import argparse
 import html
-import ipaddress
 import os
 import shlex
 import signal
@@ -37,7 +36,7 @@ NO_PICTURE = "请先添加一张图片，再来提问。\nPlease add a picture f
 BAD_PICTURE = "这个文件不能作为图片读取，请换一张。\nThis file cannot be read as a picture; try another one."
 NOT_POSSIBLE = "请缩短问题或修改设置。\nShorten the question or change the settings:\n"
 NO_ANSWER = "（模型没有给出回答 / the model gave no answer）"
-HINT = "添加图片并提问 / Add a picture and ask"
+HINT = "提问 / Ask about a picture"
 WELCOME = """## 看图问答 · Ask about a picture
 用回形针添加图片并提问；不写问题则描述图片。每次只看最近的图片，不记前文。
 
@@ -45,38 +44,35 @@ Add a picture with the paper clip and ask. Each question stands alone and is abo
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
          "sans-serif"]
 CSS = """
-.gradio-container > .main { max-width: 900px; padding: 12px 16px; margin: 0 auto; }
+.gradio-container > .main { max-width: 900px !important; padding: 12px 16px !important; }
 .gradio-container .column { gap: 10px; }
 #head h1 { font-size: 22px; margin: 0; }
 #head p { font-size: 13px; margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-#chat, #box, #settings { border: 1px solid var(--border-color-primary); border-radius: 10px; }
+#chat, #box, #settings { border: 1px solid var(--border-color-primary) !important; border-radius: 10px !important; }
 #chat { min-height: 380px; }
 #chat .message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
-#chat .message-row:has(img) + .message-buttons { display: none; }     /* "share" sends the picture elsewhere */
+#chat .message-row:has(img) + .message-buttons { display: none; } /* "share" would upload the picture */
 #chat .placeholder { margin: auto; padding: 12px 16px 0; text-align: center; }
-#chat .placeholder h2 { margin: 0 0 8px; }
+#chat .placeholder h2 { margin: 0 0 8px; font-size: 20px; }
 #chat .placeholder p { margin: 2px 0; color: var(--body-text-color-subdued); }
 #chat .examples { width: 100%; max-width: 640px; gap: 8px; padding: 16px; }
 #chat .example { padding: 8px 12px; border: 1px solid var(--border-color-primary); }
 #chat .example-content { flex-direction: row; align-items: center; gap: 12px; text-align: left; }
 #settings [data-testid="block-info"] { padding: 0; background: none; color: inherit; white-space: nowrap; }
 @media (max-width: 600px) {
-    .gradio-container > .main { padding: 8px; }
+    .gradio-container > .main { padding: 8px !important; }
     #box textarea { font-size: 16px; }      /* phones zoom into anything smaller */
+    #settings .form > .block { min-width: 100% !important; }
 }
 """
-# The copy button hands over what the Chatbot was given, escaped (see shown): turn it back into what was typed.
-# Without https or loopback there is no navigator.clipboard; the button then copies from a textarea off screen.
+# The copy button hands over what the Chatbot was given, escaped (see shown): make it as typed again.
+# Without https or loopback there is no navigator.clipboard: it then copies from a textarea off the screen.
 COPY = """() => {
-    const marks = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#x27;": "'"};
-    const raw = text => text.replace(/&(amp|lt|gt|quot|#x27);/g, mark => marks[mark]);
-    const board = navigator.clipboard, write = board?.writeText.bind(board);
-    if (board) board.writeText = text => write(raw(text));
-    document.addEventListener("copy", event => {
-        if (event.target.style?.left !== "-999999px") return;
-        event.clipboardData.setData("text/plain", raw(event.target.value));
-        event.preventDefault();
-    });
+    const marks = {amp: "&", lt: "<", gt: ">", quot: '"', "#x27": "'"}, board = navigator.clipboard;
+    const typed = text => text.replace(/&(amp|lt|gt|quot|#x27);/g, (all, name) => marks[name]);
+    if (board) { const write = board.writeText.bind(board); board.writeText = text => write(typed(text)); }
+    document.addEventListener("copy", event => { if (event.target.style?.left === "-999999px") {
+        event.clipboardData.setData("text/plain", typed(event.target.value)); event.preventDefault(); } });
 }"""
 
 
@@ -217,8 +213,8 @@ def describe(chat: Chat, weights: Path) -> str:
     """The head of the page, as HTML: which model answers here."""
     weight = chat.model.tok_embeddings.weight
     millions = sum(parameter.numel() for parameter in chat.model.parameters()) / 1e6
-    facts = [weights.name, f"{millions:.1f} M 参数 / parameters", f"{weight.device}",
-             str(weight.dtype).removeprefix("torch.")]
+    facts = [weights.name, f"{millions:.1f} M 参数 / params",
+             f"{weight.device} {str(weight.dtype).removeprefix('torch.')}"]
     return f"<h1>MiniMind-V</h1><p>{html.escape(' · '.join(facts))}</p>"
 
 
@@ -229,13 +225,14 @@ def add_settings(args: argparse.Namespace, max_seq_len: int) -> list[gr.componen
 
     with gr.Accordion("生成设置 / Sampling", open=False, elem_id="settings"):
         with gr.Row():
-            temperature = slider(0, 2, args.temperature, 0.05, "温度 / Temperature", "0 = 最可能的词 / likeliest")
+            temperature = slider(0, 2, args.temperature, 0.05, "温度 / Temperature",
+                                 "0 = 最可能的词 / likeliest")
             top_k = slider(0, 200, 0, 1, "Top-k", "0 = 全部 / all")
             top_p = slider(0.05, 1, 1, 0.05, "Top-p", "1 = 全部 / all")
         with gr.Row():
             penalty = slider(1, 2, 1, 0.05, "重复惩罚 / Penalty", "1 = 无 / none for repeating")
             length = slider(1, max_seq_len, min(args.max_new_tokens, max_seq_len), 1, "长度 / Length",
-                            "最多生成词数 / most new tokens")
+                            "最多生成词数 / most tokens")
             seed = gr.Number(args.seed, precision=0, minimum=0, maximum=2**31 - 1, label="种子 / Seed",
                              info="温度为 0 时无效 / unused at 0")
     return [temperature, top_k, top_p, penalty, length, seed]
@@ -246,9 +243,9 @@ def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks
     with gr.Blocks(title="MiniMind-V", delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(describe(chat, weights), elem_id="head")
         chatbot = gr.Chatbot(
-            render_markdown=False, latex_delimiters=[], placeholder=WELCOME, buttons=["copy"],
-            show_label=False, allow_file_downloads=False, examples=find_examples(args.image_dir, several), elem_id="chat",
-            height="calc(100dvh - 222px)")
+            render_markdown=False, latex_delimiters=[], placeholder=WELCOME, buttons=["copy"], elem_id="chat",
+            show_label=False, allow_file_downloads=False, height="calc(100dvh - 224px)",
+            examples=find_examples(args.image_dir, several))
         chatbot.keep_in_cache.update(chatbot.temp_files)        # delete_cache must spare the examples
         box = gr.MultimodalTextbox(
             file_types=["image"], file_count="multiple" if several else "single", placeholder=HINT,
@@ -304,13 +301,6 @@ def connect(chat: Chat, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings
 # ---- the server ------------------------------------------------------------------------------------------
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serve the page until interrupted."""
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS,
@@ -319,7 +309,7 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
         server_name=host, server_port=port, share=False, max_file_size="20mb", theme=theme, css=CSS, js=COPY,
         footer_links=[], quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False,
         enable_monitoring=False)
-    if not is_loopback(host):
+    if host not in ("127.0.0.1", "localhost", "::1"):
         print(f"warning: whoever can reach {host} can use this page; no password, no encryption",
               file=sys.stderr, flush=True)
     print(f"http://{host}:{port}  (Ctrl+C ends it)", flush=True)

@@ -1,7 +1,7 @@
-"""The real sizes, end to end: CLIP ViT-B/32 as openai's folder of 2021 holds it, a v1-style 512_llm.pth, 6400 tokens.
+"""The real sizes end to end: CLIP ViT-B/32 as in the folder of 2021, a v1-style 512_llm.pth, 6400 tokens.
 
-The weights are random (nothing can be downloaded in a test), so what is tested is that files of the real formats and
-sizes go through both stages and the evaluation.
+The weights are random (nothing can be downloaded in a test), so what is tested is that files of the real
+formats and sizes go through both stages and the evaluation.
 """
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from model.model import Transformer
 
 
 def save_openai_clip(folder: Path) -> None:
-    """config.json, preprocessor_config.json and pytorch_model.bin as the folder of openai/clip-vit-base-patch32 has them.
+    """config.json, preprocessor_config.json and pytorch_model.bin as openai/clip-vit-base-patch32 has them.
 
     Its vision tower is exact; the text tower, which is skipped in loading, has one layer instead of twelve.
     """
@@ -34,7 +34,8 @@ def save_openai_clip(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps({
         "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3, "size": 224,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}))
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711]}))
 
 
 def save_minimind_tokenizer(folder: Path) -> None:
@@ -43,7 +44,8 @@ def save_minimind_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     random = np.random.default_rng(0)
-    corpus = ["".join(random.choice(list("aeioubcdfgklmnprst"), 8)) for _ in range(6000)] + [" <", " <<<"] * 50
+    words = ["".join(random.choice(list("aeioubcdfgklmnprst"), 8)) for _ in range(6000)]
+    corpus = words + [" <", " <<<"] * 50
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=6400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -67,14 +69,16 @@ def real_place(tmp_path_factory) -> Path:
 
 
 def test_both_stages_and_evaluation_at_the_real_sizes(real_place):
-    common = [f"--clip_path={real_place}/clip", f"--tokenizer_path={real_place}/tokenizer", f"--out_dir={real_place}/out",
-              "--device=cpu"]
-    data = [f"--data_path={real_place}/data.json", f"--image_dir={real_place}/images", "--max_steps=2", "--batch_size=2",
-            "--num_workers=0"]
+    common = [f"--clip_path={real_place}/clip", f"--tokenizer_path={real_place}/tokenizer",
+              f"--out_dir={real_place}/out", "--device=cpu"]
+    data = [f"--data_path={real_place}/data.json", f"--image_dir={real_place}/images",
+            "--max_steps=2", "--batch_size=2", "--num_workers=0"]
     first = run_script("1-pretrain_vlm.py", *common, *data)
     assert first.returncode == 0, first.stderr
     assert "27.27 M parameters, 0.39 M of them the projection; frozen: 87.46 M" in first.stdout
     second = run_script("2-sft_vlm.py", *common, *data)
     assert second.returncode == 0, second.stderr
-    described = run_script("3-eval_chat.py", *common, f"--image_dir={real_place}/images", "--max_new_tokens=5")
-    assert described.returncode == 0 and described.stdout.count("这个图片描述的是什么内容？") == 6, described.stderr
+    described = run_script("3-eval_chat.py", *common, f"--image_dir={real_place}/images",
+                           "--max_new_tokens=5")
+    assert described.returncode == 0, described.stderr
+    assert described.stdout.count("这个图片描述的是什么内容？") == 6

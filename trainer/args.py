@@ -8,13 +8,11 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 
-import torch
-
 from model.chat import CLIP_PATH, TOKENIZER_PATH
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from model.device import DTYPES
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,12 +113,6 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
 def clean_exit(main: Callable[[], None]) -> None:
     """Run a script's main(): what the user can cure ends in one line and exit status 2, without a traceback.
 
@@ -133,6 +125,8 @@ def clean_exit(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
-        if os.environ.get("RANK", "0") == "0" or "row " in str(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            # An error that all ranks meet is told by rank 0, whose end makes torchrun end the others.
+            time.sleep(2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

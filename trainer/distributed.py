@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from model.device import choose_device
+
 
 @dataclass
 class Run:
@@ -63,21 +65,3 @@ def start_run(device: str = "auto") -> Run:
     if "RANK" in os.environ and world_size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return Run(rank, world_size, chosen)
-
-
-def choose_device(device: str, local_rank: int) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.partition(":")[0]
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device is available to this PyTorch "
-                             f"({torch.__version__}); use --device cpu or install a CUDA build")
-        number = int(device.partition(":")[2] or local_rank)
-        if number >= torch.cuda.device_count():
-            raise ValueError(f"--device cuda:{number}: this machine has {torch.cuda.device_count()} "
-                             "CUDA device(s); start fewer processes (--nproc_per_node)")
-        return torch.device("cuda", number)
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: not available to this PyTorch; use --device cpu")
-    return torch.device(kind)

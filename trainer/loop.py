@@ -21,11 +21,11 @@ from tqdm import tqdm
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
 from model.checkpoint import load_weights, read_state_dict, save_weights, weights_path
 from model.dataset import DatasetSpec, VLMDataset, collate
+from model.device import choose_dtype
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
-from trainer.args import choose_dtype
 from trainer.distributed import Run
 from trainer.logger import MetricsLog
 

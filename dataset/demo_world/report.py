@@ -38,11 +38,12 @@ def chinese_font() -> font_manager.FontProperties | None:
 
 
 def choose_records(records: list[dict], with_chinese: bool) -> list[dict]:
-    """The first records of every kind in turn, each about another picture, every fourth in English; not chosen by
-    whether they are right."""
+    """The first records of every kind in turn, each about another picture, every fourth in English; whether
+    they are right plays no part."""
     chosen: list[dict] = []
     for number in range(COLUMNS * ROWS):
-        kind, english = SHEET_KINDS[number % len(SHEET_KINDS)], not with_chinese or number % 4 == 3
+        kind = SHEET_KINDS[number % len(SHEET_KINDS)]
+        english = not with_chinese or number % 4 == 3
         shown = {tuple(record["image"]) for record in chosen}
         fresh = [record for record in records if record["kind"] == kind
                  and record["question"].isascii() == english and tuple(record["image"]) not in shown]
@@ -56,8 +57,10 @@ def draw_answers(records: list[dict], path: Path) -> None:
     figure = Figure(figsize=(4 * COLUMNS, 4.2 * ROWS))
     cells = figure.subplots(ROWS, COLUMNS).flat
     figure.subplots_adjust(left=0.02, right=0.98, top=0.88, bottom=0.07, hspace=0.42, wspace=0.08)
-    figure.text(0.5, 0.955, "Pictures of combinations that were never shown or named in training", ha="center", fontsize=20)
-    figure.text(0.5, 0.928, "above: the question; below: the right answer, and in colour the model's", ha="center", fontsize=14)
+    figure.text(0.5, 0.955, "Pictures of combinations that were never shown or named in training",
+                ha="center", fontsize=20)
+    figure.text(0.5, 0.928, "above: the question; below: the right answer, and in colour the model's",
+                ha="center", fontsize=14)
     for axes, record in zip(cells, choose_records(records, font is not None), strict=False):
         axes.imshow(Image.open(record["image"][0]))
         axes.set(xticks=[], yticks=[])
@@ -65,8 +68,8 @@ def draw_answers(records: list[dict], path: Path) -> None:
         mark, colour = ("\u2713", "#1a7f37") if record["right"] else ("\u2717", "#c62828")
         axes.set_title(question, fontproperties=font, fontsize=15)
         axes.set_xlabel(record["answer"], fontproperties=font, fontsize=14)
-        axes.text(0.5, -0.135, record["given"], transform=axes.transAxes, ha="center", va="top", fontproperties=font,
-                  fontsize=14, color=colour)
+        axes.text(0.5, -0.135, record["given"], transform=axes.transAxes, ha="center", va="top",
+                  fontproperties=font, fontsize=14, color=colour)
         axes.text(1.03, 0.45, mark, transform=axes.transAxes, fontsize=26, color=colour)
     figure.savefig(path, dpi=72)
 

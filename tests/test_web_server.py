@@ -1,0 +1,194 @@
+"""The web page, run as a process and asked by two programs (gradio_client) and by a browser (Chromium).
+
+Gradio takes all chat text for HTML, even with render_markdown=False: `<b>` turned bold and a typed `<image>`
+vanished. And v1's page shared one picture among all its visitors.
+"""
+import html
+import itertools
+import os
+import re
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SIZES, check_refused, run_script, save_picture
+
+from model.checkpoint import save_weights
+from model.LMConfig import LMConfig
+from model.model import Transformer
+
+TYPED = 'Describe <b>this</b> <s>picture</s>.\n  <<< <image> &lt; <!-- x --> <img src=x onerror=alert(1)> "\''
+QUESTION = "图形是什么颜色？"
+
+
+def read_until(process: subprocess.Popen, pattern: str, seconds: float = 60) -> str:
+    """What the process printed until a line matched; bounded, however silent the process is."""
+    printed, end = "", time.monotonic() + seconds
+    while not re.search(pattern, printed):
+        ready, _, _ = select.select([process.stdout], [], [], max(0, end - time.monotonic()))
+        assert ready, f"nothing like {pattern!r} within {seconds} s:\n{printed}"
+        piece = os.read(process.stdout.fileno(), 65536).decode()
+        assert piece, f"ended early, status {process.wait(10)}:\n{printed}"
+        printed += piece
+    return printed
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two pictures, a broken one, and a folder of examples."""
+    folder = tmp_path_factory.mktemp("web")
+    (folder / "examples").mkdir()
+    for number, name in enumerate(("first.png", "second.png", "examples/a.png")):
+        save_picture(folder / name, number)
+    (folder / "broken.png").write_bytes((folder / "first.png").read_bytes()[:60])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(pictures, tokenizer, tokenizer_path, clip_path):
+    """The address of a running web_server.py whose random weights speak at length."""
+    torch.manual_seed(3)
+    config = LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=24, max_seq_len=512)
+    weights = pictures / "32_vlm_sft.pth"
+    model = Transformer(config)
+    model.tok_embeddings.weight.data[tokenizer.eos_token_id] = 0      # hardly likely: long answers
+    save_weights(model, weights, stage="vlm_sft", tokenizer_path=str(tokenizer_path), clip_path=str(clip_path))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "web_server.py", "--load", str(weights), "--image_dir", str(pictures / "examples"),
+         "--port", str(free_port()), "--device", "cpu", "--max_new_tokens", "40"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        yield re.search(r"http://127\.0\.0\.1:\d+", read_until(process, r"http://\S+  \(")).group()
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(15)
+            raise
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def visitor(server):
+    """Opens the page as a program: every call is another visitor."""
+    client = pytest.importorskip("gradio_client", reason="gradio_client is missing")
+    return lambda: client.Client(server, verbose=False)
+
+
+def put(client, text: str, *files) -> list[list[dict]]:
+    """Ask as the page does; the conversations as they were shown while the answer grew."""
+    from gradio_client import handle_file
+    client.predict({"text": text, "files": [handle_file(str(path)) for path in files]}, api_name="/ask")
+    job = client.submit(0, 0, 1, 1, 40, 0, api_name="/answer")
+    job.result(timeout=30)
+    return [output if isinstance(output[0], dict) else output[0] for output in job.outputs()]
+
+
+def texts(messages: list[dict], role: str) -> list[str]:
+    """What the browser is given to show, as it will be read: each message's text, unescaped."""
+    return [html.unescape(part["text"]) for message in messages if message["role"] == role
+            for part in message["content"] if part["type"] == "text"]
+
+
+def test_an_answer_streams_and_every_visitor_has_a_picture_of_his_own(visitor, pictures):
+    first, second, third = visitor(), visitor(), visitor()
+    shown = put(first, QUESTION, pictures / "first.png")
+    answers = [texts(messages, "assistant")[-1] for messages in shown]
+    assert len(answers) > 10 and answers[-1]
+    for earlier, later in itertools.pairwise(answers):
+        assert later.startswith(earlier), (earlier, later)
+
+    other = texts(put(second, QUESTION, pictures / "second.png")[-1], "assistant")
+    assert other != answers[-1:], "the answer does not depend on the picture"
+    again = texts(put(first, QUESTION)[-1], "assistant")        # his own picture still, not the latest one
+    assert again == answers[-1:] * 2
+    assert "添加一张图片" in texts(put(third, QUESTION)[-1], "assistant")[0]      # and nobody else's
+
+
+def test_what_is_missing_is_said_kindly(visitor, pictures):
+    client = visitor()
+    assert "Please add a picture" in texts(put(client, QUESTION)[-1], "assistant")[-1]
+    answer = texts(put(client, "", pictures / "broken.png")[-1], "assistant")[-1]
+    assert "cannot be read as a picture" in answer
+    answer = texts(put(client, "long " * 2000, pictures / "first.png")[-1], "assistant")[-1]
+    assert "Shorten the question" in answer and "tokens" in answer
+    messages = put(client, "", pictures / "first.png")[-1]      # and the conversation goes on
+    assert texts(messages, "user")[-1] == "这个图片描述的是什么内容？"
+    assert texts(messages, "assistant")[-1]
+
+
+def test_html_arrives_as_typed(visitor, pictures):
+    messages = put(visitor(), TYPED, pictures / "first.png")[-1]
+    assert texts(messages, "user") == [TYPED]
+    sent = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    assert not re.search("[<>\"']", "".join(sent)), "the Chatbot was given something that could be HTML"
+
+
+def test_a_wrong_start_is_one_line(pictures, server):
+    check_refused(run_script("web_server.py", "--load", str(pictures / "none.pth"), timeout=60), "none.pth")
+    check_refused(run_script("web_server.py", "--load", str(pictures / "32_vlm_sft.pth"), "--device", "cpu",
+                             "--port", server.rsplit(":", 1)[1], timeout=60), server.rsplit(":", 1)[1])
+
+
+@pytest.fixture
+def browser():
+    path = shutil.which("chromium")
+    if not path:
+        pytest.skip("no browser: apt-get install chromium fonts-noto-cjk")
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_the_page_in_a_browser(browser, server, pictures):
+    context = browser.new_context(viewport={"width": 1280, "height": 860},
+                                  permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    trouble = []
+    page.on("console", lambda message: message.type == "error" and trouble.append(message.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("dialog", lambda dialog: (trouble.append("a script ran: " + dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: None if request.url.startswith((server, "data:", "blob:"))
+            else trouble.append("request to " + request.url))
+    page.goto(server)
+    page.locator("#head").get_by_text("32_vlm_sft.pth · ").wait_for()
+    page.locator("#chat .example").wait_for()
+    page.set_input_files("input[type=file]", str(pictures / "first.png"))
+    page.locator("#box img").wait_for()
+
+    page.fill("textarea", QUESTION)
+    page.press("textarea", "Enter")
+    page.locator('[data-testid="bot"]').wait_for()
+    page.locator('[data-testid="submit-button"]').wait_for()        # the stop button is gone: answered
+    assert page.input_value("textarea") == ""
+    page.fill("textarea", TYPED)
+    page.press("textarea", "Enter")
+    page.locator('[data-testid="bot"]').nth(1).wait_for()
+    page.locator('[data-testid="submit-button"]').wait_for()
+    # Once it stayed: Gradio emptied the very first question of a server's life only.
+    assert page.input_value("textarea") == ""
+    assert page.locator('[data-testid="user"]').last.inner_text() == TYPED
+    assert page.locator("#chat .message").locator("b, s, image").count() == 0
+    page.locator("#chat").get_by_label("Copy message").nth(-2).click()
+    assert page.evaluate("navigator.clipboard.readText()") == TYPED
+    answers = page.locator('[data-testid="bot"]').all_inner_texts()
+    assert len(answers) == 2 and all(answers)
+    assert page.get_by_label("Share").locator("visible=true").count() == 0      # it would upload the picture
+    context.close()
+    assert not trouble
