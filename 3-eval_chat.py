@@ -17,7 +17,6 @@ from pathlib import Path
 import pandas
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model.chat import Chat, load_chat
 from model.checkpoint import STAGES, atomic_write, weights_path
@@ -29,6 +28,7 @@ from model.prompt import put_marks
 from model.vision_utils import open_image
 from trainer.args import Parser, add_model_flags, check_args, clean_exit
 from trainer.distributed import Run, start_run
+from trainer.logger import progress_bar
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CONTROLS = ("real", "blank", "shuffled")
@@ -180,7 +180,7 @@ def answer_questions(run: Run, args: argparse.Namespace, chat: Chat, questions: 
                 else {path: path for path in features.paths})
     starts = range(0, len(questions), args.batch_size)
     mine = {}
-    for start in tqdm(starts[run.rank::run.world_size], desc=control, disable=not run.is_main, leave=False):
+    for start in progress_bar(starts[run.rank::run.world_size], desc=control, disable=not run.is_main):
         rows = questions[start:start + args.batch_size]
         seen = torch.stack([features[stand_in[path]] for row in rows for path in row["paths"]])    # (M, N, V)
         mine[start] = chat.answer_batch([row["turns"] for row in rows],

@@ -13,6 +13,7 @@ keeps    nothing: what a visitor sends is seen by that visitor only, and deleted
 import argparse
 import html
 import os
+import re
 import shlex
 import signal
 import sys
@@ -22,14 +23,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import gradio as gr
-import torch
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, Chat, load_chat
+from model.device import DTYPES, choose_device, choose_dtype
 from model.generate import Sampling
 from model.prompt import IMAGE_MARK, put_marks
 from model.vision_utils import open_image
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_QUESTION = "这个图片描述的是什么内容？"
 EXAMPLES = (DEFAULT_QUESTION, "Describe this picture.", "图片里有什么？", "What does the picture show?")
 NO_PICTURE = "请先添加一张图片，再来提问。\nPlease add a picture first, then ask about it."
@@ -48,7 +48,8 @@ CSS = """
 .gradio-container .column { gap: 10px; }
 #head h1 { font-size: 22px; margin: 0; }
 #head p { font-size: 13px; margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-#chat, #box, #settings { border: 1px solid var(--border-color-primary) !important; border-radius: 10px !important; }
+#chat, #box, #settings { border: 1px solid var(--border-color-primary) !important; }
+#chat, #box, #settings, .form:has(> #box) { border-radius: 10px !important; }
 #chat { min-height: 380px; }
 #chat .message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
 #chat .message-row:has(img) + .message-buttons { display: none; } /* "share" would upload the picture */
@@ -105,7 +106,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=256, help="longest answer, at first (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="at first; 0 = always the likeliest word")
     add("--seed", type=int, default=0, help="at first; the same seed gives the same answer")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
+        parser.error(f"--device must be auto, cpu, cuda, cuda:N or mps, not {args.device}")
+    return args
 
 
 def find_weights(out_dir: str | Path, dim: int = 0) -> Path:
@@ -116,22 +120,6 @@ def find_weights(out_dir: str | Path, dim: int = 0) -> Path:
             return max(found, key=lambda path: path.stat().st_mtime)
     raise FileNotFoundError(f"no *_vlm_*.pth in {out_dir}: train them (README, 'Stages'), download them "
                             "(README, 'Weights'), or name a file with --load")
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}); use --device cpu") from None
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 # ---- a conversation: [{"role": "user" or "assistant", "content": [{"path": picture}, ..., text]}, ...] -----
@@ -262,6 +250,7 @@ def connect(chat: Chat, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings
     conversation or example could name any file below the working directory, which Gradio would then hand out.
     """
     messages = gr.State([])
+
     def busy() -> dict:     # a fresh one every time: Gradio takes the value out of the dictionary it is given
         return gr.update(value=None, interactive=False, submit_btn=False, stop_btn="停止 Stop")
 
@@ -309,7 +298,7 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
         server_name=host, server_port=port, share=False, max_file_size="20mb", theme=theme, css=CSS, js=COPY,
         footer_links=[], quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False,
         enable_monitoring=False)
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if not (host.startswith("127.") or host in ("localhost", "::1")):
         print(f"warning: whoever can reach {host} can use this page; no password, no encryption",
               file=sys.stderr, flush=True)
     print(f"http://{host}:{port}  (Ctrl+C ends it)", flush=True)
@@ -324,7 +313,8 @@ def main(argv: list[str] | None = None) -> None:
     chat = load_chat(weights, args.tokenizer_path, args.clip_path, device, choose_dtype(args.dtype, device))
     print(chat.report, flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))       # so that the folder below goes then, too
+    # So that the folder below goes then, too, and a second signal does not disturb that.
+    signal.signal(signal.SIGTERM, lambda number, _: (signal.signal(number, signal.SIG_IGN), sys.exit(0)))
     with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:       # /tmp/gradio is shared
         os.environ["GRADIO_TEMP_DIR"] = folder
         serve(build_page(chat, weights, args), args.host, args.port)

@@ -97,7 +97,8 @@ def test_a_world_is_never_mixed_with_another(place):
 def test_an_interrupted_build_goes_on_and_leaves_no_half_world(place, tmp_path):
     """Stop the build within a part: no world yet; the next call finishes, and it is the same world."""
     build = ["-m", "dataset.demo_world", f"--out={tmp_path}/demo", "--preset=tiny", "--seed=3"]
-    process = subprocess.Popen([ROOT / ".venv/bin/python", *build], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+    python = ROOT / ".venv/bin/python"
+    process = subprocess.Popen([python, *build], cwd=ROOT, text=True, stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in iter(lambda: process.stderr.read(200), ""):
         if "clip" in line:

@@ -56,8 +56,12 @@ def server(pictures, tokenizer, tokenizer_path, clip_path):
     config = LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=24, max_seq_len=512)
     weights = pictures / "32_vlm_sft.pth"
     model = Transformer(config)
-    model.tok_embeddings.weight.data[tokenizer.eos_token_id] = 0      # hardly likely: long answers
-    save_weights(model, weights, stage="vlm_sft", tokenizer_path=str(tokenizer_path), clip_path=str(clip_path))
+    for name, weight in model.named_parameters():       # fresh weights would only repeat the last token
+        if "vision_proj" in name or name.endswith(("wo.weight", "w2.weight")):
+            weight.data *= 60
+    model.tok_embeddings.weight.data[tokenizer.eos_token_id] = 0        # hardly likely: long answers
+    save_weights(model, weights, stage="vlm_sft", tokenizer_path=str(tokenizer_path),
+                 clip_path=str(clip_path))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [sys.executable, "web_server.py", "--load", str(weights), "--image_dir", str(pictures / "examples"),
@@ -105,13 +109,13 @@ def texts(messages: list[dict], role: str) -> list[str]:
 
 def test_an_answer_streams_and_every_visitor_has_a_picture_of_his_own(visitor, pictures):
     first, second, third = visitor(), visitor(), visitor()
-    shown = put(first, QUESTION, pictures / "first.png")
+    shown = put(first, QUESTION, pictures / "second.png")
     answers = [texts(messages, "assistant")[-1] for messages in shown]
-    assert len(answers) > 10 and answers[-1]
+    assert len(answers) > 5 and len(set(answers)) > 5
     for earlier, later in itertools.pairwise(answers):
         assert later.startswith(earlier), (earlier, later)
 
-    other = texts(put(second, QUESTION, pictures / "second.png")[-1], "assistant")
+    other = texts(put(second, QUESTION, pictures / "first.png")[-1], "assistant")
     assert other != answers[-1:], "the answer does not depend on the picture"
     again = texts(put(first, QUESTION)[-1], "assistant")        # his own picture still, not the latest one
     assert again == answers[-1:] * 2
@@ -137,10 +141,9 @@ def test_html_arrives_as_typed(visitor, pictures):
     assert not re.search("[<>\"']", "".join(sent)), "the Chatbot was given something that could be HTML"
 
 
-def test_a_wrong_start_is_one_line(pictures, server):
+def test_a_wrong_start_is_one_line(pictures):
     check_refused(run_script("web_server.py", "--load", str(pictures / "none.pth"), timeout=60), "none.pth")
-    check_refused(run_script("web_server.py", "--load", str(pictures / "32_vlm_sft.pth"), "--device", "cpu",
-                             "--port", server.rsplit(":", 1)[1], timeout=60), server.rsplit(":", 1)[1])
+    assert "0.0.0.0" not in (ROOT / "web_server.py").read_text(), "people copy what they see"
 
 
 @pytest.fixture

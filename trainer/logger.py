@@ -2,7 +2,10 @@
 asked for."""
 import argparse
 import json
+import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 from trainer.distributed import Run
 
@@ -48,6 +51,11 @@ def start_wandb(name: str, run: Run, args: argparse.Namespace):
         run.print(f"wandb is not reachable ({str(error).splitlines()[0]}); "
                   "recording offline, `wandb sync` sends it later")
         return wandb.init(**settings, mode="offline")
+
+
+def progress_bar(*arguments, **settings) -> tqdm:
+    """tqdm, which shows the time left; into a file instead of a terminal it writes every ten seconds only."""
+    return tqdm(*arguments, **settings, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -27,7 +27,7 @@ from model.model import Transformer
 from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 from trainer.distributed import Run
-from trainer.logger import MetricsLog
+from trainer.logger import MetricsLog, progress_bar
 
 
 def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_in: str,
@@ -83,8 +83,7 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
             save_weights(model, weights_out, **description, step=step, total_steps=batches.total_steps)
 
     step = 0
-    bar = tqdm(total=batches.total_steps, disable=not run.is_main, unit="step", desc=weights_out.stem,
-               dynamic_ncols=True)
+    bar = progress_bar(total=batches.total_steps, disable=not run.is_main, unit="step", desc=weights_out.stem)
     try:
         for passes in by_step(loader, args.accumulation_steps):
             loss, grad_norm = stepper.step(passes, learning_rate(step, batches.total_steps, args))
@@ -96,7 +95,7 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
                                              "grad_norm": grad_norm.item()}
                 log.write(**values)
                 bar.set_postfix_str("loss {loss:.4f}, lr {learning_rate:.2e}, "
-                                    "{tokens_per_s:,.0f} tokens/s".format(**values))
+                                    "{tokens_per_s:,.0f} tokens/s".format(**values), refresh=False)
             if args.save_interval and step % args.save_interval == 0 and step < batches.total_steps:
                 save()
     finally:        # whatever ends the run, what was learnt is kept

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dataset.demo_world import encoder, scenes, sentences
@@ -34,6 +33,7 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from trainer.args import Parser, add_model_flags, add_training_flags, check_args
 from trainer.distributed import start_run
+from trainer.logger import progress_bar
 from trainer.loop import train
 
 WORLD_VERSION = 1               # raised when a change of the recipe makes existing worlds outdated
@@ -92,7 +92,7 @@ class World:
         images.mkdir(exist_ok=True)
         shown.mkdir(exist_ok=True)
         everything = {name: scene for split in scenes.SPLITS for name, scene in self.pictures(split).items()}
-        for name, scene in tqdm(everything.items(), desc="pictures", unit="", dynamic_ncols=True):
+        for name, scene in progress_bar(everything.items(), desc="pictures", unit=""):
             scenes.draw(scene).save(images / name, quality=scenes.JPEG_QUALITY)
         for name in list(self.pictures("unseen"))[:NUM_EVAL_IMAGES]:
             shutil.copyfile(images / name, shown / name)
@@ -117,7 +117,7 @@ class World:
     def make_clip(self) -> None:
         pictures = self.pictures("train")
         tokenizer = encoder.clip_tokenizer(self.work / "tokenizer")
-        with tqdm(total=self.preset.clip.steps, desc="clip", unit="step", dynamic_ncols=True) as bar:
+        with progress_bar(total=self.preset.clip.steps, desc="clip", unit="step") as bar:
             def progress(step: int, loss: float) -> None:
                 bar.update(step - bar.n)
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
