@@ -1,7 +1,10 @@
 """Where and in what arithmetic to compute, from what the user asked for."""
+import re
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE_NAME = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def choose_device(device: str, index: int = 0) -> torch.device:
@@ -9,6 +12,8 @@ def choose_device(device: str, index: int = 0) -> torch.device:
 
     Raises ValueError if it cannot be had.
     """
+    if not DEVICE_NAME.fullmatch(device):
+        raise ValueError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {device}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]

@@ -5,14 +5,13 @@ Flags can also come from a file, one or more per line: python 1-pretrain_vlm.py 
 import argparse
 import math
 import os
-import re
 import shlex
 import sys
 import time
 from collections.abc import Callable
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH
-from model.device import DTYPES
+from model.device import DEVICE_NAME, DTYPES
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,7 +105,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
                 for name, low in at_least.items() if hasattr(args, name) and not getattr(args, name) >= low]
     if not 0 < getattr(args, "learning_rate", 1) < math.inf:
         problems.append(f"--learning_rate must be above 0, not {args.learning_rate}")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", getattr(args, "device", "auto")):
+    if not DEVICE_NAME.fullmatch(getattr(args, "device", "auto")):
         problems.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {args.device}")
     if problems:
         raise ValueError("; ".join(problems))
