@@ -95,7 +95,7 @@ What to run next
   describe pictures    .venv/bin/python 3-eval_chat.py @{world}/eval.args
   chat about one       .venv/bin/python 3-eval_chat.py @{world}/eval.args \
 --chat {world}/eval_images/unseen_0000.jpg
-  in the browser       .venv/bin/python web_server.py --out_dir {out} --image_dir {world}/eval_images
+  in the browser       .venv/bin/python web_server.py @{world}/eval.args
   two pictures         .venv/bin/python 2-sft_vlm.py @{world}/sft_multi.args
   the real data        README.md, "Train on the real data"
 """
