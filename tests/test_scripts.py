@@ -214,6 +214,19 @@ def test_another_clip_is_told_before_the_first_answer(workplace, tmp_path):
                   "image features of 50 x 24", "gives 50 x 32", "--clip_path")
 
 
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_records_and_never_stops_a_run(workplace, mode, monkeypatch):
+    """Online, but without a key and a network: one line, and the record goes on offline."""
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(workplace))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    result = train(workplace, "--use_wandb", "--wandb_project=tests", "--wandb_run_name=one")
+    assert list((workplace / "out" / "wandb").glob("offline-run-*/run-*.wandb")), result.stderr
+    assert ("recording offline" in result.stdout + result.stderr) == (mode == "online")
+    assert len(read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")) == 6
+
+
 def test_multi_false_means_false(workplace):
     """bool("False") is True: `--multi False` once trained on several images."""
     train(workplace)

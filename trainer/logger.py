@@ -22,7 +22,7 @@ class MetricsLog:
             # Stays open as long as the run: line-buffered, so every step is on disk at once.
             self.file = open(self.path, "w", encoding="utf-8", buffering=1)     # noqa: SIM115
             if args.use_wandb:
-                self.wandb = start_wandb(weights_out.stem, run, args)
+                self.wandb = start_wandb(weights_out, run, args)
 
     def write(self, **values) -> None:
         if self.file:
@@ -38,13 +38,13 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def start_wandb(name: str, run: Run, args: argparse.Namespace):
+def start_wandb(weights_out: Path, run: Run, args: argparse.Namespace):
     """A wandb run; offline where the network or the key is missing, because a record must never cost a
     training run."""
     import wandb  # only for those who ask: the import takes seconds
 
-    settings = {"project": args.wandb_project, "config": vars(args),
-                "name": args.wandb_run_name or f"{name}-batch{args.batch_size}-lr{args.learning_rate:g}"}
+    name = args.wandb_run_name or f"{weights_out.stem}-batch{args.batch_size}-lr{args.learning_rate:g}"
+    settings = {"project": args.wandb_project, "name": name, "config": vars(args), "dir": weights_out.parent}
     try:
         return wandb.init(**settings, settings=wandb.Settings(init_timeout=20))
     except Exception as error:      # wandb raises its own types, and those of its transport

@@ -1,8 +1,8 @@
-"""One training stage, from flags to weights. Stage 1 and stage 2 differ only in what their scripts hand to
-train_stage().
+"""One training stage, from flags to weights; stages differ only in what their scripts hand to train_stage().
 
-    train_stage   flags -> tokenizer, CLIP, model, data
-    train         the loop: batches, one boxed optimizer step, logging, saving
+    train_stage    flags -> tokenizer, CLIP, model, data
+    train          the loop: batches, steps, logging, saving
+    Stepper.step   one optimizer step
 """
 import argparse
 import contextlib
@@ -28,6 +28,12 @@ from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 from trainer.distributed import Run
 from trainer.logger import MetricsLog, progress_bar
+
+WEIGHTS_CURE = {
+    "llm": "download it (README, 'Weights'), or make the demo's with python -m dataset.demo_world",
+    "vlm_pretrain": "run 1-pretrain_vlm.py first, or download it (README, 'Weights')",
+    "vlm_sft": "run 2-sft_vlm.py first, or download it (README, 'Weights')",
+}
 
 
 def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_in: str,
@@ -57,13 +63,6 @@ def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_i
                          config.num_image_tokens, args.max_seq_len)
     train(run, args, model, dataset, vision_model, weights_path(args.out_dir, config, weights_out),
           {"stage": weights_out, "tokenizer_path": str(tokenizer_path), "clip_path": str(clip_path)})
-
-
-WEIGHTS_CURE = {
-    "llm": "download it (README, 'Weights'), or make the demo's with python -m dataset.demo_world",
-    "vlm_pretrain": "run 1-pretrain_vlm.py first, or download it (README, 'Weights')",
-    "vlm_sft": "run 2-sft_vlm.py first, or download it (README, 'Weights')",
-}
 
 
 def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
@@ -128,10 +127,9 @@ class Stepper:
         """One optimizer step over the batches of all accumulation passes.
 
         The loss is the sum over the learnt tokens of the whole global batch (all ranks, all passes) divided
-        by their number, so one process with batch 8, two with batch 4 and one with 4 x batch 2 take the same
-        step.
-        returns  this rank's part of that loss, and the gradient norm before clipping; on the device, nothing
-                 waits for it
+        by their number: one process with batch 8, two with batch 4, one with 4 x batch 2 take the same step.
+
+        returns  this rank's part of that loss, and the gradient norm before clipping; both stay on the device
         """
         self.learning_rate = learning_rate
         for group in self.optimizer.param_groups:
@@ -163,8 +161,7 @@ class Stepper:
 
 
 class GlobalBatches(Sampler):
-    """Which samples this rank loads, for the whole run: a new shuffle every epoch, each sample once per
-    epoch.
+    """Which samples this rank loads, for the whole run: each once per epoch, every epoch in a new order.
 
     A global step takes the next batch_size * world_size * accumulation_steps samples of the epoch's order and
     deals them out, so the order does not depend on how many processes there are. An epoch's last step may
