@@ -106,6 +106,18 @@ def run_script(*command: str, processes: int = 1, timeout: int = 180) -> subproc
                           capture_output=True, text=True)
 
 
+def weights_of(workplace: Path, stage: str = "vlm_pretrain") -> dict[str, torch.Tensor]:
+    return torch.load(workplace / "out" / f"32_{stage}.pth", weights_only=True)
+
+
+def train(workplace: Path, *flags: str, script: str = "1-pretrain_vlm.py", processes: int = 1,
+          ) -> subprocess.CompletedProcess:
+    """Six steps of a stage, or as many as the flags say."""
+    result = run_script(script, f"@{workplace}/args", "--max_steps=6", *flags, processes=processes)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 def check_refused(result: subprocess.CompletedProcess, *fragments: str) -> None:
     """Bad input: exit status 2 and ONE line that names what is wrong, no traceback."""
     message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
