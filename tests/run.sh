@@ -10,4 +10,4 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
         || echo "tests/run.sh: chromium could not be installed; the browser test will be skipped"
 fi
 # Two test files at a time; the threads of their processes must not spin while they wait for each other.
-GOMP_SPINCOUNT=10000 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+GOMP_SPINCOUNT=10000 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

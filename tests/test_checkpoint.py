@@ -112,7 +112,7 @@ def test_weights_of_another_size_name_the_flags_that_fit(tmp_path, config):
 @pytest.mark.parametrize(("content", "message"), [
     (None, "not found: cure me"), (b"", "is empty"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
-    (b"<!DOCTYPE html>\n<html>", "web page"), (b"\x80\x04 garbage", "not a readable weight file")])
+    (b"<!DOCTYPE html>\n<html>", "web page"), (b"neither zip nor pickle", "not a readable weight file")])
 def test_what_people_have_instead_of_weights(tmp_path, content, message):
     if content is not None:
         (tmp_path / "w.pth").write_bytes(content)
