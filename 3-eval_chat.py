@@ -103,6 +103,8 @@ def stream_answer(chat: Chat, picture: Path, prompt: str, sampling: Sampling) ->
 
 
 def list_pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"picture folder not found: {folder} (name it with --image_dir)")
     pictures = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not pictures:
         raise FileNotFoundError(f"no pictures in {folder}: put some there, or name a folder with --image_dir")
@@ -116,7 +118,9 @@ def merge(parts: list[dict] | None) -> list[tuple[int, object]]:
 
 # ---- chat in the terminal ----------------------------------------------------------------------------------
 
-def chat_about(args: argparse.Namespace, chat: Chat) -> None:
+def chat_about(run: Run, args: argparse.Namespace, chat: Chat) -> None:
+    if run.world_size > 1:
+        raise ValueError("--chat reads the terminal: start it with plain python, in one process")
     open_image(args.chat)       # complain before the first question, not after it
     print(f"Ask about {args.chat}; an empty line ends the chat.")
     while question := read_line():
@@ -161,6 +165,8 @@ class PictureFeatures:
 
 def read_questions(path: Path) -> list[dict]:
     """Rows of a question file with their pictures' paths. Raises ValueError naming file and row."""
+    if not path.is_file():
+        raise FileNotFoundError(f"question file not found: {path}")
     questions = read_rows(path)
     for number, row in enumerate(questions, 1):
         missing = [key for key in ("image", "question", "answer", "kind")
@@ -223,18 +229,27 @@ def report_scores(records: list[dict], report_path: Path | None) -> None:
     atomic_write(report_path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
 
 
+def find_weights(args: argparse.Namespace) -> Path:
+    """The weights that the flags name. Raises FileNotFoundError that lists what is there instead."""
+    weights = weights_path(args.out_dir, LMConfig(dim=args.dim), args.stage)
+    others = ", ".join(sorted(path.name for path in weights.parent.glob("*_vlm_*.pth")))
+    if not weights.is_file() and others:
+        raise FileNotFoundError(f"{weights} not found, but {others}: choose by --dim and --stage, or --load")
+    return weights
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     make_sampling(args)         # wrong settings are told before anything is loaded
     with start_run(args.device) as run:
-        weights = args.load or weights_path(args.out_dir, LMConfig(dim=args.dim), args.stage)
+        weights = args.load or find_weights(args)
         chat = load_chat(weights, args.tokenizer_path, args.clip_path, run.device,
                          choose_dtype(args.dtype, run.device))
         run.print(str(chat.report))
         if args.questions:
             score_questions(run, args, chat)
         elif args.chat:
-            chat_about(args, chat)
+            chat_about(run, args, chat)
         else:
             describe_folder(run, args, chat)
 

@@ -290,10 +290,13 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serve the page until interrupted."""
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS,
                            font_mono=["ui-monospace", "monospace"])
-    page.queue(max_size=32).launch(
-        server_name=host, server_port=port, share=False, max_file_size="20mb", theme=theme, css=CSS, js=COPY,
-        footer_links=[], quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False,
-        enable_monitoring=False)
+    try:
+        page.queue(max_size=32).launch(
+            server_name=host, server_port=port, share=False, max_file_size="20mb", theme=theme, css=CSS,
+            js=COPY, footer_links=[], quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False,
+            enable_monitoring=False)
+    except OSError:
+        raise OSError(f"cannot serve on {host}:{port}: another program is there? Try another --port") from None
     if not (host.startswith("127.") or host in ("localhost", "::1")):
         print(f"warning: whoever can reach {host} can use this page; no password, no encryption",
               file=sys.stderr, flush=True)

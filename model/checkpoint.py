@@ -50,6 +50,20 @@ def save_weights(model: nn.Module, path: str | Path, **description) -> None:
     atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
 
 
+def keep_previous(path: str | Path) -> Path | None:
+    """Move weights that another run finished (or somebody downloaded) out of the way of a new run.
+
+    returns  where they lie now: 512_vlm_sft.previous.pth; None if there were none, or none that were finished
+    """
+    path, description = Path(path), read_description(path)
+    if not path.is_file() or description.get("step", 0) < description.get("total_steps", 0):
+        return None
+    for file in (path, path.with_suffix(".json")):
+        if file.is_file():
+            os.replace(file, file.with_suffix(f".previous{file.suffix}"))
+    return path.with_suffix(".previous.pth")
+
+
 def read_description(path: str | Path) -> dict:
     """What save_weights wrote beside the weights; empty where there is none (v1's own files)."""
     beside = Path(path).with_suffix(".json")

@@ -56,8 +56,9 @@ def read_rows(path: str | Path) -> list[dict]:
         else:
             rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
+        hint = "; one object per line is .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{path} is not valid JSON: "
-                         f"line {error.lineno} column {error.colno}: {error.msg}") from None
+                         f"line {error.lineno} column {error.colno}: {error.msg}{hint}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     if not isinstance(rows, list):

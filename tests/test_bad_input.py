@@ -38,6 +38,26 @@ def test_what_was_learnt_before_an_error_is_kept(workplace):
     assert 3 <= step < 6 and weights_of(workplace)
 
 
+def test_finished_weights_are_kept_when_another_run_writes_the_same_name(workplace):
+    """A trial of two steps must not cost the result of a night."""
+    train(workplace)
+    finished = weights_of(workplace)
+    result = train(workplace, "--max_steps=2", "--save_interval=1")
+    assert "kept as 32_vlm_pretrain.previous.pth" in result.stdout
+    kept = torch.load(workplace / "out" / "32_vlm_pretrain.previous.pth", weights_only=True)
+    assert all(torch.equal(kept[name], finished[name]) for name in finished)
+    assert read_description(workplace / "out" / "32_vlm_pretrain.pth")["step"] == 2
+
+
+def test_a_bad_sample_of_one_process_is_told_once(workplace):
+    rows = make_rows(24)
+    rows[3]["image"] = "gone.png"
+    (workplace / "data.json").write_text(json.dumps(rows))
+    result = run_script("1-pretrain_vlm.py", f"@{workplace}/args", "--epochs=1", processes=2)
+    assert result.returncode != 0 and result.stderr.count("error: ") == 1 and "gone.png" in result.stderr
+    assert "loop.py" not in result.stderr       # no traceback of the process that lost its partner
+
+
 def damage_weights(workplace):
     (workplace / "out" / "32_llm.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
 
@@ -80,9 +100,11 @@ def test_bad_input_is_one_line_with_the_cure(workplace, prepare, flags, fragment
 
 
 @pytest.mark.parametrize(("flags", "fragments"), [
-    (["--dim=32"], ["32_vlm_sft.pth not found", "README"]),
-    (["--stage=vlm_pretrain", "--image_dir=nowhere"], ["no pictures in nowhere", "--image_dir"]),
+    (["--dim=32"], ["32_vlm_sft.pth not found, but 32_vlm_pretrain.pth", "--stage", "--load"]),
+    (["--out_dir=nowhere"], ["32_vlm_sft.pth not found", "README"]),
+    (["--stage=vlm_pretrain", "--image_dir=nowhere"], ["picture folder not found: nowhere", "--image_dir"]),
     (["--stage=vlm_pretrain", "--chat=nowhere.png"], ["nowhere.png"]),
+    (["--stage=vlm_pretrain", "--questions=nowhere.jsonl"], ["question file not found: nowhere.jsonl"]),
     (["--stage=vlm_pretrain", "--top_p=3", "--temperature=-1"], ["top_p must be", "temperature must be"]),
     (["--stage=vlm_pretrain", "--load=README.md"], ["README.md is not a readable weight file"]),
 ])

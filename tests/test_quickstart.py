@@ -52,6 +52,13 @@ def test_a_second_call_repeats_nothing(place):
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*.pth")} == before and len(before) == 4
 
 
+def test_building_again_keeps_where_the_weights_go(place):
+    before = (place / "demo" / "eval.args").read_text()
+    result = run_script("-m", "dataset.demo_world", f"--out={place}/demo", "--preset=tiny", "--seed=3")
+    assert result.returncode == 0, result.stderr
+    assert (place / "demo" / "eval.args").read_text() == before and f"--out_dir={place}/out" in before
+
+
 def test_a_failure_names_the_command_and_the_cure(place):
     weights, mark = place / "out" / "96_vlm_pretrain.pth", place / "out" / ".sft.seconds"
     mark.rename(mark.with_suffix(".away"))

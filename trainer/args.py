@@ -5,6 +5,7 @@ Flags can also come from a file, one or more per line: python 1-pretrain_vlm.py 
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -121,6 +122,10 @@ def clean_exit(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if not re.search(r"gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE):
+            raise
+        sys.exit(2)     # another process of the run has ended, and told why
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
-from model.checkpoint import load_weights, read_state_dict, save_weights, weights_path
+from model.checkpoint import keep_previous, load_weights, read_state_dict, save_weights, weights_path
 from model.dataset import DatasetSpec, VLMDataset, collate
 from model.device import choose_dtype
 from model.LMConfig import LMConfig
@@ -77,11 +77,16 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
     run.print(describe_run(run, args, model, vision_model, dataset, batches, stepper.dtype))
     log, meter = MetricsLog(weights_out, run, args), Meter(run, args, batches)
 
+    step, saved = 0, False
+
     def save() -> None:
+        nonlocal saved
         if run.is_main:
+            if not saved and (previous := keep_previous(weights_out)):
+                run.print(f"{weights_out} was there before: kept as {previous.name}")
+            saved = True
             save_weights(model, weights_out, **description, step=step, total_steps=batches.total_steps)
 
-    step = 0
     bar = progress_bar(total=batches.total_steps, disable=not run.is_main, unit="step", desc=weights_out.stem)
     try:
         for passes in by_step(loader, args.accumulation_steps):
@@ -116,7 +121,7 @@ class Stepper:
         # CLIP is in no optimizer and no DDP bucket.
         self.vision_model = vision_model.to(run.device) if vision_model else None
         self.trained = self.model if run.world_size == 1 else DistributedDataParallel(
-            self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.model, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.model, args)
         self.dtype = choose_dtype(args.dtype, run.device)
         # bfloat16 needs no scaler.
@@ -253,8 +258,9 @@ class Meter:
                   "loss": loss / self.num_steps, "tokens_per_s": num_tokens / (now - self.since),
                   "seconds": round(now - self.started, 3)}
         self.loss, self.num_steps, self.num_tokens, self.since = 0.0, 0, 0, now
-        if self.total_bad > 0.01 * self.batches.num_samples * math.ceil(step / self.batches.steps_per_epoch):
-            raise ValueError(f"{self.total_bad:.0f} of {self.batches.num_samples} rows could not be used, "
+        num_rows = self.batches.num_samples * math.ceil(step / self.batches.steps_per_epoch)   # in all epochs
+        if self.total_bad > 0.01 * num_rows:
+            raise ValueError(f"{self.total_bad:.0f} of {num_rows} rows could not be used, "
                              f"more than 1 %: mend {self.args.data_path}")
         return values
 

@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     world = World(args.out, args.preset, args.seed)
     world.build()
-    world.write_recipes(args.weights_dir or args.out)
+    if args.weights_dir or not (args.out / "eval.args").exists():   # a second call keeps where weights go
+        world.write_recipes(args.weights_dir or args.out)
     print(f"demo world ({args.preset}, seed {args.seed}) in {args.out}; train on it with\n"
           f"    python 1-pretrain_vlm.py @{args.out}/pretrain.args\n"
           f"    python 2-sft_vlm.py @{args.out}/sft.args\n"
