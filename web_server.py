@@ -296,7 +296,7 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
             js=COPY, footer_links=[], quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False,
             enable_monitoring=False)
     except OSError:
-        raise OSError(f"cannot serve on {host}:{port}: another program is there? Try another --port") from None
+        raise OSError(f"cannot serve on {host}:{port}: is it taken? Try another --port") from None
     if not (host.startswith("127.") or host in ("localhost", "::1")):
         print(f"warning: whoever can reach {host} can use this page; no password, no encryption",
               file=sys.stderr, flush=True)
