@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from model.checkpoint import check_weight_file
 
-CLIP_CURE = ("download it with: hf download openai/clip-vit-base-patch32 "
-             "--local-dir model/clip_model/clip-vit-base-patch32")
+CLIP_CURE = ("download it with: hf download openai/clip-vit-base-patch32 config.json "
+             "preprocessor_config.json pytorch_model.bin --local-dir model/clip_model/clip-vit-base-patch32")
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
