@@ -280,7 +280,9 @@ def connect(chat: Chat, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings
     for event in answering:
         event.then(ready, None, box, api_visibility="private", **quick)
     box.stop(ready, None, box, cancels=answering, api_visibility="private", **quick)
-    chatbot.clear(lambda: ([], [], ready()), None, here, cancels=answering, api_visibility="private", **quick)
+    # First stop, then empty: at the same time, an answer under way would bring the conversation back.
+    chatbot.clear(None, cancels=answering, api_visibility="private").then(
+        lambda: ([], [], ready()), None, here, api_visibility="private", **quick)
 
 
 # ---- the server ------------------------------------------------------------------------------------------
@@ -312,6 +314,9 @@ def main(argv: list[str] | None = None) -> None:
     chat = load_chat(weights, args.tokenizer_path, args.clip_path, device, choose_dtype(args.dtype, device))
     print(chat.report, flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Gradio asks its own address whether it is up: a proxy from the environment must not be asked instead.
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join([os.environ.get(name, ""), args.host, "localhost"]).lstrip(",")
     # So that the folder below goes then, too, and a second signal does not disturb that.
     signal.signal(signal.SIGTERM, lambda number, _: (signal.signal(number, signal.SIG_IGN), sys.exit(0)))
     with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:       # /tmp/gradio is shared

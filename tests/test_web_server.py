@@ -63,6 +63,9 @@ def server(pictures, tokenizer, tokenizer_path, clip_path):
     save_weights(model, weights, stage="vlm_sft", tokenizer_path=str(tokenizer_path),
                  clip_path=str(clip_path))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    # A proxy, as many people have one: Gradio once asked it whether the page was up, and gave up.
+    environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "")
     process = subprocess.Popen(
         [sys.executable, "web_server.py", "--load", str(weights), "--image_dir", str(pictures / "examples"),
          "--port", str(free_port()), "--device", "cpu", "--max_new_tokens", "40"],
