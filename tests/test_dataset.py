@@ -11,8 +11,8 @@ from conftest import make_rows, save_picture
 from model.dataset import PRETRAIN, SFT, SFT_MULTI, BadSample, VLMDataset, check_row, collate, read_rows
 from model.model import IGNORE_INDEX
 from model.vision_utils import ImageProcessor
+from trainer.batches import GlobalBatches
 from trainer.distributed import Run
-from trainer.loop import GlobalBatches
 
 
 def row(question="<image>\n什么？", answer="它是蓝色。", image="0.png", **more) -> dict:

@@ -8,14 +8,12 @@ import argparse
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
@@ -26,6 +24,7 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
+from trainer.batches import GlobalBatches, by_step
 from trainer.distributed import Run
 from trainer.logger import MetricsLog, progress_bar
 
@@ -163,43 +162,6 @@ class Stepper:
             if self.vision_model:
                 features = get_img_embedding(batch["pixel_values"], self.vision_model)             # (M, N, V)
             return self.trained(batch["input_ids"], features, batch["image_slots"], batch["labels"])[1]
-
-
-class GlobalBatches(Sampler):
-    """Which samples this rank loads, for the whole run: each once per epoch, every epoch in a new order.
-
-    A global step takes the next batch_size * world_size * accumulation_steps samples of the epoch's order and
-    deals them out, so the order does not depend on how many processes there are. An epoch's last step may
-    hold fewer.
-    """
-
-    def __init__(self, num_samples: int, args: argparse.Namespace, run: Run):
-        self.num_samples, self.seed, self.rank, self.world_size = (
-            num_samples, args.seed, run.rank, run.world_size)
-        self.accumulation_steps = args.accumulation_steps
-        self.samples_per_step = args.batch_size * run.world_size * args.accumulation_steps
-        self.steps_per_epoch = math.ceil(num_samples / self.samples_per_step)
-        self.total_steps = args.max_steps or args.epochs * self.steps_per_epoch
-
-    def __len__(self) -> int:
-        return self.total_steps * self.accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.total_steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if place == 0:
-                order = torch.randperm(self.num_samples,
-                                       generator=torch.Generator().manual_seed(self.seed + epoch))
-            samples = order[place * self.samples_per_step:][:self.samples_per_step]
-            dealt = torch.tensor_split(samples, self.accumulation_steps * self.world_size)
-            yield from (part.tolist() for part in dealt[self.rank::self.world_size])
-
-
-def by_step(loader: DataLoader, accumulation_steps: int) -> Iterator[list[dict]]:
-    """The batches of one optimizer step at a time."""
-    batches = iter(loader)
-    while passes := list(islice(batches, accumulation_steps)):
-        yield passes
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
