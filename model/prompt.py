@@ -5,6 +5,7 @@ template:
 
 Training, terminal, web page and evaluation all render here, so a prompt cannot drift.
 """
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def normalise_turns(conversations: list[dict]) -> list[tuple[str, str]]:
         if role not in ROLES or not isinstance(text, str):
             raise ValueError('a turn must look like {"from": "human" or "gpt", "value": "text"}, '
                              f"not {str(turn)[:80]}")
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError("a turn holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
         turns.append((ROLES[role], text))
     return turns
 

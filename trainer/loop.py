@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
 from model.checkpoint import keep_previous, load_weights, read_state_dict, save_weights, weights_path
-from model.dataset import DatasetSpec, VLMDataset, collate
+from model.dataset import DatasetSpec, VLMDataset
 from model.device import choose_dtype
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -26,6 +25,7 @@ from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 from trainer.batches import GlobalBatches, by_step
 from trainer.distributed import Run
+from trainer.loader import load_batches
 from trainer.logger import MetricsLog, progress_bar
 
 WEIGHTS_CURE = {
@@ -67,11 +67,13 @@ def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_i
 def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
           vision_model: nn.Module | None, weights_out: Path, description: dict) -> None:
     """Train `model` on `dataset` and save it to `weights_out`, every --save_interval steps and at the end."""
+    if dataset.rows.index_seconds:
+        run.print(f"indexed {args.data_path}: {len(dataset)} rows "
+                  f"in {dataset.rows.index_seconds:.1f} s (once)")
     if args.on_bad_sample == "stop":
         dataset.check_rows()
     batches = GlobalBatches(len(dataset), args, run)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate,
-                        pin_memory=run.device.type == "cuda")
+    loader = load_batches(dataset, batches, args.num_workers, pin_memory=run.device.type == "cuda")
     stepper = Stepper(run, args, model, vision_model)
     run.print(describe_run(run, args, model, vision_model, dataset, batches, stepper.dtype))
     log, meter = MetricsLog(weights_out, run, args), Meter(run, args, batches)
