@@ -147,7 +147,7 @@ class VLMDataset(Dataset):
     def name(self, position: int) -> str:
         """How a person finds the row."""
         label = ""
-        with contextlib.suppress(ValueError, KeyError, TypeError):      # a row need not be an object with an id
+        with contextlib.suppress(ValueError, KeyError, TypeError):      # a bad row may have no id
             label = f" (id {one_line(str(self.rows[position]['id']), 80)})"
         return f"{self.rows.path}, row {position + 1}{label}"
 
