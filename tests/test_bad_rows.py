@@ -201,7 +201,7 @@ def test_the_verdict_on_a_large_file_is_kept_with_its_index(pictures, tokenizer,
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_training_leaves_out_every_bad_row_and_counts_it(workplace, pictures, processes):
-    """Exactly 1 % of the rows is bad, which is let pass; one process meets half of the kinds, two the rest."""
+    """1 % of the rows is bad, which is just let pass; one process meets half of the kinds, two the rest."""
     kinds = list(BAD.values())[processes - 1::2]
     rows = make_rows(100 * len(kinds))
     for number, (bad, _) in enumerate(kinds):

@@ -2,6 +2,7 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from multiprocessing import connection
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -27,14 +28,16 @@ def load_batches(dataset: VLMDataset, batches: Sampler, num_workers: int,
             batch = next(loader)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:      # the last two: in the middle of a message
             raise tell_of_death(dataset, loader) or error from None
         yield batch
 
 
 def tell_of_death(dataset: VLMDataset, loader: Iterator) -> ValueError | None:
     """The message about the first dead worker, if there is one."""
-    for worker, process in enumerate(getattr(loader, "_workers", [])):
+    workers = getattr(loader, "_workers", [])       # PyTorch has no public name for them
+    connection.wait([process.sentinel for process in workers], timeout=1)       # it may be dying still
+    for worker, process in enumerate(workers):
         if process.exitcode:
             position, cause = int(dataset.held[worker]), f"exit status {process.exitcode}"
             with contextlib.suppress(ValueError):
