@@ -6,12 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, check_refused, make_rows, run_inside, train, weights_of
+from conftest import (
+    ROOT,
+    check_refused,
+    check_same,
+    children_of,
+    make_rows,
+    run_inside,
+    train,
+    wait_until,
+    weights_of,
+)
 
 from model.checkpoint import read_description
 from trainer.distributed import Run
@@ -44,11 +53,6 @@ def records_of(workplace: Path) -> list[dict]:
     records = read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")
     return [{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")}
             for record in records]
-
-
-def check_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert result.keys() == expected.keys()
-    assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("flags", [
@@ -147,18 +151,6 @@ def start(workplace: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
     wait_until(lambda: process.poll() is not None or metrics.is_file() and len(read_metrics(metrics)) >= 3)
     assert process.poll() is None, process.communicate()[0]
     return process
-
-
-def wait_until(condition, seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
-
-
-def children_of(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if "1-pretrain" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 @pytest.mark.parametrize(("number", "processes", "status"), [
