@@ -131,11 +131,11 @@ def check_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
-def wait_until(condition, seconds: float = 120) -> None:
+def wait_until(condition, seconds: float = 120, pause: float = 0.02) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 def children_of(pid: int) -> list[int]:
