@@ -175,6 +175,9 @@ class LoadReport:
             text += f"; new, not in the file: {', '.join(self.missing)}"
         if self.ignored:
             text += f"; in the file, not used: {', '.join(self.ignored)}"
+        described = read_description(self.path)
+        if described.get("step", 0) < described.get("total_steps", 0):
+            text += f"; of an unfinished run (step {described['step']} of {described['total_steps']})"
         return text
 
 

@@ -114,7 +114,8 @@ def test_an_unfinished_run_is_never_overwritten_silently(workplace, monkeypatch,
         run_inside(SCRIPT, *flags, "--resume", "--batch_size=2")
     check_same(weights_of(workplace), interrupted)
 
-    capsys.readouterr()
+    run_inside("2-sft_vlm.py", *flags, "--max_steps=1")     # it may be used, but not unknowingly
+    assert "; of an unfinished run (step 4 of 6)" in capsys.readouterr().out
     run_inside(SCRIPT, *flags, "--resume_weights_only", "--max_steps=1", "--learning_rate=1e-30")
     assert "new schedule from the weights in" in capsys.readouterr().out
     for name, tensor in weights_of(workplace).items():      # a step of no length: they were really loaded
