@@ -9,7 +9,8 @@ writes   --folder: the data file (595 k rows), eight pictures that all rows shar
     python -m benchmarks.data_scale --rows 20000 --workers 0 2      # in half a minute
 
 Every line of the table is a fresh process with the data side of training alone: no CLIP, no language model.
-Linux only (/proc).
+"first batch" counts from the start of the process; "at work" is after 80 batches of 32 samples with pictures,
+"after an epoch" when every row has been read by one of the workers. Linux only (/proc).
 """
 import argparse
 import json
@@ -31,11 +32,11 @@ from model.prompt import load_tokenizer
 from model.vision_utils import ImageProcessor
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
-from trainer.loader import load_batches
+from trainer.loader import Loader
 
 QUESTIONS = ("写一篇简短但有益的图片摘要.\n<image>", "<image>\n请描述这张图片的内容.",
              "提供给定图像的简要描述.\n<image>")
-CHARACTERS = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说"
+CHARACTERS = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下"
 NUM_BATCHES = 80
 
 
@@ -64,21 +65,21 @@ def make_data(folder: Path, num_rows: int) -> Path:
     path = folder / f"captions_{num_rows}.json"
     if path.is_file():
         return path
-    from dataset.demo_world.sentences import train_tokenizer    # not what the measured processes import
+    from dataset.demo_world.sentences import train_tokenizer  # the measured processes do without
 
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(folder / "tokenizer")
     for number in range(8):
         Image.effect_noise((256, 256), 60).convert("RGB").save(folder / f"{number}.jpg", quality=90)
     draw = random.Random(0)
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
         for number in range(num_rows):
             caption = "".join(draw.choices(CHARACTERS, k=draw.randint(10, 60)))
             row = {"id": f"GCC_train_{number:09d}", "image": f"{number % 8}.jpg", "conversations": [
                 {"from": "human", "value": draw.choice(QUESTIONS)}, {"from": "gpt", "value": caption}]}
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(row, ensure_ascii=False, indent=2))
         file.write("\n]\n")
-    return path
+    return path.with_suffix(".tmp").rename(path)
 
 
 # ---- one measurement, in a process of its own ----
@@ -113,7 +114,7 @@ def measure(path: Path, kind: str, num_workers: int, born: float) -> dict:
     opened = time.time()
     dataset.check_rows()
     checked = time.time()
-    loader = load_batches(dataset, make_batches(dataset, 32), num_workers)
+    loader = iter(Loader(dataset, make_batches(dataset, 32), num_workers))
     assert not next(loader)["bad_samples"]
     result = {"kind": kind, "workers": num_workers, "import_s": imported - born, "open_s": opened - imported,
               "check_s": checked - opened, "first_batch_s": time.time() - born}
@@ -123,7 +124,7 @@ def measure(path: Path, kind: str, num_workers: int, born: float) -> dict:
     loader.close()
     dataset.__class__ = RowsAlone
     batches = make_batches(dataset, 1024)
-    loader = load_batches(dataset, batches, num_workers)
+    loader = iter(Loader(dataset, batches, num_workers))
     for _ in islice(loader, len(batches) - 1):      # after the last one the workers leave
         pass
     result["after_epoch"] = measure_memory()
@@ -131,20 +132,23 @@ def measure(path: Path, kind: str, num_workers: int, born: float) -> dict:
 
 
 def measure_apart(path: Path, kind: str, num_workers: int) -> dict:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.data_scale", "--measure", str(path), kind, str(num_workers),
-               str(time.time())]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.data_scale",
+               "--measure", str(path), kind, str(num_workers), str(time.time())]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def print_table(results: list[dict]) -> None:
-    """One line per process measured; the memory is the sum over it and its workers."""
-    print("                 |  seconds                               |  MB in all (PSS)           |  MB of one (RSS)\n"
-          "rows   workers   |  import   open  check  to first batch  |  at work  after an epoch   |  trainer  worker")
-    for result in results:
-        trainer, *workers = result["after_epoch"]["rss_mb"]
-        print("{kind:6} {workers:7}   |{import_s:8.1f} {open_s:6.2f} {check_s:6.2f} {first_batch_s:15.1f}  |"
-              .format(**result) + f"{result['at_work']['total_mb']:9.0f} {result['after_epoch']['total_mb']:15.0f}"
-              f"   |{trainer:9} {max(workers, default=0):7}")
+    """One line per measured process; memory in MB."""
+    import pandas  # the measured processes do without
+
+    print(pandas.DataFrame([{
+        "rows": result["kind"], "workers": result["workers"], "import s": result["import_s"],
+        "open s": result["open_s"], "check s": result["check_s"], "first batch s": result["first_batch_s"],
+        "PSS of all, at work": round(result["at_work"]["total_mb"]),
+        "after an epoch": round(result["after_epoch"]["total_mb"]),
+        "RSS of trainer": result["after_epoch"]["rss_mb"][0],
+        "of a worker": max(result["after_epoch"]["rss_mb"][1:], default=0),
+    } for result in results]).to_string(index=False, float_format="{:.2f}".format))
 
 
 def main(argv: list[str] | None = None) -> None:

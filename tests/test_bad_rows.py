@@ -16,7 +16,7 @@ from PIL import Image
 from model import dataset as dataset_module
 from model.dataset import PRETRAIN, SFT, BadSample, VLMDataset
 from model.vision_utils import ImageProcessor
-from trainer.loader import load_batches
+from trainer.loader import Loader
 
 MAX_SEQ_LEN = 256
 MARK = "<image>\n什么？"
@@ -238,19 +238,19 @@ def test_the_death_is_told_by_the_worker_that_died_alone(pictures, tokenizer, mo
         return os.kill(os.getpid(), signal.SIGTERM) if position == 5 else sample(position)
     monkeypatch.setattr(dataset, "sample", deadly_sample)
     with pytest.raises(ValueError, match=r"loader worker 0 died \(SIGTERM\) .*row 6 \(id 5\) with 0.png"):
-        list(load_batches(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], num_workers=2))
+        list(Loader(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], num_workers=2))
 
 
 def test_an_error_in_a_worker_is_no_death(pictures, tokenizer, monkeypatch):
     dataset = make_dataset(pictures, tokenizer, [row()])
     monkeypatch.setattr(dataset, "sample", lambda position: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        list(load_batches(dataset, [[0]], num_workers=1))
+        list(Loader(dataset, [[0]], num_workers=1))
 
 
 def test_a_finished_sample_is_held_no_longer(pictures, tokenizer):
     dataset = make_dataset(pictures, tokenizer, [row(), row(answer="")])
     for num_workers in (0, 2):
-        batches = list(load_batches(dataset, [[0], [1]], num_workers))
+        batches = list(Loader(dataset, [[0], [1]], num_workers))
         assert [len(batch["bad_samples"]) for batch in batches] == [0, 1]
     assert dataset.held.tolist() == [-1, -1]
