@@ -24,7 +24,7 @@ from model.vision_utils import get_img_embedding, get_vision_model, num_image_to
 from trainer.batches import GlobalBatches, by_step
 from trainer.distributed import Run
 from trainer.interrupt import Interruption
-from trainer.loader import Loader
+from trainer.loader import Loader, WorkerDied
 from trainer.logger import Meter, MetricsLog, progress_bar
 from trainer.optimizer import choose_trained, learning_rate, make_optimizer, trained_parameters
 from trainer.saves import Saves
@@ -140,6 +140,9 @@ def run_steps(run: Run, args: argparse.Namespace, loader: Loader, batches: Globa
                 stepper.check_bad_steps(args.max_bad_steps)
             if args.save_interval and step % args.save_interval == 0 and not last:
                 keeper.save_or_tell(step)
+    except WorkerDied:
+        if not interruption.number:     # else a signal to all processes has reached the loader's first
+            raise
     finally:
         bar.close()
         keeper.finish(step)
