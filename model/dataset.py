@@ -61,12 +61,13 @@ def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
     if not isinstance(turns, list) or not turns:
         raise ValueError('it has no "conversations"')
     names = image_names(row)
-    roles = [role for role, _ in normalise_turns(turns)]
-    if "user" not in roles or "assistant" not in roles:
+    texts = normalise_turns(turns)
+    answers = [position for position, (role, _) in enumerate(texts) if role == "assistant"]
+    if not answers or all(role != "user" for role, _ in texts):
         raise ValueError("its conversations lack a question or an answer")
     if spec.max_rounds:
-        turns = first_rounds(turns, roles, spec.max_rounds)
-    texts = normalise_turns(turns)
+        end = answers[:spec.max_rounds][-1] + 1
+        turns, texts = turns[:end], texts[:end]
     if any(role == "assistant" and not text.strip() for role, text in texts):
         raise ValueError("it has an empty answer")
     marks = sum(text.count(IMAGE_MARK) for role, text in texts if role == "user")
@@ -77,12 +78,6 @@ def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
     if marks != len(names):
         raise ValueError(f"it has {marks} {IMAGE_MARK} mark(s) for {len(names)} picture(s)")
     return names, turns
-
-
-def first_rounds(turns: list[dict], roles: list[str], max_rounds: int) -> list[dict]:
-    """Turns up to and including the max_rounds-th answer."""
-    ends = [position for position, role in enumerate(roles) if role == "assistant"]
-    return turns[:ends[min(max_rounds, len(ends)) - 1] + 1]
 
 
 @dataclass

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import check_refused, make_rows, run_script, save_picture
 from PIL import Image
+from torch.utils.data import Subset
 
 from model import dataset as dataset_module
 from model.dataset import PRETRAIN, SFT, BadSample, VLMDataset
@@ -239,6 +240,9 @@ def test_the_death_is_told_by_the_worker_that_died_alone(pictures, tokenizer, mo
     monkeypatch.setattr(dataset, "sample", deadly_sample)
     with pytest.raises(ValueError, match=r"loader worker 0 died \(SIGTERM\) .*row 6 \(id 5\) with 0.png"):
         list(Loader(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], num_workers=2))
+    # Of a share of the rows, the number is still that in the file.
+    with pytest.raises(ValueError, match=r"loader worker 0 died \(SIGTERM\) .*row 6 \(id 5\) with 0.png"):
+        list(Loader(Subset(dataset, [7, 5]), [[0, 1]], num_workers=1))
 
 
 def test_an_error_in_a_worker_is_no_death(pictures, tokenizer, monkeypatch):
