@@ -177,23 +177,27 @@ class VLMDataset(Dataset):
     def sample(self, position: int) -> dict[str, Tensor]:
         """input_ids (t,), labels (t,), image_slots (n, N), pixel_values (n, 3, S, S)."""
         names, turns = check_row(self.rows[position], self.spec)
-        prompt = render_conversation(turns, self.tokenizer, self.num_image_tokens)
-        end = check_length(prompt, self.max_seq_len)
-        ids, mask = torch.tensor(prompt.input_ids[:end]), torch.tensor(prompt.answer_mask[:end])
-        labels = ids.masked_fill(~mask, IGNORE_INDEX)
+        sample = tokenize(turns, self.tokenizer, self.num_image_tokens, self.max_seq_len)
         pixels = [get_img_process(open_image(self.find_image(name)), self.image_processor) for name in names]
         side = self.image_processor.size if self.image_processor else 1
-        return {
-            "input_ids": ids[:-1],    # the one place where labels are shifted: position t learns token t + 1
-            "labels": labels[1:],
-            "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, self.num_image_tokens),
-            "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side),
-        }
+        return sample | {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)}
 
     def find_image(self, name: str) -> Path:
         path = self.image_dir / name
         prefixed = path.with_name(self.spec.image_prefix + path.name)
         return prefixed if not path.exists() and prefixed.exists() else path
+
+
+def tokenize(turns: list[dict], tokenizer, num_image_tokens: int, max_seq_len: int) -> dict[str, Tensor]:
+    """A conversation as ids and labels: input_ids (t,), labels (t,), image_slots (n, N)."""
+    prompt = render_conversation(turns, tokenizer, num_image_tokens)
+    end = check_length(prompt, max_seq_len)
+    ids, mask = torch.tensor(prompt.input_ids[:end]), torch.tensor(prompt.answer_mask[:end])
+    return {
+        "input_ids": ids[:-1],        # the one place where labels are shifted: position t learns token t + 1
+        "labels": ids.masked_fill(~mask, IGNORE_INDEX)[1:],
+        "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, num_image_tokens),
+    }
 
 
 def pad_rows(rows: list[Tensor], value: int) -> Tensor:
