@@ -10,6 +10,7 @@ image, S pixels.
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 
 from model.model import IGNORE_INDEX
 from model.prompt import IMAGE_MARK, check_length, normalise_turns, render_conversation
+from model.vision_proj import find_image_slots
 from model.vision_utils import ImageProcessor, get_img_process, open_image
 
 
@@ -236,3 +238,24 @@ def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
         "num_learnt": int((labels != IGNORE_INDEX).sum()),
         "bad_samples": bad,
     }
+
+
+def decode_sample(sample: dict[str, Tensor], tokenizer) -> str:
+    """A sample as one line of text: [[what is learnt]], and <image x50> for the placeholder of a picture.
+
+    Raises ValueError if the placeholders are not found again among the ids.
+    """
+    slots = sample["image_slots"]
+    if slots.numel() and not torch.equal(find_image_slots(sample["input_ids"][None], slots.shape[1]), slots):
+        raise ValueError("the placeholders of a sample's pictures are not found again among its ids")
+    ids = [*sample["input_ids"].tolist(), int(sample["labels"][-1])]
+    kinds = ["told", *("learnt" if label != IGNORE_INDEX else "told" for label in sample["labels"].tolist())]
+    for number, places in enumerate(slots.tolist()):
+        for place in places:
+            kinds[place] = f"image {number}"
+    text = ""
+    for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        run = [token for _, token in group]
+        part = tokenizer.decode(run)
+        text += {"told": part, "learnt": f"[[{part}]]"}.get(kind, f"<image x{len(run)}>")
+    return text.replace("\n", "\\n")

@@ -6,8 +6,8 @@
     python -m trainer.check sft --all_pictures                        # load all rows with their pictures
     torchrun --standalone --nproc_per_node 2 -m trainer.check         # for a run of two processes
 
-The first argument names the stage: pretrain (default), sft, or a script of your own that is built like theirs.
-All other flags are the stage's: its script reads them, and hands over to this check instead of training.
+The first argument names the stage: pretrain (default), sft, or a script of your own built like theirs. All
+other flags are the stage's: its script reads them, and hands over to this check instead of training.
 Exit status 0 if all is in place; else 2, after one line per problem that says what cures it.
 """
 import argparse
@@ -18,7 +18,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
@@ -29,12 +28,11 @@ from torch.utils.data import DataLoader, Subset
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
 from model.checkpoint import is_finished, read_state_dict, sizes_of, weights_path
-from model.dataset import BadSample, DatasetSpec, VLMDataset, check_row, collate, tokenize
+from model.dataset import BadSample, DatasetSpec, VLMDataset, check_row, collate, decode_sample
 from model.device import choose_device, choose_dtype
 from model.LMConfig import LMConfig
 from model.model import IGNORE_INDEX, Transformer
-from model.prompt import IMAGE_MARK, load_tokenizer, normalise_turns
-from model.vision_proj import find_image_slots
+from model.prompt import load_tokenizer
 from model.vision_utils import ImageProcessor, get_vision_model, num_image_tokens
 from trainer.args import Parser, clean_exit
 from trainer.batches import GlobalBatches
@@ -45,7 +43,7 @@ from trainer.loop import WEIGHTS_CURE, Stepper, describe_run, load_model, make_c
 from trainer.memory import estimate_loading, estimate_step, free_memory, held_memory, size_in_memory
 from trainer.optimizer import choose_trained
 from trainer.saves import Saves
-from trainer.validation import split_off
+from trainer.validation import answer_loss, split_off
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"pretrain": ROOT / "1-pretrain_vlm.py", "sft": ROOT / "2-sft_vlm.py"}
@@ -194,8 +192,8 @@ class Check:
         for reason in reasons[:NUM_SHOWN]:
             self.problem(reason if skip else f"{reason} (--on_bad_sample skip would leave it out)")
         if len(reasons) > NUM_SHOWN or skip:
-            cure = f"is {self.args.image_dir} the right --image_dir?" if len(reasons) == number else "mend them"
-            self.problem(f"{len(reasons)} of the {number} rows looked at in the {name} cannot be used: {cure}")
+            cure = "mend them" if len(reasons) < number else "are --data_path and --image_dir the right ones?"
+            self.problem(f"{len(reasons)} of {number} rows looked at ({name}) cannot be used: {cure}")
 
     # ---- what it will do -----------------------------------------------------------------------------------
 
@@ -225,7 +223,8 @@ class Check:
         needs = {device: estimate_step(self.model, args.batch_size * int(num_tokens.max()),
                                        round(args.batch_size * num_learnt.mean()))}
         if device != cpu:               # there they do not lie yet
-            needs[device] |= {"weights": size_in_memory(self.model), "CLIP": size_in_memory(self.vision_model)}
+            needs[device] |= {"weights": size_in_memory(self.model),
+                              "CLIP": size_in_memory(self.vision_model)}
         needs.setdefault(cpu, {})["loading"] = estimate_loading(
             args.num_workers, args.batch_size * int(num_bytes.max()))
         for place, parts in needs.items():
@@ -235,11 +234,11 @@ class Check:
                 needed += others * (needed + held_memory())
             what = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
             tell("memory", f"{place}: about {in_words(needed)} more for {args.batch_size} x "
-                           f"{num_tokens.max()} tokens ({what}); {in_words(free) if free else 'unknown'} free")
+                           f"{num_tokens.max()} tokens, {in_words(free) if free else 'unknown'} free\n({what})")
             if free is not None and needed > free:
                 self.problem(f"a step needs about {in_words(needed)} more memory on {place}, but "
-                             f"{in_words(free)} are free: halve --batch_size and double --accumulation_steps, "
-                             "or lower --num_workers or --max_seq_len")
+                             f"{in_words(free)} are free: halve --batch_size and double "
+                             "--accumulation_steps, or lower --num_workers")
 
     # ---- what it knows already -----------------------------------------------------------------------------
 
@@ -251,12 +250,13 @@ class Check:
         one sort alone (the demo's knows nothing but its world). The better loss counts.
         """
         stepper = Stepper(self.alone, self.args, self.model, self.vision_model)
-        turns = {"ordinary sentences": [[{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-                                        for question, answer in ORDINARY],
-                 "the data's answers": [check_row(self.dataset.rows[position], self.spec)[1]
-                                        for position in list(self.good)[:NUM_ANSWERS]]}
-        losses = {name: stepper.forward(collate([self.without_pictures(each) for each in some])).item()
-                  for name, some in turns.items() if some}
+        first = list(self.good)[:NUM_ANSWERS]
+        conversations = {
+            "ordinary answers": [[{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+                                 for question, answer in ORDINARY],
+            "the data's answers": [check_row(self.dataset.rows[row], self.spec)[1] for row in first]}
+        losses = {name: answer_loss(stepper, self.tokenizer, turns)
+                  for name, turns in conversations.items() if turns}
         chance = math.log(self.model.config.vocab_size)
         text = (f"loss {', '.join(f'{loss:.2f} on {name}' for name, loss in losses.items())}; "
                 f"guessing has ln({self.model.config.vocab_size}) = {chance:.2f}")
@@ -265,17 +265,12 @@ class Check:
             self.problem(f"the weights of stage {self.weights_in} look random: {text}; "
                          f"{WEIGHTS_CURE[self.weights_in]}, or name the tokenizer they were trained with "
                          "(--tokenizer_path)")
-        if self.vision_model and self.good:
-            samples = [self.dataset[position] for position in list(self.good)[:NUM_SHOWN]]
+        if self.vision_model and first:
+            samples = [self.dataset[row] for row in first[:NUM_SHOWN]]
             loss = stepper.forward(collate(samples)).item()
             tell("sight", f"loss {loss:.2f} on the answers of {len(samples)} rows with their pictures")
             if not math.isfinite(loss):
                 self.problem(f"the loss with pictures is {loss}: compute in --dtype float32 or bfloat16")
-
-    def without_pictures(self, turns: list[dict]) -> dict[str, Tensor]:
-        turns = [{"from": role, "value": text.replace(IMAGE_MARK, "")} for role, text in normalise_turns(turns)]
-        sample = tokenize(turns, self.tokenizer, self.model.config.num_image_tokens, max_seq_len=sys.maxsize)
-        return sample | {"pixel_values": torch.zeros(0, 3, 1, 1)}
 
 
 def tell(name: str, text: str) -> None:
@@ -284,7 +279,9 @@ def tell(name: str, text: str) -> None:
 
 
 def in_words(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:,.1f} GB"
+    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+                      if num_bytes >= pair[0] or pair[0] == 1)
+    return f"{num_bytes / unit:.3g} {name}"
 
 
 def size_of(path: str | Path) -> str:
@@ -323,7 +320,8 @@ def foresee(saves: Saves, model: Transformer, total_steps: int) -> str:
     kept = ""
     if is_finished(saves.path):
         previous = saves.path.with_suffix(".previous.pth")
-        kept = f"; what is there now is kept as {previous.name}{', which is lost' if previous.is_file() else ''}"
+        lost = ", whose place it takes" if previous.is_file() else ""
+        kept = f"; what is there now is kept as {previous.name}{lost}"
     state = saves.read_start(model)
     if not state:
         return f"begins anew{kept}"
@@ -332,29 +330,8 @@ def foresee(saves: Saves, model: Transformer, total_steps: int) -> str:
     return f"goes on from step {state['step']} of {total_steps}"
 
 
-def decode_sample(sample: dict[str, Tensor], tokenizer) -> str:
-    """One line of text: [[what is learnt]], and <image x50> for what a picture's features are written over.
-
-    Raises ValueError if the placeholders are not found where they were put.
-    """
-    slots = sample["image_slots"]
-    if slots.numel() and not torch.equal(find_image_slots(sample["input_ids"][None], slots.shape[1]), slots):
-        raise ValueError("the placeholders of a sample's pictures are not found again among its ids")
-    ids = [*sample["input_ids"].tolist(), int(sample["labels"][-1])]
-    kinds = ["told", *("learnt" if label != IGNORE_INDEX else "told" for label in sample["labels"].tolist())]
-    for number, places in enumerate(slots.tolist()):
-        for place in places:
-            kinds[place] = f"image {number}"
-    text = ""
-    for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
-        run = [token for _, token in group]
-        part = tokenizer.decode(run)
-        text += {"told": part, "learnt": f"[[{part}]]"}.get(kind, f"<image x{len(run)}>")
-    return text.replace("\n", "\\n")
-
-
 def load_script(path: Path) -> ModuleType:
-    """A numbered script as a module; its name is none that `import` could take."""
+    """A numbered script as a module; `import` could not take its name."""
     if not path.is_file():
         raise FileNotFoundError(f"no stage {path}: name {' or '.join(SCRIPTS)}, or a script")
     spec = importlib.util.spec_from_file_location("stage", path)
@@ -365,12 +342,12 @@ def load_script(path: Path) -> ModuleType:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    names = argv[:1] if argv and not argv[0].startswith(("-", "@")) else []
+    name, *rest = argv if argv and not argv[0].startswith(("-", "@")) else ["pretrain", *argv]
     parser = Parser(__doc__)
     parser.add_argument("--all_pictures", action="store_true",
                         help=f"load all rows with their pictures, instead of {NUM_LOADED} of them")
-    own, flags = parser.parse_known_args(argv[len(names):])
-    path = SCRIPTS.get(*names, SCRIPTS["pretrain"]) if not names else SCRIPTS.get(names[0], Path(names[0]))
+    own, flags = parser.parse_known_args(rest)
+    path = SCRIPTS.get(name, Path(name))
     script, problems = load_script(path), []
     try:
         choose_device(script.parse_args(flags).device)

@@ -27,8 +27,8 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
     config = model.config
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = num_tokens * config.n_layers * (10 * config.dim + 4 * config.hidden_dim)
-    return {"gradients": FLOAT * trained, "moments": 2 * FLOAT * trained, "activations": FLOAT * kept * 6 // 5,
-            "logits": 3 * FLOAT * num_learnt * config.vocab_size}
+    return {"gradients": FLOAT * trained, "moments": 2 * FLOAT * trained,
+            "activations": FLOAT * kept * 6 // 5, "logits": 3 * FLOAT * num_learnt * config.vocab_size}
 
 
 def estimate_loading(num_workers: int, batch_bytes: int) -> int:
