@@ -11,6 +11,7 @@ other flags are the stage's: its script reads them, and hands over to this check
 Exit status 0 if all is in place; else 2, after one line per problem that says what cures it.
 """
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -143,7 +144,7 @@ class Check:
         loaded = state and self.attempt(load_model, config, source, self.weights_in)
         self.model = loaded[0] if loaded else Transformer(config)
         if loaded:
-            tell("weights", f"{loaded[1]} ({size_of(source)})")
+            tell("weights", f"{loaded[1]}; {size_of(source)}")
         return bool(loaded)
 
     # ---- what it learns from -------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ class Check:
         """Load rows with their pictures, as training will; what measure() says of the good ones, by
         position."""
         number = len(dataset) if self.all_pictures else min(NUM_LOADED, len(dataset))
-        positions = [round(place) for place in np.linspace(0, len(dataset) - 1, number)]
+        positions = spread(dataset, number)
         loader = DataLoader(Subset(dataset, positions), batch_size=20, num_workers=self.args.num_workers,
                             collate_fn=measure, worker_init_fn=ignore_interrupts)
         bar = progress_bar(loader, desc=name, disable=not self.all_pictures)
@@ -233,8 +234,9 @@ class Check:
                 others = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
                 needed += others * (needed + held_memory())
             what = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+            known = f"{in_words(free)} free" if free is not None else "what is free is not known"
             tell("memory", f"{place}: about {in_words(needed)} more for {args.batch_size} x "
-                           f"{num_tokens.max()} tokens, {in_words(free) if free else 'unknown'} free\n({what})")
+                           f"{num_tokens.max()} tokens, {known}\n({what})")
             if free is not None and needed > free:
                 self.problem(f"a step needs about {in_words(needed)} more memory on {place}, but "
                              f"{in_words(free)} are free: halve --batch_size and double "
@@ -250,11 +252,10 @@ class Check:
         one sort alone (the demo's knows nothing but its world). The better loss counts.
         """
         stepper = Stepper(self.alone, self.args, self.model, self.vision_model)
-        first = list(self.good)[:NUM_ANSWERS]
         conversations = {
             "ordinary answers": [[{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
                                  for question, answer in ORDINARY],
-            "the data's answers": [check_row(self.dataset.rows[row], self.spec)[1] for row in first]}
+            "the data's answers": well_formed(self.dataset, NUM_ANSWERS) if self.dataset else []}
         losses = {name: answer_loss(stepper, self.tokenizer, turns)
                   for name, turns in conversations.items() if turns}
         chance = math.log(self.model.config.vocab_size)
@@ -265,8 +266,8 @@ class Check:
             self.problem(f"the weights of stage {self.weights_in} look random: {text}; "
                          f"{WEIGHTS_CURE[self.weights_in]}, or name the tokenizer they were trained with "
                          "(--tokenizer_path)")
-        if self.vision_model and first:
-            samples = [self.dataset[row] for row in first[:NUM_SHOWN]]
+        if self.vision_model and self.good:
+            samples = [self.dataset[row] for row in list(self.good)[:NUM_SHOWN]]
             loss = stepper.forward(collate(samples)).item()
             tell("sight", f"loss {loss:.2f} on the answers of {len(samples)} rows with their pictures")
             if not math.isfinite(loss):
@@ -288,6 +289,20 @@ def size_of(path: str | Path) -> str:
     """Of a file, or of all files in a folder."""
     path = Path(path)
     return in_words(sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())))
+
+
+def spread(dataset: VLMDataset, number: int) -> list[int]:
+    """So many positions, from the first row to the last."""
+    return [round(place) for place in np.linspace(0, len(dataset) - 1, min(number, len(dataset)))]
+
+
+def well_formed(dataset: VLMDataset, number: int) -> list[list[dict]]:
+    """The conversations of some rows."""
+    found = []
+    for position in spread(dataset, number):
+        with contextlib.suppress(ValueError):
+            found.append(check_row(dataset.rows[position], dataset.spec)[1])
+    return found
 
 
 def bad_rows(dataset: VLMDataset) -> list[int]:
@@ -347,25 +362,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--all_pictures", action="store_true",
                         help=f"load all rows with their pictures, instead of {NUM_LOADED} of them")
     own, flags = parser.parse_known_args(rest)
-    path = SCRIPTS.get(name, Path(name))
-    script, problems = load_script(path), []
+    path, problems = SCRIPTS.get(name, Path(name)), []
+    script = load_script(path)
+    args = script.parse_args(flags)
     try:
-        choose_device(script.parse_args(flags).device)
+        choose_device(args.device)
     except ValueError as error:
         problems.append(str(error))
         flags.append("--device=cpu")        # what else is wrong is told all the same
 
     def check(run: Run, *arguments, **settings) -> None:
-        if run.is_main:
-            Check(run, *arguments, **settings, problems=problems, all_pictures=own.all_pictures).everything()
+        if not run.is_main:
+            return
+        tell("check", f"is everything in place for {path.name}?")
+        Check(run, *arguments, **settings, problems=problems, all_pictures=own.all_pictures).everything()
+        tell("check", f"{len(problems)} problem(s)" if problems else "everything is in place")
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
 
-    tell("check", f"{path.name}: is everything in place?")
     script.main(flags, do=check)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
     if problems:
         sys.exit(2)
-    tell("check", "everything is in place")
 
 
 if __name__ == "__main__":

@@ -36,20 +36,23 @@ def estimate_loading(num_workers: int, batch_bytes: int) -> int:
     return batch_bytes * (2 * num_workers + 1) + num_workers * WORKER
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still have on the device; None where the system does not say."""
+def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still have on the device; None where the system does not say.
+
+    root  where Linux's own files lie
+    """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     found = []
     with contextlib.suppress(OSError):
-        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        facts = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         found.append(1024 * int(facts["MemAvailable"].split()[0]))
     # A container's own limit; version 2 and version 1 of Linux's control groups.
     for limit, usage in (("memory.max", "memory.current"),
                          ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):      # "max": no limit
-            group = Path("/sys/fs/cgroup")
+            group = root / "sys/fs/cgroup"
             found.append(int((group / limit).read_text()) - int((group / usage).read_text())
                          + reclaimable((group / limit).with_name("memory.stat")))
     return min(found, default=None)
