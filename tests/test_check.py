@@ -31,9 +31,10 @@ def teach(pairs: list[list[str]], tokenizer) -> Transformer:
     """A small language model that has learnt these questions and answers by heart."""
     torch.manual_seed(3)
     model = Transformer(LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=0, max_seq_len=256))
-    samples = [tokenize([{"from": "human", "value": question}, {"from": "gpt", "value": answer}], tokenizer, 50,
-                        256) for question, answer in pairs]
-    batch = collate([sample | {"pixel_values": torch.zeros(0, 3, 1, 1)} for sample in samples])
+    conversations = [[{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+                     for question, answer in pairs]
+    batch = collate([tokenize(turns, tokenizer, 50, 256) | {"pixel_values": torch.zeros(0, 3, 1, 1)}
+                     for turns in conversations])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
         model(batch["input_ids"], labels=batch["labels"])[1].backward()
