@@ -77,13 +77,19 @@ def keep_previous(path: str | Path) -> Path | None:
 
     returns  where they lie now: 512_vlm_sft.previous.pth; None if there were none, or none that were finished
     """
-    path, description = Path(path), read_description(path)
-    if not path.is_file() or description.get("step", 0) < description.get("total_steps", 0):
+    path = Path(path)
+    if not is_finished(path):
         return None
     for file in (path, path.with_suffix(".json")):
         if file.is_file():
             os.replace(file, file.with_suffix(f".previous{file.suffix}"))
     return path.with_suffix(".previous.pth")
+
+
+def is_finished(path: str | Path) -> bool:
+    """Are these the weights of a whole run? Those without a description (v1's own) are taken for such."""
+    description = read_description(path)
+    return Path(path).is_file() and description.get("step", 0) >= description.get("total_steps", 0)
 
 
 def read_description(path: str | Path) -> dict:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 from model.model import IGNORE_INDEX
 from model.prompt import IMAGE_MARK, check_length, normalise_turns, render_conversation
 from model.rows import Rows
+from model.vision_proj import find_image_slots
 from model.vision_utils import ImageProcessor, get_img_process, open_image
 
 
@@ -149,18 +151,10 @@ class VLMDataset(Dataset):
     def sample(self, position: int) -> dict[str, Tensor]:
         """input_ids (t,), labels (t,), image_slots (n, N), pixel_values (n, 3, S, S)."""
         names, turns = check_row(self.rows[position], self.spec)
-        prompt = render_conversation(turns, self.tokenizer, self.num_image_tokens)
-        end = check_length(prompt, self.max_seq_len)
-        ids, mask = torch.tensor(prompt.input_ids[:end]), torch.tensor(prompt.answer_mask[:end])
-        labels = ids.masked_fill(~mask, IGNORE_INDEX)
+        sample = tokenize(turns, self.tokenizer, self.num_image_tokens, self.max_seq_len)
         pixels = [get_img_process(open_image(self.find_image(name)), self.image_processor) for name in names]
         side = self.image_processor.size if self.image_processor else 1
-        return {
-            "input_ids": ids[:-1],    # the one place where labels are shifted: position t learns token t + 1
-            "labels": labels[1:],
-            "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, self.num_image_tokens),
-            "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side),
-        }
+        return sample | {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)}
 
     def find_image(self, name: str) -> Path:
         path = self.image_dir / name
@@ -175,6 +169,18 @@ def one_line(text: str, limit: int = 300) -> str:
     """Text from the data as a terminal can show it: without line ends, control characters and surrogates."""
     shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[:limit])
     return shown + "..." if len(text) > limit else shown
+
+
+def tokenize(turns: list[dict], tokenizer, num_image_tokens: int, max_seq_len: int) -> dict[str, Tensor]:
+    """A conversation as ids and labels: input_ids (t,), labels (t,), image_slots (n, N)."""
+    prompt = render_conversation(turns, tokenizer, num_image_tokens)
+    end = check_length(prompt, max_seq_len)
+    ids, mask = torch.tensor(prompt.input_ids[:end]), torch.tensor(prompt.answer_mask[:end])
+    return {
+        "input_ids": ids[:-1],        # the one place where labels are shifted: position t learns token t + 1
+        "labels": ids.masked_fill(~mask, IGNORE_INDEX)[1:],
+        "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, num_image_tokens),
+    }
 
 
 def pad_rows(rows: list[Tensor], value: int) -> Tensor:
@@ -213,3 +219,24 @@ def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
         "num_learnt": int((labels != IGNORE_INDEX).sum()),
         "bad_samples": bad,
     }
+
+
+def decode_sample(sample: dict[str, Tensor], tokenizer) -> str:
+    """A sample as one line of text: [[what is learnt]], and <image x50> for the placeholder of a picture.
+
+    Raises ValueError if the placeholders are not found again among the ids.
+    """
+    slots = sample["image_slots"]
+    if slots.numel() and not torch.equal(find_image_slots(sample["input_ids"][None], slots.shape[1]), slots):
+        raise ValueError("the placeholders of a sample's pictures are not found again among its ids")
+    ids = [*sample["input_ids"].tolist(), int(sample["labels"][-1])]
+    kinds = ["told", *("learnt" if label != IGNORE_INDEX else "told" for label in sample["labels"].tolist())]
+    for number, places in enumerate(slots.tolist()):
+        for place in places:
+            kinds[place] = f"image {number}"
+    text = ""
+    for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        run = [token for _, token in group]
+        part = tokenizer.decode(run)
+        text += {"told": part, "learnt": f"[[{part}]]"}.get(kind, f"<image x{len(run)}>")
+    return text.replace("\n", "\\n")

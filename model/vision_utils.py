@@ -45,8 +45,12 @@ def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel, ImageProcessor]
     with quiet_transformers():
         # The stock class under its own name: a subclass would match no key and keep random weights.
         # dtype: otherwise the checkpoint's own type decides. local_files_only: never wait for a network.
-        vision_model, report = CLIPVisionModel.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        try:
+            vision_model, report = CLIPVisionModel.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        except Exception as error:      # half a dozen types, all meaning the same to the user
+            raise ValueError(f"cannot read the CLIP at {path} ({type(error).__name__}: {error}); "
+                             f"{CLIP_CURE}") from None
     missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
     foreign = [name for name in report["unexpected_keys"]
                if not name.startswith(("text_", "visual_projection", "logit_scale"))

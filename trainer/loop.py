@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
-from model.checkpoint import load_weights, read_state_dict, weights_path
+from model.checkpoint import LoadReport, load_weights, read_state_dict, weights_path
 from model.dataset import DatasetSpec, VLMDataset
 from model.device import choose_dtype
 from model.LMConfig import LMConfig
@@ -48,18 +48,12 @@ def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_i
     tokenizer_path, clip_path = args.tokenizer_path or TOKENIZER_PATH, args.clip_path or CLIP_PATH
     tokenizer = load_tokenizer(tokenizer_path)
     vision_model, image_processor = get_vision_model(clip_path)
-    config = LMConfig(
-        dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
-        vocab_size=args.vocab_size or len(tokenizer), max_seq_len=args.max_seq_len,
-        vision_dim=vision_model.config.hidden_size, num_image_tokens=num_image_tokens(vision_model))
+    config = make_config(args, len(tokenizer), vision_model.config.hidden_size,
+                         num_image_tokens(vision_model))
     source = weights_path(args.out_dir, config, weights_in)
-    cure = WEIGHTS_CURE[weights_in]
-    from_llm = weights_in == "llm"      # it has no projection yet; the published one may, and keeps it
-    config.vision_proj_bias = not from_llm and "vision_proj.bias" in read_state_dict(source, cure)
-    model = Transformer(config)
     check_fit(config, tokenizer, vision_model, source, clip_path)
-    run.print(str(load_weights(model, source, may_miss="vision_proj." if from_llm else (),
-                               may_ignore="vision_proj.bias" if from_llm else (), cure=cure)))
+    model, report = load_model(config, source, weights_in)
+    run.print(str(report))
 
     def read_data(path: str) -> VLMDataset:
         return VLMDataset(path, spec, tokenizer, args.image_dir, image_processor, config.num_image_tokens,
@@ -68,6 +62,24 @@ def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_i
           weights_path(args.out_dir, config, weights_out),
           {"stage": weights_out, "tokenizer_path": str(tokenizer_path), "clip_path": str(clip_path)},
           read_data(args.val_data_path) if args.val_data_path else None)
+
+
+def make_config(args: argparse.Namespace, num_tokens: int, vision_dim: int,
+                num_image_tokens: int) -> LMConfig:
+    """The sizes that the flags, the tokenizer and CLIP give together."""
+    return LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
+                    vocab_size=args.vocab_size or num_tokens, max_seq_len=args.max_seq_len,
+                    vision_dim=vision_dim, num_image_tokens=num_image_tokens)
+
+
+def load_model(config: LMConfig, source: Path, weights_in: str) -> tuple[Transformer, LoadReport]:
+    """A model with the weights of an earlier stage. Raises FileNotFoundError or ValueError with the cure."""
+    cure = WEIGHTS_CURE[weights_in]
+    from_llm = weights_in == "llm"      # it has no projection yet; the published one may, and keeps it
+    config.vision_proj_bias = not from_llm and "vision_proj.bias" in read_state_dict(source, cure)
+    model = Transformer(config)
+    return model, load_weights(model, source, may_miss="vision_proj." if from_llm else (),
+                               may_ignore="vision_proj.bias" if from_llm else (), cure=cure)
 
 
 def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
