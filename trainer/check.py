@@ -41,7 +41,7 @@ from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
 from trainer.loop import WEIGHTS_CURE, Stepper, describe_run, load_model, make_config, settings_of
-from trainer.memory import estimate_loading, estimate_step, free_memory, held_memory, size_in_memory
+from trainer.memory import available_memory, estimate_loading, estimate_step, held_memory, size_in_memory
 from trainer.optimizer import choose_trained
 from trainer.saves import Saves
 from trainer.validation import answer_loss, split_off
@@ -49,7 +49,7 @@ from trainer.validation import answer_loss, split_off
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"pretrain": ROOT / "1-pretrain_vlm.py", "sft": ROOT / "2-sft_vlm.py"}
 NUM_LOADED = 200        # rows loaded with their pictures, spread over the file
-NUM_ANSWERS = 16        # of them, whose answers the language model is measured on
+NUM_ANSWERS = 8         # of them, whose answers the language model is measured on
 NUM_SHOWN = 3           # samples decoded; bad rows named one by one
 GUESSING = 0.9          # who has a loss above this share of ln(vocabulary) has learnt next to nothing
 ORDINARY = [("今天天气怎么样？", "今天天气很好，阳光明媚，适合出去散步。"),
@@ -85,10 +85,10 @@ class Check:
                 self.good = self.load_rows(name, dataset) if dataset else {}
         if self.model:
             self.check_run()
-        if self.model and self.good:
-            self.check_memory()
         if is_loaded and self.tokenizer:
             self.attempt(self.check_losses)
+        if self.model and self.good:
+            self.check_memory()
         for position in list(self.good)[:NUM_SHOWN]:
             tell(f"row {position + 1}", decode_sample(self.dataset[position], self.tokenizer))
 
@@ -217,31 +217,6 @@ class Check:
         if batches and (fate := self.attempt(foresee, saves, model, batches.total_steps)):
             tell("writes", f"{path}: {fate}")
 
-    def check_memory(self) -> None:
-        """Compare what a step is estimated to take, its rows as long as the longest, with what is free."""
-        args, device, cpu = self.args, self.run.device, torch.device("cpu")
-        num_tokens, num_learnt, num_bytes = np.array(list(self.good.values())).T
-        needs = {device: estimate_step(self.model, args.batch_size * int(num_tokens.max()),
-                                       round(args.batch_size * num_learnt.mean()))}
-        if device != cpu:               # there they do not lie yet
-            needs[device] |= {"weights": size_in_memory(self.model),
-                              "CLIP": size_in_memory(self.vision_model)}
-        needs.setdefault(cpu, {})["loading"] = estimate_loading(
-            args.num_workers, args.batch_size * int(num_bytes.max()))
-        for place, parts in needs.items():
-            needed, free = sum(parts.values()), free_memory(place)
-            if place == cpu:            # the run's other processes on this machine hold what this one does
-                others = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
-                needed += others * (needed + held_memory())
-            what = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
-            known = f"{in_words(free)} free" if free is not None else "what is free is not known"
-            tell("memory", f"{place}: about {in_words(needed)} more for {args.batch_size} x "
-                           f"{num_tokens.max()} tokens, {known}\n({what})")
-            if free is not None and needed > free:
-                self.problem(f"a step needs about {in_words(needed)} more memory on {place}, but "
-                             f"{in_words(free)} are free: halve --batch_size and double "
-                             "--accumulation_steps, or lower --num_workers")
-
     # ---- what it knows already -----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -272,6 +247,31 @@ class Check:
             tell("sight", f"loss {loss:.2f} on the answers of {len(samples)} rows with their pictures")
             if not math.isfinite(loss):
                 self.problem(f"the loss with pictures is {loss}: compute in --dtype float32 or bfloat16")
+
+    def check_memory(self) -> None:
+        """Compare what a step will take, its rows as long as the longest, with what can be had. After
+        check_losses(): until they are used, weights that were read from a file are not yet in memory."""
+        args, device, cpu = self.args, self.run.device, torch.device("cpu")
+        num_tokens, num_learnt, num_bytes = np.array(list(self.good.values())).T
+        step = estimate_step(self.model, args.batch_size * int(num_tokens.max()),
+                             round(args.batch_size * num_learnt.mean()))
+        needs = {cpu: {"held now": held_memory(),
+                       "loading": estimate_loading(args.num_workers, args.batch_size * int(num_bytes.max()))}}
+        if device != cpu:
+            needs[device] = {"weights": size_in_memory(self.model), "CLIP": size_in_memory(self.vision_model)}
+        needs[device] |= step
+        for place, parts in needs.items():
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if place == cpu else 1
+            needed, available = processes * sum(parts.values()), available_memory(place)
+            known = "" if available is None else f" of {in_words(available)}"
+            tell("memory", f"{place}: about {in_words(needed)}{known} for {args.batch_size} x "
+                           f"{num_tokens.max()} tokens"
+                           f"{f' in each of {processes} processes' if processes > 1 else ''}\n"
+                           f"({', '.join(f'{name} {in_words(size)}' for name, size in parts.items())})")
+            if available is not None and needed > available:
+                self.problem(f"a step needs about {in_words(needed)} of memory on {place}, but "
+                             f"{in_words(available)} can be had: halve --batch_size and double "
+                             "--accumulation_steps, or lower --num_workers")
 
 
 def tell(name: str, text: str) -> None:

@@ -18,7 +18,7 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
     gradients    one number per trained parameter
     moments      two numbers per trained parameter, Adam's
     activations  what the blocks keep for the backward pass, 10 dim + 4 hidden_dim numbers per token and block
-                 as counted in float32 (half precision keeps a quarter less, and copies of the weights), and a
+                 as counted in float32 (half precision keeps less, and copies of the weights), and a
                  fifth more for what is at work meanwhile
     logits       three numbers per learnt token and vocabulary entry: logits, probabilities, gradients
 
@@ -36,14 +36,13 @@ def estimate_loading(num_workers: int, batch_bytes: int) -> int:
     return batch_bytes * (2 * num_workers + 1) + num_workers * WORKER
 
 
-def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still have on the device; None where the system does not say.
+def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that this process holds on the device or can still have; None where the system does not say.
 
     root  where Linux's own files lie
     """
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     found = []
     with contextlib.suppress(OSError):
         facts = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
@@ -55,7 +54,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
             group = root / "sys/fs/cgroup"
             found.append(int((group / limit).read_text()) - int((group / usage).read_text())
                          + reclaimable((group / limit).with_name("memory.stat")))
-    return min(found, default=None)
+    return min(found) + held_memory() if found else None
 
 
 def reclaimable(statistics: Path) -> int:
