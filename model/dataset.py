@@ -193,6 +193,17 @@ def flat_slots(image_slots: list[Tensor], T: int) -> Tensor:
     return torch.cat([slots + row * T for row, slots in enumerate(image_slots)])
 
 
+def join_pictures(pixels: list[Tensor]) -> Tensor:
+    """Pictures per row (n, 3, S, S) to one (M, 3, S, S); in a loader worker directly in the shared memory
+    that hands them over, which saves 20 MB and a copy per batch of 32."""
+    numel = sum(part.numel() for part in pixels)
+    if get_worker_info() is None or not numel:
+        return torch.cat(pixels)
+    storage = pixels[0].untyped_storage()._new_shared(numel * pixels[0].itemsize)   # as default_collate does
+    shared = pixels[0].new(storage).resize_(sum(map(len, pixels)), *pixels[0].shape[1:])
+    return torch.cat(pixels, out=shared)
+
+
 def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
     """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, pixel_values
     (M, 3, S, S), num_images (B,); and as plain numbers num_tokens, num_learnt (labels that count),
@@ -213,7 +224,7 @@ def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
         "input_ids": input_ids,
         "labels": labels,
         "image_slots": flat_slots([sample["image_slots"] for sample in good], input_ids.shape[1]),
-        "pixel_values": torch.cat([sample["pixel_values"] for sample in good]),
+        "pixel_values": join_pictures([sample["pixel_values"] for sample in good]),
         "num_images": torch.tensor([len(sample["image_slots"]) for sample in good]),
         "num_tokens": sum(len(sample["input_ids"]) for sample in good),
         "num_learnt": int((labels != IGNORE_INDEX).sum()),

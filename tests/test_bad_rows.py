@@ -252,9 +252,12 @@ def test_an_error_in_a_worker_is_no_death(pictures, tokenizer, monkeypatch):
         list(Loader(dataset, [[0]], num_workers=1))
 
 
-def test_a_finished_sample_is_held_no_longer(pictures, tokenizer):
-    dataset = make_dataset(pictures, tokenizer, [row(), row(answer="")])
-    for num_workers in (0, 2):
-        batches = list(Loader(dataset, [[0], [1]], num_workers))
-        assert [len(batch["bad_samples"]) for batch in batches] == [0, 1]
+def test_workers_load_what_this_process_loads_and_hold_nothing_at_the_end(pictures, tokenizer):
+    dataset = make_dataset(pictures, tokenizer, [row(), row(image="1.png"), row(answer="")])
+    here, there = (list(Loader(dataset, [[0, 1], [2, 0], [2]], num_workers)) for num_workers in (0, 2))
+    for one, other in zip(here, there, strict=True):
+        assert one.keys() == other.keys() and one["bad_samples"] == other["bad_samples"]
+        for name in ("input_ids", "labels", "image_slots", "pixel_values", "num_images"):
+            assert torch.equal(one[name], other[name])
+    assert [len(batch["pixel_values"]) for batch in there] == [2, 1, 0]
     assert dataset.held.tolist() == [-1, -1]
