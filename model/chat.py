@@ -77,12 +77,14 @@ def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
                          "train it with 1-pretrain_vlm.py first")
     tokenizer = load_tokenizer(tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH))
     clip_path = clip_path or description.get("clip_path", CLIP_PATH)
+    # On the meta device the model costs nothing; the decoder's layout is then the only copy of its weights.
+    with torch.device("meta"):
+        model = Transformer(config)
+    report = load_weights(model, weights, cure=cure)
+    decoder = Decoder(model.to(device, dtype))
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
-    vision_model.to(device, dtype)
-    model = Transformer(config).requires_grad_(False)
-    report = load_weights(model, weights, cure=cure)
-    return Chat(Decoder(model.to(device, dtype)), tokenizer, vision_model, image_processor, report)
+    return Chat(decoder, tokenizer, vision_model.to(device, dtype), image_processor, report)
 
 
 def check_fit(config, tokenizer, vision_model, weights, clip_path) -> None:

@@ -1,12 +1,13 @@
 """The network arranged for answering: the same function as Transformer.forward, one token at a time.
 
-model.py says what is computed, and is trained as it stands. Here nothing is computed twice: the keys and values
-of earlier tokens are kept. One token then costs what it costs to read every weight once, so the weights are laid
-out for that, and the operations between the products are few.
+model.py says what is computed, and is trained as it stands. Here nothing is computed twice: the keys and
+values of earlier tokens are kept. One token then costs what it costs to read every weight once, so the
+weights are laid out for that, and the operations between the products are few.
 
-Letters: B rows, T tokens of the longest prompt, S slots in use, D model width, H query heads, K key/value heads,
-E head width, M images, N tokens per image, V vocabulary.
+Letters: B rows, T tokens of the longest prompt, S slots in use, D model width, H query heads, K key/value
+heads, E head width, M images, N tokens per image, V vocabulary.
 """
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,21 +19,21 @@ from torch import Tensor
 from model.LMConfig import LMConfig
 from model.model import Block, Transformer
 
-
 BLOCK = 32      # columns; measured: 16 to 32 read memory at its pace, 64 and more do not
 
 
 def lay_out(*weights: Tensor) -> Callable[[Tensor], Tensor]:
     """The product x -> x @ cat(weights).T, made fast on a CPU for few rows of x.
 
-    One row times the (n, D) matrix that nn.Linear stores reads memory at a third of its pace. In fp32 a batch of
-    products with (D, 32) blocks is twice as fast, uses all threads, and costs nothing where x has many rows; in
-    bf16 it is oneDNN's own blocked form. A GPU needs neither.
+    One row times the (n, D) matrix that nn.Linear stores reads memory at a third of its pace. In fp32 a batch
+    of products with (D, 32) blocks is twice as fast, shares the work among threads, and costs nothing where x
+    has many rows; in bf16 it is oneDNN's own blocked form. A GPU needs neither.
     """
     weight = torch.cat(weights)
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
         return partial(blocked_product, to_blocks(weight), len(weight))
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if on_cpu and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return partial(F.linear, weight=weight)
@@ -46,7 +47,7 @@ def to_blocks(weight: Tensor) -> Tensor:
 
 def blocked_product(blocks: Tensor, n: int, x: Tensor) -> Tensor:
     """(..., D) -> (..., n)"""
-    rows = x.reshape(-1, x.shape[-1])                                                 # (R, D)
+    rows = x.reshape(-1, x.shape[-1])                                                     # (R, D)
     out = torch.bmm(rows.expand(len(blocks), -1, -1), blocks)                         # (blocks, R, 32)
     return out.transpose(0, 1).reshape(len(rows), -1)[:, :n].unflatten(0, x.shape[:-1])
 
@@ -55,8 +56,8 @@ class KVCache:
     """Keys and values of one batch of answers in the making. Every batch owns its own, so two users can never
     share one.
 
-    Slot s holds the s-th token computed, of all rows alike: first the T places of the prompts, then one slot per
-    step. A shorter prompt leaves a gap behind it, which is masked.
+    Slot s holds the s-th token computed, of all rows alike: first the T places of the prompts, then one slot
+    per step. A shorter prompt leaves a gap behind it, which is masked.
     """
 
     def __init__(self, config: LMConfig, lengths: Tensor, num_slots: int, dtype: torch.dtype):
@@ -80,7 +81,7 @@ class Layer:
 
     def __init__(self, block: Block):
         attention, feed_forward = block.attention, block.feed_forward
-        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
+        self.attention_norm, self.ffn_norm = copy.deepcopy((block.attention_norm, block.ffn_norm))
         self.wqkv = lay_out(attention.wq.weight, attention.wk.weight, attention.wv.weight)
         self.wo = lay_out(attention.wo.weight)
         self.w13 = lay_out(feed_forward.w1.weight, feed_forward.w3.weight)
@@ -98,18 +99,21 @@ class Decoder:
     def __init__(self, model: Transformer):
         self.config, self.num_parameters = model.config, model.num_parameters()
         self.device, self.dtype = model.output.weight.device, model.output.weight.dtype
-        self.embed, self.norm = model.embed, model.norm
-        # One complex number per pair: a rotation is then one multiplication.
-        self.rotations = torch.complex(*model.rope(self.config.max_seq_len, self.device))      # (positions, E / 2)
+        # (positions, E / 2), one complex number per pair: a rotation is then one multiplication.
+        self.rotations = torch.complex(*model.rope(self.config.max_seq_len, self.device))
         self.layers = []
         while len(model.layers):
             self.layers.append(Layer(model.layers.pop(0)))
         model.layers = None
         self.output = lay_out(model.output.weight)
+        # Copies: the model's weights may be mapped from a file, which is let go with the last of them.
+        rest = copy.deepcopy(model)
+        self.embed, self.norm = rest.embed, rest.norm
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, lengths: Tensor, num_steps: int, image_features: Tensor | None = None,
-                image_slots: Tensor | None = None) -> tuple[Tensor, KVCache]:
+    def prefill(self, input_ids: Tensor, lengths: Tensor, num_steps: int,
+                image_features: Tensor | None = None, image_slots: Tensor | None = None,
+                ) -> tuple[Tensor, KVCache]:
         """Read the prompts.
 
         input_ids       (B, T), padded on the right
@@ -125,8 +129,9 @@ class Decoder:
             q, k, v = self.project(layer, h, self.rotations[:T, None])
             cache.keys[number, :, :, :T], cache.values[number, :, :, :T] = k, v
             # Causality alone keeps the padding on the right out of the way.
-            h = self.finish(layer, h, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
-        last = h[torch.arange(len(h), device=h.device), lengths - 1]                           # (B, D)
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            h = self.finish(layer, h, attended)
+        last = h[torch.arange(len(h), device=h.device), lengths - 1]                      # (B, D)
         return self.output(self.norm(last)), cache
 
     @torch.no_grad()
@@ -134,7 +139,7 @@ class Decoder:
         """Read one more token per row: next_ids (B,) -> logits of the token after it (B, V)."""
         slot, S = cache.used, cache.used + 1
         mask = cache.mask[..., :S]
-        rotations = self.rotations[cache.positions][:, None, None]                             # (B, 1, 1, E / 2)
+        rotations = self.rotations[cache.positions][:, None, None]                        # (B, 1, 1, E / 2)
         h = self.embed(next_ids[:, None], None, None)                                          # (B, 1, D)
         for number, layer in enumerate(self.layers):
             q, k, v = self.project(layer, h, rotations)
@@ -150,7 +155,7 @@ class Decoder:
     def project(self, layer: Layer, h: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E) and keys and values (B, K, T, E), turned by rotations (..., T, 1, E / 2)."""
         H, K = self.config.n_heads, self.config.n_kv_heads
-        heads = layer.wqkv(layer.attention_norm(h)).unflatten(-1, (H + 2 * K, -1))             # (B, T, heads, E)
+        heads = layer.wqkv(layer.attention_norm(h)).unflatten(-1, (H + 2 * K, -1))        # (B, T, heads, E)
         pairs = torch.view_as_complex(heads[:, :, :H + K].float().unflatten(-1, (-1, 2)))
         turned = torch.view_as_real(pairs * rotations).flatten(-2).to(h.dtype)
         q, k = turned.transpose(1, 2).split([H, K], dim=1)

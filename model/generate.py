@@ -56,7 +56,8 @@ def generate(decoder: Decoder, prompts: list[Prompt], eos_id: int, sampling: Sam
     if max(lengths) >= limit:
         raise ValueError(f"the prompt has {max(lengths)} tokens, "
                          f"but the model's context holds {limit} with the answer")
-    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0).to(decoder.device)   # (B, T)
+    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0)                   # (B, T)
+    input_ids = input_ids.to(decoder.device)
     slots = [torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, decoder.config.num_image_tokens)
              for prompt in prompts]
     slots = flat_slots(slots, input_ids.shape[1]).to(decoder.device)                                  # (M, N)
@@ -68,7 +69,7 @@ def generate(decoder: Decoder, prompts: list[Prompt], eos_id: int, sampling: Sam
     rows = list(range(len(prompts)))        # the prompts that the cache holds
     answering = set(rows)
     for step in range(num_steps):
-        next_ids = chooser(logits)                                                                    # (rows,)
+        next_ids = chooser(logits)                                                              # (rows,)
         tokens: list[int | None] = [None] * len(prompts)
         for row, token in zip(rows, next_ids.tolist(), strict=True):
             if row in answering and token != eos_id and lengths[row] + step < limit:

@@ -97,7 +97,8 @@ def test_an_answer_ends_at_eos_and_its_neighbours_go_on(decoder, prompts, featur
 
 def test_two_conversations_at_once_never_mix(decoder, prompts, features):
     """A cache inside the module once mixed two users."""
-    a, b = (generate(decoder, [prompts[n]], 2, Sampling(max_new_tokens=12), features[n:n + 1]) for n in (0, 3))
+    a, b = (generate(decoder, [prompts[n]], 2, Sampling(max_new_tokens=12), features[n:n + 1])
+            for n in (0, 3))
     interleaved = list(zip(*((x[0], y[0]) for x, y in zip(a, b, strict=True)), strict=True))
     for n, answer in zip((0, 3), interleaved, strict=True):
         assert list(answer) == collect(decoder, [prompts[n]], Sampling(max_new_tokens=12),
