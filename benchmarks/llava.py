@@ -63,8 +63,8 @@ def to_llava(model: Transformer, vision_model: CLIPVisionModel) -> LlavaForCondi
     llava = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=vision_model.config, text_config=llama_config(model.config),
         image_token_index=IMAGE_TOKEN, projector_hidden_act="linear", multimodal_projector_bias=False,
-        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=model.config.num_image_tokens,
-        tie_word_embeddings=True))
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+        image_seq_length=model.config.num_image_tokens, tie_word_embeddings=True))
     llama = llama_state(model)
     llava.lm_head.weight = torch.nn.Parameter(llama.pop("lm_head.weight"))
     llava.model.language_model.load_state_dict(

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.checkpoint import LoadReport, config_of, load_weights, read_description, read_state_dict
-from model.decode import Decoder
+from model.decode import Decoder, pack_linears
 from model.generate import Sampling, TextStreamer, generate
 from model.model import Transformer
 from model.prompt import Prompt, load_tokenizer, render_conversation
@@ -64,8 +64,8 @@ class Chat:
 
 def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
               clip_path: str | Path | None = None, device: torch.device | str = "cpu",
-              dtype: torch.dtype = torch.float32) -> Chat:
-    """Load a weight file with its tokenizer and CLIP.
+              dtype: torch.dtype = torch.float32, batch_size: int = 1) -> Chat:
+    """Load a weight file with its tokenizer and CLIP, laid out for about batch_size conversations at once.
 
     Paths that are None are taken from the .json beside the weights (what they were trained with), else v1's
     places. Raises FileNotFoundError or ValueError, naming the file and the cure.
@@ -81,10 +81,11 @@ def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
     with torch.device("meta"):
         model = Transformer(config)
     report = load_weights(model, weights, cure=cure)
-    decoder = Decoder(model.to(device, dtype))
+    decoder = Decoder(model.to(device, dtype), batch_size)
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
-    return Chat(decoder, tokenizer, vision_model.to(device, dtype), image_processor, report)
+    pack_linears(vision_model.to(device, dtype), batch_size * config.num_image_tokens)
+    return Chat(decoder, tokenizer, vision_model, image_processor, report)
 
 
 def check_fit(config, tokenizer, vision_model, weights, clip_path) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.LMConfig import LMConfig
 from model.model import Block, Transformer
@@ -22,34 +22,58 @@ from model.model import Block, Transformer
 BLOCK = 32      # columns; measured: 16 to 32 read memory at its pace, 64 and more do not
 
 
-def lay_out(*weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product x -> x @ cat(weights).T, made fast on a CPU for few rows of x.
+def lay_out(*weights: Tensor, batch_size: int = 1) -> Callable[[Tensor], Tensor]:
+    """The product x -> x @ cat(weights).T, made fast on a CPU where x has batch_size rows.
 
     One row times the (n, D) matrix that nn.Linear stores reads memory at a third of its pace. In fp32 a batch
     of products with (D, 32) blocks is twice as fast, shares the work among threads, and costs nothing where x
-    has many rows; in bf16 it is oneDNN's own blocked form. A GPU needs neither.
+    has many rows. Else it is oneDNN's own blocked form that is fast. A GPU needs neither.
     """
-    weight = torch.cat(weights)
-    on_cpu = weight.device.type == "cpu"
-    if on_cpu and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if not can_pack(weight):
+        return partial(F.linear, weight=weight)
+    if weight.dtype == torch.float32 and batch_size == 1:
         return partial(blocked_product, to_blocks(weight), len(weight))
-    if on_cpu and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return partial(F.linear, weight=weight)
+    return Packed(weight, None, batch_size)
+
+
+def can_pack(weight: Tensor) -> bool:
+    return (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+            and torch.backends.mkldnn.is_available())
 
 
 def to_blocks(weight: Tensor) -> Tensor:
     """(n, D) -> (ceil(n / 32), D, 32), filled up with zeros."""
-    padded = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK))
-    return padded.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+    if len(weight) % BLOCK:
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK))
+    return weight.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
 
 
 def blocked_product(blocks: Tensor, n: int, x: Tensor) -> Tensor:
     """(..., D) -> (..., n)"""
     rows = x.reshape(-1, x.shape[-1])                                                     # (R, D)
-    out = torch.bmm(rows.expand(len(blocks), -1, -1), blocks)                         # (blocks, R, 32)
+    out = torch.bmm(rows.expand(len(blocks), -1, -1), blocks)                             # (blocks, R, 32)
     return out.transpose(0, 1).reshape(len(rows), -1)[:, :n].unflatten(0, x.shape[:-1])
+
+
+class Packed(nn.Module):
+    """nn.Linear with its weight in oneDNN's blocked form, chosen for num_rows; any number of rows works."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int):
+        super().__init__()
+        self.bias = bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack_linears(model: nn.Module, num_rows: int) -> None:
+    """Give all linear layers of a frozen model on a CPU the form that is fast there; their nn.Linear goes."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and can_pack(child.weight):
+                setattr(parent, name, Packed(child.weight, child.bias, num_rows))
 
 
 class KVCache:
@@ -79,33 +103,34 @@ class KVCache:
 class Layer:
     """One block's weights, with the matrices that multiply the same thing made one."""
 
-    def __init__(self, block: Block):
+    def __init__(self, block: Block, batch_size: int):
         attention, feed_forward = block.attention, block.feed_forward
         self.attention_norm, self.ffn_norm = copy.deepcopy((block.attention_norm, block.ffn_norm))
-        self.wqkv = lay_out(attention.wq.weight, attention.wk.weight, attention.wv.weight)
-        self.wo = lay_out(attention.wo.weight)
-        self.w13 = lay_out(feed_forward.w1.weight, feed_forward.w3.weight)
-        self.w2 = lay_out(feed_forward.w2.weight)
+        product = partial(lay_out, batch_size=batch_size)
+        self.wqkv = product(attention.wq.weight, attention.wk.weight, attention.wv.weight)
+        self.wo = product(attention.wo.weight)
+        self.w13 = product(feed_forward.w1.weight, feed_forward.w3.weight)
+        self.w2 = product(feed_forward.w2.weight)
 
 
 class Decoder:
-    """A Transformer that answers.
+    """A Transformer that answers, laid out for about batch_size prompts at once; any number works.
 
     It takes the blocks out of the model it is given, one by one, so that no weight lies in memory twice; that
     model cannot be called any more.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, batch_size: int = 1):
         self.config, self.num_parameters = model.config, model.num_parameters()
         self.device, self.dtype = model.output.weight.device, model.output.weight.dtype
         # (positions, E / 2), one complex number per pair: a rotation is then one multiplication.
         self.rotations = torch.complex(*model.rope(self.config.max_seq_len, self.device))
         self.layers = []
         while len(model.layers):
-            self.layers.append(Layer(model.layers.pop(0)))
+            self.layers.append(Layer(model.layers.pop(0), batch_size))
         model.layers = None
-        self.output = lay_out(model.output.weight)
+        self.output = lay_out(model.output.weight, batch_size=batch_size)
         # Copies: the model's weights may be mapped from a file, which is let go with the last of them.
         rest = copy.deepcopy(model)
         self.embed, self.norm = rest.embed, rest.norm
