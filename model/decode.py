@@ -150,14 +150,16 @@ class Decoder:
         T = input_ids.shape[1]
         cache = KVCache(self.config, lengths, T + num_steps, self.dtype)
         h = self.embed(input_ids, image_features, image_slots)
+        rows, last = torch.arange(len(h), device=h.device), lengths - 1
         for number, layer in enumerate(self.layers):
             q, k, v = self.project(layer, h, self.rotations[:T, None])
             cache.keys[number, :, :, :T], cache.values[number, :, :, :T] = k, v
             # Causality alone keeps the padding on the right out of the way.
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            if layer is self.layers[-1]:        # only the last token of every prompt predicts
+                h, attended = h[rows, last].unsqueeze(1), attended[rows, :, last].unsqueeze(2)
             h = self.finish(layer, h, attended)
-        last = h[torch.arange(len(h), device=h.device), lengths - 1]                      # (B, D)
-        return self.output(self.norm(last)), cache
+        return self.output(self.norm(h[:, 0])), cache
 
     @torch.no_grad()
     def step(self, next_ids: Tensor, cache: KVCache) -> Tensor:
