@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with start_run(args.device) as run:
+    with start_run(args.device, args.timeout) as run:
         train_stage(run, args, PRETRAIN, weights_in="llm", weights_out="vlm_pretrain")
 
 

@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with start_run(args.device) as run:
+    with start_run(args.device, args.timeout) as run:
         if args.multi:
             train_stage(run, args, SFT_MULTI, weights_in="vlm_sft", weights_out="vlm_sft_multi")
         else:

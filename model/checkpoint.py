@@ -2,6 +2,7 @@
 
 A file is a plain state dict, as in MiniMind v1; beside it lies a .json that says in words what it holds.
 """
+import contextlib
 import json
 import os
 import re
@@ -23,18 +24,39 @@ def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:
 
 
 def atomic_write(path: str | Path, write) -> None:
-    """Call write(file) on a temporary neighbour and move it into place: a crash leaves the old file, never
-    half a new one."""
+    """Call write(file) on a temporary neighbour and move it into place: whatever happens, the old file or the
+    new one is there, never half of one. Raises OSError, naming the file, if it cannot be written."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")     # one name: what a killed process left is overwritten
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:    # torch.save hides the system's error in a RuntimeError
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or find_cause(error)}; "
+                      "what was there before is as it was") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename outlive a power cut; a system that cannot (Windows) does without."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def find_cause(error: BaseException) -> str:
+    """The system's words for what went wrong, from wherever they were wrapped."""
+    while not getattr(error, "strerror", None) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def save_weights(model: nn.Module, path: str | Path, **description) -> None:
@@ -166,6 +188,20 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
     raises      FileNotFoundError, or ValueError with the first differences and the sizes that would fit
     """
     state, wanted = read_state_dict(path, cure), model.state_dict()
+    missing, surplus = check_state_dict(model, path, state, may_miss, may_ignore)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            if name in state:
+                tensor.copy_(state[name])
+    return LoadReport(str(path), len(wanted) - len(missing), missing, surplus)
+
+
+def check_state_dict(model: nn.Module, path: str | Path, state: dict[str, Tensor],
+                     may_miss: str | tuple[str, ...] = (),
+                     may_ignore: str | tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """The names that `state` lacks and those it has too many, as far as they may differ; else ValueError, as
+    for load_weights()."""
+    wanted = model.state_dict()
     missing = [name for name in wanted if name not in state]
     surplus = [name for name in state if name not in wanted]
     shapes = [f"{name} {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the model"
@@ -180,11 +216,7 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
     if bad:
         raise ValueError(f"{path} holds values that are not finite, first in {bad[0]}: "
                          "the run that saved it had broken down")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            if name in state:
-                tensor.copy_(state[name])
-    return LoadReport(str(path), len(wanted) - len(missing), missing, surplus)
+    return missing, surplus
 
 
 def explain_mismatch(path, state, model, missing: list[str], surplus: list[str], shapes: list[str]) -> str:

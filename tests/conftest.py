@@ -1,7 +1,9 @@
 """A small world for the tests: the demo's tokenizer, a randomly initialised CLIP in the real format, rows and
 pictures."""
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +111,14 @@ def run_script(*command: str, processes: int = 1, timeout: int = 180) -> subproc
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=environment, timeout=timeout,
                           capture_output=True, text=True)
+
+
+def run_inside(script: str, *flags: str) -> None:
+    """Run a numbered script in this process, for tests that reach into it."""
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", script), ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(flag) for flag in flags])
 
 
 def weights_of(workplace: Path, stage: str = "vlm_pretrain") -> dict[str, torch.Tensor]:

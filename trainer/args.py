@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH
 from model.device import DEVICE_NAME, DTYPES
+from trainer.optimizer import TRAIN_CHOICES
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +74,14 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group.add_argument("--on_bad_sample", default="stop", choices=["stop", "skip"],
                        help="stop and name it, or skip, count and report "
                             "(stops above 1 %% of the rows all the same)")
+    group.add_argument("--val_data_path",
+                       help="rows of their own for the validation loss, computed at every save")
+    group.add_argument("--val_fraction", type=float, default=0.0,
+                       help="or: keep this share of the rows (0.01 = 1 %%) out of training for it")
     group = parser.add_argument_group("training")
+    group.add_argument("--train", default="all", choices=TRAIN_CHOICES,
+                       help="what is trained besides CLIP, which never is: all, the projection alone, or the "
+                            "projection with the last block and the final norm (default: %(default)s, as v1)")
     group.add_argument("--epochs", type=int, default=19)
     group.add_argument("--max_steps", type=int, default=0,
                        help="optimizer steps (0 = as many as --epochs takes)")
@@ -86,11 +94,23 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group.add_argument("--weight_decay", type=float, default=0.0,
                        help="AdamW decay of matrices (0 = Adam, as v1)")
     group.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0 = no limit)")
+    group.add_argument("--max_bad_steps", type=int, default=20,
+                       help="a step whose loss or gradient is not finite is skipped; "
+                            "stop after so many in a row")
+    group.add_argument("--timeout", type=float, default=50,
+                       help="seconds after which a process of the run that does not answer is given up")
+    group = parser.add_argument_group("interruption")
+    group.add_argument("--resume", action="store_true",
+                       help="go on with an unfinished run, to the same bits; begin if there is none")
+    group.add_argument("--resume_weights_only", action="store_true",
+                       help="begin a new schedule from the weights that an earlier run of this stage left")
     group = parser.add_argument_group("record")
     group.add_argument("--log_interval", type=int, default=10,
                        help="optimizer steps between lines of the metrics log")
     group.add_argument("--save_interval", type=int, default=100,
                        help="optimizer steps between saves (0 = only at the end)")
+    group.add_argument("--keep_best", action="store_true",
+                       help="also keep the weights of the lowest validation loss (*.best.pth)")
     group.add_argument("--use_wandb", action="store_true", help="mirror the metrics log to Weights & Biases")
     group.add_argument("--wandb_project", default="MiniMind-V")
     group.add_argument("--wandb_run_name", help="default: made of stage, size and batch")
@@ -101,11 +121,22 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     at_least = {"dim": 1, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "vocab_size": 0, "max_seq_len": 2,
                 "num_workers": 0, "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulation_steps": 1,
                 "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "log_interval": 1, "save_interval": 0,
-                "seed": 0}
+                "max_bad_steps": 1, "val_fraction": 0, "seed": 0}
     problems = [f"--{name} must be at least {low}, not {getattr(args, name)}"
                 for name, low in at_least.items() if hasattr(args, name) and not getattr(args, name) >= low]
     if not 0 < getattr(args, "learning_rate", 1) < math.inf:
         problems.append(f"--learning_rate must be above 0, not {args.learning_rate}")
+    if getattr(args, "val_fraction", 0) >= 1:
+        problems.append(f"--val_fraction must be below 1 (0.01 is 1 %), not {args.val_fraction}")
+    if getattr(args, "val_fraction", 0) and args.val_data_path:
+        problems.append("--val_fraction and --val_data_path exclude each other")
+    if getattr(args, "keep_best", False) and not (args.val_fraction or args.val_data_path):
+        problems.append("--keep_best needs a validation loss: give --val_fraction or --val_data_path")
+    if getattr(args, "resume", False) and args.resume_weights_only:
+        problems.append("--resume goes on with the old schedule, --resume_weights_only begins a new one: "
+                        "give one of them")
+    if not getattr(args, "timeout", 1) > 0:
+        problems.append(f"--timeout must be above 0, not {args.timeout}")
     if not DEVICE_NAME.fullmatch(getattr(args, "device", "auto")):
         problems.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {args.device}")
     if problems:
@@ -123,14 +154,20 @@ def clean_exit(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
-        if not re.search(r"gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE):
+        if not re.search(r"gloo|nccl|connection (closed|reset)|timed? ?out", str(error), re.IGNORECASE):
             raise
-        sys.exit(2)     # another process of the run has ended, and told why
+        tell_and_exit("another process of this run has ended or does not answer; what was learnt is saved, "
+                      "--resume goes on with it")
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
-        if os.environ.get("RANK", "0") != "0":
-            # An error that all ranks meet is told by rank 0, whose end makes torchrun end the others.
-            time.sleep(2)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        tell_and_exit(str(error))
+
+
+def tell_and_exit(message: str) -> None:
+    """One line and exit status 2, once per run: where several ranks have the same to say, rank 0 says it, and
+    its end makes torchrun end the others."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

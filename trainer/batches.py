@@ -15,7 +15,7 @@ class GlobalBatches(Sampler):
 
     A global step takes the next batch_size * world_size * accumulation_steps samples of the epoch's order and
     deals them out, so the order does not depend on how many processes there are. An epoch's last step may
-    hold fewer.
+    hold fewer. It is a function of seed and step alone, so a run goes on at any `start_step`.
     """
 
     def __init__(self, num_samples: int, args: argparse.Namespace, run: Run):
@@ -25,14 +25,15 @@ class GlobalBatches(Sampler):
         self.samples_per_step = args.batch_size * run.world_size * args.accumulation_steps
         self.steps_per_epoch = math.ceil(num_samples / self.samples_per_step)
         self.total_steps = args.max_steps or args.epochs * self.steps_per_epoch
+        self.start_step = 0
 
     def __len__(self) -> int:
-        return self.total_steps * self.accumulation_steps
+        return (self.total_steps - self.start_step) * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.total_steps):
+        for step in range(self.start_step, self.total_steps):
             epoch, place = divmod(step, self.steps_per_epoch)
-            if place == 0:
+            if place == 0 or step == self.start_step:
                 order = torch.randperm(self.num_samples,
                                        generator=torch.Generator().manual_seed(self.seed + epoch))
             samples = order[place * self.samples_per_step:][:self.samples_per_step]

@@ -1,5 +1,6 @@
 """Rank, world size and device: decided once, known in one object. The model and the data never ask."""
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,7 +30,7 @@ class Run:
             tqdm.write(text)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up a small tensor over all ranks, in place."""
+        """Add up a small tensor over all ranks, in place. One on the CPU never waits for a GPU."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -42,6 +43,26 @@ class Run:
         dist.gather_object(value, values)
         return values
 
+    def share(self, value) -> list:
+        """The value of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def seed(self, seed: int, step: int) -> None:
+        """Begin a step's own random stream: a function of seed, step and rank, so that a run that goes on
+        draws the same numbers, and no generator's state has to be gathered and kept."""
+        torch.manual_seed(((seed * 1_000_003 + step) * 65_536 + self.rank) % 2**63)
+
+    def from_main(self, make: Callable):
+        """What make() returns on rank 0, on every rank: for what only one machine's disk may hold."""
+        values = [make() if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def __enter__(self) -> "Run":
         return self
 
@@ -50,11 +71,12 @@ class Run:
             dist.destroy_process_group()
 
 
-def start_run(device: str = "auto") -> Run:
+def start_run(device: str = "auto", timeout: float = 600) -> Run:
     """Join the process group if torchrun started this process, and choose the device.
 
-    device  "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps"
-    raises  ValueError if the device cannot be had
+    device   "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps"
+    timeout  seconds after which a rank that does not answer is given up
+    raises   ValueError if the device cannot be had
     """
     # The loader's workers are forked after the tokenizer's first use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,5 +85,7 @@ def start_run(device: str = "auto") -> Run:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        # Tensors on the GPU travel by nccl; those on the CPU by gloo, without waiting for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=timeout))
     return Run(rank, world_size, chosen)

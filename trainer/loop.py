@@ -1,23 +1,21 @@
 """One training stage, from flags to weights; stages differ only in what their scripts hand to train_stage().
 
     train_stage    flags -> tokenizer, CLIP, model, data
-    train          the loop: batches, steps, logging, saving
+    train          the loop: batches, steps, logging, validation, saving
     Stepper.step   one optimizer step
 """
 import argparse
 import contextlib
 import math
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
-from model.checkpoint import keep_previous, load_weights, read_state_dict, save_weights, weights_path
+from model.checkpoint import load_weights, read_state_dict, weights_path
 from model.dataset import DatasetSpec, VLMDataset, collate
 from model.device import choose_dtype
 from model.LMConfig import LMConfig
@@ -26,7 +24,11 @@ from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 from trainer.batches import GlobalBatches, by_step
 from trainer.distributed import Run
-from trainer.logger import MetricsLog, progress_bar
+from trainer.interrupt import Interruption, ignore_interrupts
+from trainer.logger import Meter, MetricsLog, progress_bar
+from trainer.optimizer import choose_trained, learning_rate, make_optimizer, trained_parameters
+from trainer.saves import Saves
+from trainer.validation import Validation, split_off
 
 WEIGHTS_CURE = {
     "llm": "download it (README, 'Weights'), or make the demo's with python -m dataset.demo_world",
@@ -58,56 +60,124 @@ def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_i
     check_fit(config, tokenizer, vision_model, source, clip_path)
     run.print(str(load_weights(model, source, may_miss="vision_proj." if from_llm else (),
                                may_ignore="vision_proj.bias" if from_llm else (), cure=cure)))
-    dataset = VLMDataset(args.data_path, spec, tokenizer, args.image_dir, image_processor,
-                         config.num_image_tokens, args.max_seq_len)
-    train(run, args, model, dataset, vision_model, weights_path(args.out_dir, config, weights_out),
-          {"stage": weights_out, "tokenizer_path": str(tokenizer_path), "clip_path": str(clip_path)})
+
+    def read_data(path: str) -> VLMDataset:
+        return VLMDataset(path, spec, tokenizer, args.image_dir, image_processor, config.num_image_tokens,
+                          args.max_seq_len)
+    train(run, args, model, read_data(args.data_path), vision_model,
+          weights_path(args.out_dir, config, weights_out),
+          {"stage": weights_out, "tokenizer_path": str(tokenizer_path), "clip_path": str(clip_path)},
+          read_data(args.val_data_path) if args.val_data_path else None)
 
 
 def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
-          vision_model: nn.Module | None, weights_out: Path, description: dict) -> None:
-    """Train `model` on `dataset` and save it to `weights_out`, every --save_interval steps and at the end."""
-    if args.on_bad_sample == "stop":
-        dataset.check_rows()
-    batches = GlobalBatches(len(dataset), args, run)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate,
-                        pin_memory=run.device.type == "cuda")
-    stepper = Stepper(run, args, model, vision_model)
-    run.print(describe_run(run, args, model, vision_model, dataset, batches, stepper.dtype))
-    log, meter = MetricsLog(weights_out, run, args), Meter(run, args, batches)
-
-    step, saved = 0, False
-
-    def save() -> None:
-        nonlocal saved
-        if run.is_main:
-            if not saved and (previous := keep_previous(weights_out)):
-                run.print(f"{weights_out} was there before: kept as {previous.name}")
-            saved = True
-            save_weights(model, weights_out, **description, step=step, total_steps=batches.total_steps)
-
-    bar = progress_bar(total=batches.total_steps, disable=not run.is_main, unit="step", desc=weights_out.stem)
-    try:
-        for passes in by_step(loader, args.accumulation_steps):
-            loss, grad_norm = stepper.step(passes, learning_rate(step, batches.total_steps, args))
-            step += 1
-            bar.update()
-            meter.add(passes, loss)
-            if step % args.log_interval == 0 or step == batches.total_steps:
-                values = meter.read(step) | {"learning_rate": stepper.learning_rate,
-                                             "grad_norm": grad_norm.item()}
-                log.write(**values)
-                bar.set_postfix_str("loss {loss:.4f}, lr {learning_rate:.2e}, "
-                                    "{tokens_per_s:,.0f} tokens/s".format(**values), refresh=False)
-            if args.save_interval and step % args.save_interval == 0 and step < batches.total_steps:
-                save()
-    finally:        # whatever ends the run, what was learnt is kept
-        bar.close()
-        if step:
-            save()
-        log.close()
+          vision_model: nn.Module | None, weights_out: Path, description: dict,
+          val_dataset: VLMDataset | None = None) -> None:
+    """Train `model` on `dataset` and save it to `weights_out`, every --save_interval steps, when the run is
+    told to stop, and at the end."""
+    for data in (dataset, val_dataset):
+        if data and args.on_bad_sample == "stop":
+            data.check_rows()
+    train_set, val_set = split_off(dataset, val_dataset, args)
+    choose_trained(model, args.train)
+    batches = GlobalBatches(len(train_set), args, run)
+    settings = settings_of(run, args, model, dataset, batches)
+    saves = Saves(run, args, weights_out, settings, description | {"data_path": str(args.data_path)})
+    if saves.finished_before():
+        run.print(f"{weights_out} is finished: nothing to do")
+        return
+    resumed = saves.start(model)
+    stepper, meter = Stepper(run, args, model, vision_model), Meter(run, args, batches)
+    run.print(describe_run(run, args, model, vision_model, train_set, val_set, batches, stepper.dtype))
+    if resumed:
+        stepper.load_state_dict(resumed["stepper"])
+        meter.load_state_dict(resumed["meter"])
+        batches.start_step = resumed["step"]
+        run.print(f"going on from step {resumed['step']} of {batches.total_steps}")
+    log = MetricsLog(weights_out, run, args, resumed and resumed["log"])
+    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate,
+                        pin_memory=run.device.type == "cuda", worker_init_fn=ignore_interrupts)
+    keeper = Keeper(saves, stepper, meter, log, Validation(run, args, val_set), batches.total_steps)
+    with Interruption() as interruption:
+        step = run_steps(run, args, loader, batches, keeper, interruption)
+        if step < batches.total_steps:
+            run.print(f"stopped and saved at step {step} of {batches.total_steps}: "
+                      "--resume goes on from there")
+            interruption.leave()
     run.print(f"saved {weights_out} after {step} steps{meter.summary()}; "
               f"metrics {log.path.name}, curve {log.curve.name}")
+
+
+def run_steps(run: Run, args: argparse.Namespace, loader: DataLoader, batches: GlobalBatches,
+              keeper: "Keeper", interruption: Interruption) -> int:
+    """Take the steps; returns how many are done: fewer than all if the run was told to stop.
+
+    Whatever ends it, the steps done are saved.
+    """
+    stepper, meter, log = keeper.stepper, keeper.meter, keeper.log
+    step, total_steps = batches.start_step, batches.total_steps
+    bar = progress_bar(total=total_steps, initial=step, disable=not run.is_main, unit="step",
+                       desc=keeper.saves.path.stem)
+    try:
+        for passes in by_step(loader, args.accumulation_steps):
+            num_learnt, stop = meter.count(passes, bool(interruption.number))
+            if stop:
+                break
+            # ---- one optimizer step ---------------------------------------------------------------
+            run.seed(args.seed, step)
+            rate = learning_rate(step, total_steps, args)
+            loss, grad_norm, skipped = stepper.step(passes, num_learnt, rate)
+            step += 1
+            # ---------------------------------------------------------------------------------------
+            bar.update()
+            meter.add(loss, skipped)
+            last = step == total_steps
+            if step % args.log_interval == 0 or last:
+                values = meter.read(step) | stepper.read(grad_norm)
+                log.write(**values)
+                bar.set_postfix_str(describe_step(values), refresh=False)
+                stepper.check_bad_steps(args.max_bad_steps)
+            if args.save_interval and step % args.save_interval == 0 and not last:
+                keeper.save_or_tell(step)
+    finally:
+        bar.close()
+        keeper.finish(step)
+    return step
+
+
+class Keeper:
+    """What is kept of a run: validation, saves, record."""
+
+    def __init__(self, saves: Saves, stepper: "Stepper", meter: Meter, log: MetricsLog,
+                 validation: Validation, total_steps: int):
+        self.saves, self.stepper, self.meter, self.log = saves, stepper, meter, log
+        self.validation, self.total_steps = validation, total_steps
+
+    def save(self, step: int, validate: bool = True) -> None:
+        """Measure the validation loss, and save everything."""
+        measured = self.validation.measure(self.stepper) if validate else {}
+        if measured:
+            self.log.write(step=step, **measured)
+            self.saves.keep_best(self.stepper.model, step, measured["val_loss"])
+        state = {"stepper": self.stepper.state_dict(), "meter": self.meter.state_dict(),
+                 "log": self.log.state_dict()}
+        self.saves.save(self.stepper.model, step, self.total_steps, state, **measured)
+
+    def save_or_tell(self, step: int) -> None:
+        """A full disk in the middle of a run must not end it: room may come, and the last save is whole."""
+        try:
+            self.save(step)
+        except OSError as error:
+            self.saves.run.print(f"{error}; training goes on and saves again later")
+
+    def finish(self, step: int) -> None:
+        """Save what is not saved yet, then close the record. Before the end of the run nothing is validated:
+        the other ranks may be gone."""
+        try:
+            if step > self.saves.last_step:
+                self.save(step, validate=step == self.total_steps)
+        finally:
+            self.log.close()
 
 
 class Stepper:
@@ -121,126 +191,122 @@ class Stepper:
         self.vision_model = vision_model.to(run.device) if vision_model else None
         self.trained = self.model if run.world_size == 1 else DistributedDataParallel(
             self.model, gradient_as_bucket_view=True)
+        self.parameters = trained_parameters(self.model)
         self.optimizer = make_optimizer(self.model, args)
         self.dtype = choose_dtype(args.dtype, run.device)
         # bfloat16 needs no scaler.
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.dtype == torch.float16)
         self.learning_rate = 0.0
+        # Counted on the device, so that no step waits for the host: bad steps in all, and in a row.
+        self.bad_steps = torch.zeros(2, dtype=torch.long, device=run.device)
 
-    def step(self, passes: list[dict], learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(self, passes: list[dict], num_learnt: int,
+             learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step over the batches of all accumulation passes.
 
         The loss is the sum over the learnt tokens of the whole global batch (all ranks, all passes) divided
         by their number: one process with batch 8, two with batch 4, one with 4 x batch 2 take the same step.
+        A step whose loss or gradient is not finite changes nothing.
 
-        returns  this rank's part of that loss, and the gradient norm before clipping; both stay on the device
+        num_learnt  learnt tokens of the global batch
+        returns     that loss, the gradient norm before clipping, and whether the step was skipped; all on the
+                    device
         """
         self.learning_rate = learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        num_learnt = torch.tensor(float(sum(batch["num_learnt"] for batch in passes)), device=self.run.device)
-        num_learnt = self.run.sum(num_learnt).clamp(min=1)
         total = torch.zeros((), device=self.run.device)
         for batch in passes:
             last = batch is passes[-1]      # ranks exchange gradients only once
             with contextlib.nullcontext() if last or self.trained is self.model else self.trained.no_sync():
-                loss = self.forward(to_device(batch, self.run.device)) * batch["num_learnt"] / num_learnt
+                loss = self.forward(batch) * batch["num_learnt"] / max(1, num_learnt)
                 # Times world_size: DDP averages over ranks.
                 self.scaler.scale(loss * self.run.world_size).backward()
             total += loss.detach()
+        total = self.run.sum(total)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip, foreach=True)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
+        bad_step = ~(total.isfinite() & grad_norm.isfinite())
+        if not self.scaler.is_enabled():        # an enabled scaler tells the optimizer itself
+            self.optimizer.found_inf = bad_step.float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, grad_norm
+        self.bad_steps = (self.bad_steps + bad_step) * torch.stack([torch.ones_like(bad_step), bad_step])
+        return total, grad_norm, bad_step
 
-    def forward(self, batch: dict) -> Tensor:
-        """The mean loss over the learnt tokens of one batch."""
+    def forward(self, batch: dict, model: nn.Module | None = None) -> Tensor:
+        """The mean loss over the learnt tokens of one batch; `model`: without the DDP wrapper."""
+        batch = {name: value.to(self.run.device, non_blocking=True) if isinstance(value, Tensor) else value
+                 for name, value in batch.items()}
         with torch.autocast(self.run.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = None
             if self.vision_model:
                 features = get_img_embedding(batch["pixel_values"], self.vision_model)             # (M, N, V)
-            return self.trained(batch["input_ids"], features, batch["image_slots"], batch["labels"])[1]
+            return (model or self.trained)(batch["input_ids"], features, batch["image_slots"],
+                                           batch["labels"])[1]
+
+    def read(self, grad_norm: Tensor) -> dict:
+        """What the log records of the last step; waits for the device."""
+        norm, bad_steps = grad_norm.item(), int(self.bad_steps[0])
+        return {"learning_rate": self.learning_rate, "grad_norm": norm if math.isfinite(norm) else None,
+                **({"bad_steps": bad_steps} if bad_steps else {})}
+
+    def check_bad_steps(self, most: int) -> None:
+        in_row = int(self.bad_steps[1])
+        if in_row >= most:
+            raise ValueError(f"the loss or the gradient of the last {in_row} steps was not finite; they were "
+                             "skipped, and the weights are as before. Lower --learning_rate, or compute in "
+                             "--dtype float32 or bfloat16")
+
+    def state_dict(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "bad_steps": self.bad_steps.cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.bad_steps = state["bad_steps"].to(self.run.device)
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()}
+def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
+                batches: GlobalBatches) -> dict:
+    """What decides the bits of a run: one that goes on must have the same."""
+    named = ("batch_size", "accumulation_steps", "seed", "learning_rate", "warmup_steps", "weight_decay",
+             "grad_clip", "train", "max_seq_len", "val_fraction")
+    return {"processes": run.world_size, "total_steps": batches.total_steps, "rows": len(dataset),
+            "data": dataset.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),
+            **{name: getattr(args, name) for name in named},
+            **{f"model.{name}": value for name, value in model.config.to_dict().items()}}
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW; decay, if any, on matrices only. Without decay this is Adam, v1's optimizer."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=matrices[0].device.type in ("cpu", "cuda"))
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine from the peak to a tenth of it."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, total_steps - args.warmup_steps)
-    return args.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-class Meter:
-    """Loss and speed since the last line of the log, and the samples that could not be used."""
-
-    NUM_SHOWN = 5       # bad samples printed one by one; the rest is only counted
-
-    def __init__(self, run: Run, args: argparse.Namespace, batches: GlobalBatches):
-        self.run, self.args, self.batches = run, args, batches
-        self.loss, self.num_steps, self.num_tokens, self.since = 0.0, 0, 0, time.perf_counter()
-        self.started, self.num_bad, self.total_bad = self.since, 0, 0
-
-    def add(self, passes: list[dict], loss: Tensor) -> None:
-        """Raises ValueError at a bad sample if --on_bad_sample is stop."""
-        self.loss, self.num_steps = self.loss + loss, self.num_steps + 1
-        self.num_tokens += sum(batch["num_tokens"] for batch in passes)
-        for reason in (reason for batch in passes for reason in batch["bad_samples"]):
-            if self.args.on_bad_sample == "stop":
-                raise ValueError(f"{reason} (--on_bad_sample skip would leave it out)")
-            if self.num_bad < self.NUM_SHOWN:
-                tqdm.write(f"skipped {reason}")
-            self.num_bad += 1
-
-    def read(self, step: int) -> dict:
-        """The values of one line of the log, over all ranks; starts the next interval.
-
-        Raises ValueError, on every rank, once more than 1 % of the rows seen are bad.
-        """
-        sums = torch.tensor([float(self.loss), self.num_tokens, self.num_bad],
-                            dtype=torch.float64).to(self.run.device)
-        loss, num_tokens, self.total_bad = self.run.sum(sums).tolist()
-        now = time.perf_counter()
-        values = {"step": step, "epoch": round(step / self.batches.steps_per_epoch, 4),
-                  "loss": loss / self.num_steps, "tokens_per_s": num_tokens / (now - self.since),
-                  "seconds": round(now - self.started, 3)}
-        self.loss, self.num_steps, self.num_tokens, self.since = 0.0, 0, 0, now
-        num_rows = self.batches.num_samples * math.ceil(step / self.batches.steps_per_epoch)   # in all epochs
-        if self.total_bad > 0.01 * num_rows:
-            raise ValueError(f"{self.total_bad:.0f} of {num_rows} rows could not be used, "
-                             f"more than 1 %: mend {self.args.data_path}")
-        return values
-
-    def summary(self) -> str:
-        return f"; {self.total_bad:.0f} bad samples left out" if self.total_bad else ""
+def describe_step(values: dict) -> str:
+    loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+    return f"loss {loss}, lr {values['learning_rate']:.2e}, {values['tokens_per_s']:,.0f} tokens/s"
 
 
 def describe_run(run: Run, args: argparse.Namespace, model: Transformer, vision_model: nn.Module | None,
-                 dataset: VLMDataset, batches: GlobalBatches, dtype: torch.dtype) -> str:
-    """What is about to happen, in two lines."""
-    frozen = sum(parameter.numel() for parameter in vision_model.parameters()) if vision_model else 0
-    projection = sum(parameter.numel() for name, parameter in model.named_parameters()
-                     if name.startswith("vision_proj"))
+                 train_set, val_set, batches: GlobalBatches, dtype: torch.dtype) -> str:
+    """What is about to happen, in two or three lines."""
+    def millions(parameters) -> str:
+        return f"{sum(parameter.numel() for parameter in parameters) / 1e6:.2f} M"
+    named = list(model.named_parameters())
+    trained = [parameter for _, parameter in named if parameter.requires_grad]
+    still = [parameter for _, parameter in named if not parameter.requires_grad]
+    projection = [parameter for name, parameter in named if name.startswith("vision_proj")]
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-    return (f"trained: {model.num_parameters() / 1e6:.2f} M parameters, "
-            f"{projection / 1e6:.2f} M of them the projection; "
-            f"frozen: {frozen / 1e6:.2f} M (CLIP)\n"
-            f"{len(dataset)} samples, {batches.samples_per_step} per step "
+    text = (f"trained ({args.train}): {millions(trained)} parameters, "
+            f"{millions(projection)} of them the projection; "
+            f"frozen: {millions(vision_model.parameters() if vision_model else [])} (CLIP)"
+            f"{f' and {millions(still)} (language model)' if still else ''}\n"
+            f"{len(train_set)} samples, {batches.samples_per_step} per step "
             f"({run.world_size} process(es) x batch {args.batch_size} x accumulation "
             f"{args.accumulation_steps}), {batches.total_steps} steps, "
-            f"{str(dtype).removeprefix('torch.')} on {run.device}{threads}")
+            f"{name_of(dtype)} on {run.device}{threads}")
+    if val_set:
+        text += f"\n{len(val_set)} samples for the validation loss, at every save"
+    return text

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM while a model is trained: the step is finished, everything saved, then the run ends."""
+import os
+import signal
+import sys
+import time
+
+
+class Interruption:
+    """Notes the first SIGINT or SIGTERM; a second one, a second later, ends the process at once.
+
+    A second of grace, because torchrun passes a Ctrl-C on to processes that the terminal has already told.
+    """
+
+    GRACE = 1.0
+
+    def __init__(self):
+        self.number, self.since, self.previous = 0, 0.0, {}
+
+    def __enter__(self) -> "Interruption":
+        self.previous = {number: signal.signal(number, self.note)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _) -> None:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > self.GRACE:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def leave(self) -> None:
+        """End the process, as interrupted programs do (130, 143); under torchrun with 0, since it takes
+        anything else for a crash."""
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        sys.exit(0 if under_torchrun else 128 + (self.number or signal.SIGTERM))
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """For the loader's processes: a Ctrl-C reaches them too, but the main process says when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

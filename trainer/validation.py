@@ -1,0 +1,60 @@
+"""The loss on rows that are never trained on."""
+import argparse
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from model.dataset import VLMDataset, collate
+from trainer.distributed import Run
+from trainer.interrupt import ignore_interrupts
+
+
+def split_off(dataset: VLMDataset, val_dataset: VLMDataset | None,
+              args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those for validation: a file of their own, a share of the same, or none.
+
+    Raises ValueError if a share leaves one of the two without rows.
+    """
+    if not args.val_fraction:
+        return dataset, val_dataset
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).numpy()
+    count = round(args.val_fraction * len(dataset))
+    if not 0 < count < len(dataset):
+        raise ValueError(f"--val_fraction {args.val_fraction} of {len(dataset)} rows leaves "
+                         f"{'no row' if count else 'nothing'} to {'train' if count else 'validate'} on")
+    return Subset(dataset, order[count:]), Subset(dataset, order[:count])
+
+
+class Validation:
+    """Measures the loss per learnt token over all validation rows, shared out over the ranks."""
+
+    def __init__(self, run: Run, args: argparse.Namespace, val_set: Dataset | None):
+        self.run, self.loader = run, None
+        if val_set:
+            starts = range(0, len(val_set), args.batch_size)
+            batches = [range(start, min(start + args.batch_size, len(val_set))) for start in starts]
+            self.loader = DataLoader(val_set, batch_sampler=batches[run.rank::run.world_size],
+                                     num_workers=args.num_workers, collate_fn=collate,
+                                     worker_init_fn=ignore_interrupts)
+        self.stop_at_bad = args.on_bad_sample == "stop"
+
+    @torch.no_grad()
+    def measure(self, stepper) -> dict:
+        """{"val_loss": ...}, the same on every rank; empty without validation rows.
+
+        Raises ValueError at a bad sample if --on_bad_sample is stop; else it is left out, every time.
+        """
+        if not self.loader:
+            return {}
+        sums, reasons = torch.zeros(2, dtype=torch.float64), []
+        stepper.model.eval()
+        for batch in self.loader:
+            reasons += batch["bad_samples"]
+            loss = stepper.forward(batch, stepper.model)     # the bare model: no DDP exchange
+            sums += torch.tensor([loss.item() * batch["num_learnt"], batch["num_learnt"]])
+        stepper.model.train()
+        reasons = [reason for part in self.run.share(reasons) for reason in part]
+        if reasons and self.stop_at_bad:
+            raise ValueError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
+        loss, num_learnt = self.run.sum(sums).tolist()
+        return {"val_loss": loss / max(1, num_learnt)}
