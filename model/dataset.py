@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from model.feature_store import FeatureStore
 from model.model import IGNORE_INDEX
 from model.prompt import IMAGE_MARK, check_length, normalise_turns, render_conversation
-from model.vision_utils import ImageProcessor, get_img_process, open_image
+from model.vision_utils import ImageProcessor, load_pixels
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class VLMDataset(Dataset):
             str(data_path), spec, tokenizer, Path(image_dir))
         self.image_processor, self.num_image_tokens, self.max_seq_len = (
             image_processor, num_image_tokens, max_seq_len)
+        self.feature_store: FeatureStore | None = None      # set it, and samples bring features, not pixels
         if spec.max_images and not self.image_dir.is_dir():
             raise FileNotFoundError(f"picture folder not found: {image_dir} (name it with --image_dir)")
 
@@ -175,20 +177,34 @@ class VLMDataset(Dataset):
         return f"{self.data_path}, row {position + 1}{label}: {error}"
 
     def sample(self, position: int) -> dict[str, Tensor]:
-        """input_ids (t,), labels (t,), image_slots (n, N), pixel_values (n, 3, S, S)."""
+        """input_ids (t,), labels (t,), image_slots (n, N), and pixel_values (n, 3, S, S), or image_features
+        (n, N, V) if there is a feature store."""
         names, turns = check_row(self.rows[position], self.spec)
         prompt = render_conversation(turns, self.tokenizer, self.num_image_tokens)
         end = check_length(prompt, self.max_seq_len)
         ids, mask = torch.tensor(prompt.input_ids[:end]), torch.tensor(prompt.answer_mask[:end])
         labels = ids.masked_fill(~mask, IGNORE_INDEX)
-        pixels = [get_img_process(open_image(self.find_image(name)), self.image_processor) for name in names]
-        side = self.image_processor.size if self.image_processor else 1
         return {
             "input_ids": ids[:-1],    # the one place where labels are shifted: position t learns token t + 1
             "labels": labels[1:],
             "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, self.num_image_tokens),
-            "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side),
+            **self.images(names),
         }
+
+    def images(self, names: list[str]) -> dict[str, Tensor]:
+        paths = [self.find_image(name) for name in names]
+        if self.feature_store is not None and paths:
+            return {"image_features": torch.stack([self.read_features(path) for path in paths])}
+        side = self.image_processor.size if self.image_processor else 1
+        pixels = [load_pixels(path, self.image_processor) for path in paths]
+        return {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)}
+
+    def read_features(self, path: Path) -> Tensor:
+        features = self.feature_store.read(path)
+        if features is None:
+            load_pixels(path, self.image_processor)     # raises, and says why, if the picture is at fault
+            raise ValueError(f"{path} was replaced after the pictures had been encoded: start again")
+        return features
 
     def find_image(self, name: str) -> Path:
         path = self.image_dir / name
@@ -207,9 +223,9 @@ def flat_slots(image_slots: list[Tensor], T: int) -> Tensor:
 
 
 def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
-    """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, pixel_values
-    (M, 3, S, S), num_images (B,); and as plain numbers num_tokens, num_learnt (labels that count),
-    bad_samples (why some were left out).
+    """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, learnt (L,)
+    flat into B * T, pixel_values (M, 3, S, S) or image_features (M, N, V), num_images (B,); and as plain
+    numbers num_tokens, num_learnt (labels that count), bad_samples (why some were left out).
 
     A batch without any usable sample becomes one row with nothing to learn, so that every rank takes every
     step.
@@ -222,13 +238,16 @@ def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
     # What stands in the padding is never seen.
     input_ids = pad_rows([sample["input_ids"] for sample in good], 0)
     labels = pad_rows([sample["labels"] for sample in good], IGNORE_INDEX)
+    learnt = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    images = "image_features" if "image_features" in good[0] else "pixel_values"
     return {
         "input_ids": input_ids,
         "labels": labels,
         "image_slots": flat_slots([sample["image_slots"] for sample in good], input_ids.shape[1]),
-        "pixel_values": torch.cat([sample["pixel_values"] for sample in good]),
+        "learnt": learnt,
+        images: torch.cat([sample[images] for sample in good]),
         "num_images": torch.tensor([len(sample["image_slots"]) for sample in good]),
         "num_tokens": sum(len(sample["input_ids"]) for sample in good),
-        "num_learnt": int((labels != IGNORE_INDEX).sum()),
+        "num_learnt": len(learnt),
         "bad_samples": bad,
     }

@@ -106,9 +106,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # The backward pass of the CPU's bf16 flash attention takes seven times as long as plain products do at
     # these lengths. The G = H / K query heads of a group stand one below the other: no copy of K and V.
     G = H // k.shape[1]
-    q, k, v = (q * E ** -0.5).reshape(-1, G * T, E), k.reshape(-1, T, E), v.reshape(-1, T, E)     # (B * K, ..)
+    q, k, v = (q * E ** -0.5).reshape(-1, G * T, E), k.reshape(-1, T, E), v.reshape(-1, T, E)    # (B * K, ..)
     future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).repeat(G, 1)                    # (G * T, T)
-    weights = torch.baddbmm(future, q, k.mT).softmax(-1).type_as(v)                               # (B * K, ..)
+    weights = torch.baddbmm(future, q, k.mT).softmax(-1).type_as(v)                              # (B * K, ..)
     return torch.bmm(weights, v).view(B, H, T, E)
 
 
@@ -166,7 +166,7 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, rope: Tensor, cache: KVCache | None, positions: Tensor | None,
                 keep: Tensor | None = None) -> Tensor:
-        """h (B, T, D) to the next layer's (B, T, D); with `keep` (L,) only those positions of B * T, (L, D)."""
+        """h (B, T, D) to the next layer's; with `keep` (L,) only those positions of B * T, (L, D)."""
         h = take(h, keep) + self.attention(self.attention_norm(h), rope, cache, positions, keep)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -267,8 +267,8 @@ class Transformer(nn.Module):
             learnt = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         logits = self.output(self.hidden_states(input_ids, image_features, image_slots, kv_cache, learnt))
         # A sum over nothing is 0 (a mean would be NaN): a batch with nothing to learn is harmless.
-        loss = F.cross_entropy(logits.float(), labels.flatten()[learnt], reduction="sum") / max(1, len(learnt))
-        return logits, loss
+        loss = F.cross_entropy(logits.float(), labels.flatten()[learnt], reduction="sum")
+        return logits, loss / max(1, len(learnt))
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
