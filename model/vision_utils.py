@@ -143,11 +143,12 @@ def get_img_process(image: Image.Image, image_processor: ImageProcessor) -> Tens
     rounding, but faster.
     """
     side = image_processor.size
-    pixels = np.asarray(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC),
-                        dtype=np.float32)   # (S, S, 3)
-    mean = np.array(image_processor.mean, dtype=np.float32) * 255
-    std = np.array(image_processor.std, dtype=np.float32) * 255
-    return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).contiguous()
+    pixels = np.array(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC))         # (S, S, 3) uint8
+    # Turned while they are bytes, a quarter of the traffic.
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float()
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (image_processor.mean,
+                                                                         image_processor.std))
+    return pixels.sub_(mean).div_(std)
 
 
 def load_pixels(path: str | Path, image_processor: ImageProcessor) -> Tensor:
