@@ -171,6 +171,19 @@ class VLMDataset(Dataset):
             except ValueError as error:
                 raise ValueError(self.name(position, error)) from None
 
+    def lengths(self) -> np.ndarray:
+        """Roughly how many tokens each row has, (rows,), without a tokenizer: to sort by."""
+        return np.array([self.rough_length(row) for row in self.rows], dtype=np.int32)
+
+    def rough_length(self, row) -> int:
+        try:
+            names, turns = check_row(row, self.spec)
+        except ValueError:
+            return 0
+        # A token is about three bytes, of Chinese as of English.
+        return (self.num_image_tokens * len(names)
+                + sum(len(text.encode(errors="replace")) for _, text in normalise_turns(turns)) // 3)
+
     def name(self, position: int, error: Exception) -> str:
         row = self.rows[position]
         label = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""

@@ -23,8 +23,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class LeanRMSNorm(torch.autograd.Function):
-    """x (..., D) divided by its root mean square r, times weight (D,). Keeps x and 1 / r alone for the backward
-    pass, and touches the memory half as often as the dozen steps that autograd would record on a CPU."""
+    """x (..., D) divided by its root mean square r, times weight (D,). Keeps x and 1 / r alone for the
+    backward pass, and touches memory half as often as the dozen steps that autograd would record on a CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -95,6 +95,9 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group.add_argument("--max_steps", type=int, default=0,
                        help="optimizer steps (0 = as many as --epochs takes)")
     group.add_argument("--batch_size", type=int, default=32, help="samples per process and forward pass")
+    group.add_argument("--bucket", type=true_or_false, default=True, metavar="True|False",
+                       help="put samples of like length into one step, so that little is padded; still "
+                            "shuffled every epoch (default: %(default)s)")
     group.add_argument("--accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument("--learning_rate", type=float, default=learning_rate,
                        help="peak; a cosine takes it to a tenth (default: %(default)s)")

@@ -30,7 +30,7 @@ from trainer.interrupt import Interruption, ignore_interrupts
 from trainer.logger import Meter, MetricsLog, progress_bar
 from trainer.optimizer import choose_trained, learning_rate, make_optimizer, trained_parameters
 from trainer.saves import Saves
-from trainer.validation import Validation, split_off
+from trainer.validation import Validation, lengths_of, split_off
 
 WEIGHTS_CURE = {
     "llm": "download it (README, 'Weights'), or make the demo's with python -m dataset.demo_world",
@@ -88,7 +88,7 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
             data.check_rows()
     train_set, val_set = split_off(dataset, val_dataset, args)
     choose_trained(model, args.train)
-    batches = GlobalBatches(len(train_set), args, run)
+    batches = GlobalBatches(len(train_set), args, run, lengths_of(train_set) if args.bucket else None)
     settings = settings_of(run, args, model, dataset, batches)
     saves = Saves(run, args, weights_out, settings, description | {"data_path": str(args.data_path)})
     if saves.finished_before():
@@ -290,7 +290,8 @@ def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset:
                 batches: GlobalBatches) -> dict:
     """What decides the bits of a run: one that goes on must have the same."""
     named = ("batch_size", "accumulation_steps", "seed", "learning_rate", "warmup_steps", "weight_decay",
-             "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft")
+             "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft",
+             "bucket")
     return {"processes": run.world_size, "total_steps": batches.total_steps, "rows": len(dataset),
             "features": args.feature_dtype if args.feature_cache else None,
             "data": dataset.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),
