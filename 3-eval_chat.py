@@ -20,11 +20,12 @@ from torch import Tensor
 
 from model.chat import Chat, load_chat
 from model.checkpoint import STAGES, atomic_write, weights_path
-from model.dataset import image_names, read_rows
+from model.dataset import image_names
 from model.device import choose_dtype
 from model.generate import Sampling
 from model.LMConfig import LMConfig
 from model.prompt import put_marks
+from model.rows import Rows
 from model.vision_utils import open_image
 from trainer.args import Parser, add_model_flags, check_args, clean_exit
 from trainer.distributed import Run, start_run
@@ -167,7 +168,7 @@ def read_questions(path: Path) -> list[dict]:
     """Rows of a question file with their pictures' paths. Raises ValueError naming file and row."""
     if not path.is_file():
         raise FileNotFoundError(f"question file not found: {path}")
-    questions = read_rows(path)
+    questions = list(Rows(path))
     for number, row in enumerate(questions, 1):
         missing = [key for key in ("image", "question", "answer", "kind")
                    if not (isinstance(row, dict) and row.get(key))]

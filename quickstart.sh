@@ -64,8 +64,8 @@ again="look at the message above; run this again to go on, or remove $WORLD and 
 
 stage world "$again" "$PYTHON" -m dataset.demo_world --out "$WORLD" --weights_dir "$OUT" \
     --preset "$PRESET" --seed "$SEED"
-stage pretrain "$again" "$PYTHON" 1-pretrain_vlm.py "@$WORLD/pretrain.args"
-stage sft "$again" "$PYTHON" 2-sft_vlm.py "@$WORLD/sft.args"
+stage pretrain "$again" "$PYTHON" 1-pretrain_vlm.py "@$WORLD/pretrain.args" --resume
+stage sft "$again" "$PYTHON" 2-sft_vlm.py "@$WORLD/sft.args" --resume
 stage evaluation "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --control real blank shuffled \
     --questions "$WORLD"/questions_{known,unseen,unseen_pairs}.jsonl --report "$OUT/scores.json"
 run "$again" "$PYTHON" -m dataset.demo_world.report --world "$WORLD" --out "$OUT"

@@ -93,19 +93,22 @@ def read_description(path: str | Path) -> dict:
 
 
 def check_weight_file(path: str | Path, cure: str) -> None:
-    """Recognise what people often have instead of a file: nothing, a git-lfs pointer, a saved web page."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: {cure}")
+    if substitute := find_substitute(path):
+        raise ValueError(f"{path} {substitute}: {cure}")
+
+
+def find_substitute(path: str | Path) -> str:
+    """What people often have instead of a binary file, in words ("is empty"); "" if it is none of these."""
     with open(path, "rb") as file:
         head = file.read(64).lstrip().lower()
     if not head:
-        raise ValueError(f"{path} is empty: {cure}")
+        return "is empty"
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer of a few bytes, not the file itself: "
-                         f"run `git lfs pull` there, or {cure}")
-    if head.startswith((b"<!doctype", b"<html")):
-        raise ValueError(f"{path} is a web page, not the file itself: {cure}")
+        return "is a git-lfs pointer of a few bytes, not the file itself (run `git lfs pull` there)"
+    return "is a web page, not the file itself" if head.startswith((b"<!doctype", b"<html")) else ""
 
 
 def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[str, Tensor]:
@@ -175,6 +178,9 @@ class LoadReport:
             text += f"; new, not in the file: {', '.join(self.missing)}"
         if self.ignored:
             text += f"; in the file, not used: {', '.join(self.ignored)}"
+        described = read_description(self.path)
+        if described.get("step", 0) < described.get("total_steps", 0):
+            text += f"; of an unfinished run (step {described['step']} of {described['total_steps']})"
         return text
 
 

@@ -7,20 +7,21 @@ spec.
 Letters: B rows, T tokens, t tokens of one row, n images of one row, M images in the batch, N tokens per
 image, S pixels.
 """
+import contextlib
 import hashlib
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from model.feature_store import FeatureStore
 from model.model import IGNORE_INDEX
 from model.prompt import IMAGE_MARK, check_length, normalise_turns, render_conversation
+from model.rows import Rows
 from model.vision_utils import ImageProcessor, load_pixels
 
 
@@ -42,56 +43,15 @@ SFT_MULTI = DatasetSpec(max_images=2)
 TEXT = DatasetSpec(min_images=0, max_images=0)      # a language model's conversations
 
 
-def read_rows(path: str | Path) -> list[dict]:
-    """All rows of a data file. Raises FileNotFoundError or ValueError with the file, the line and the
-    cure."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data file not found: {path} (README, 'Data'; name yours with --data_path)")
-    try:
-        if path.suffix == ".parquet":
-            rows = read_parquet(path)
-        elif path.suffix == ".jsonl":
-            with open(path, encoding="utf-8") as lines:
-                rows = [parse_line(line, number, path) for number, line in enumerate(lines, 1)
-                        if line.strip()]
-        else:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        hint = "; one object per line is .jsonl" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path} is not valid JSON: "
-                         f"line {error.lineno} column {error.colno}: {error.msg}{hint}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of rows, not one {type(rows).__name__}; "
-                         "one row per line is .jsonl")
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    return rows
-
-
-def read_parquet(path: Path) -> list[dict]:
-    try:
-        return pandas.read_parquet(path).to_dict("records")
-    except (OSError, ValueError) as error:      # pyarrow's errors are of these two kinds
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-
-def parse_line(line: str, number: int, path: Path) -> dict:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: "
-                         f"line {number} column {error.colno}: {error.msg}") from None
-
-
 def image_names(row: dict) -> list[str]:
-    """The pictures of a row: a list, or one string with commas between the names."""
+    """The pictures of a row: a list, or one string with commas between the names. Raises ValueError."""
     images = row.get("image")
-    if isinstance(images, str):
-        return [name.strip() for name in images.split(",") if name.strip()]
-    return [str(name) for name in images] if isinstance(images, list | np.ndarray) else []
+    if images is None:
+        return []
+    names = images.split(",") if isinstance(images, str) else images
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'its "image" must be a file name or a list of them, not {str(images)[:80]}')
+    return [name.strip() for name in names if name.strip()]
 
 
 def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
@@ -99,16 +59,19 @@ def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
     with it."""
     if not isinstance(row, dict):
         raise ValueError(f"it is a {type(row).__name__}, not an object")
-    conversations = row.get("conversations")
-    if not isinstance(conversations, list | np.ndarray) or not len(conversations):
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
         raise ValueError('it has no "conversations"')
-    names, turns = image_names(row), list(conversations)
+    names = image_names(row)
     roles = [role for role, _ in normalise_turns(turns)]
     if "user" not in roles or "assistant" not in roles:
         raise ValueError("its conversations lack a question or an answer")
     if spec.max_rounds:
         turns = first_rounds(turns, roles, spec.max_rounds)
-    marks = sum(text.count(IMAGE_MARK) for role, text in normalise_turns(turns) if role == "user")
+    texts = normalise_turns(turns)
+    if any(role == "assistant" and not text.strip() for role, text in texts):
+        raise ValueError("it has an empty answer")
+    marks = sum(text.count(IMAGE_MARK) for role, text in texts if role == "user")
     if len(names) < spec.min_images:
         raise ValueError('it has no "image"')
     if len(names) > spec.max_images:
@@ -134,46 +97,60 @@ class BadSample:
 
 class VLMDataset(Dataset):
     """Samples of one data file; a sample that cannot be used comes out as a BadSample naming file, row and
-    reason."""
+    reason. Any other exception is a mistake in the program."""
 
     def __init__(self, data_path: str | Path, spec: DatasetSpec, tokenizer, image_dir: str | Path = ".",
                  image_processor: ImageProcessor | None = None, num_image_tokens: int = 50,
                  max_seq_len: int = 512):
-        self.rows = read_rows(data_path)
-        self.data_path, self.spec, self.tokenizer, self.image_dir = (
-            str(data_path), spec, tokenizer, Path(image_dir))
+        self.rows = Rows(data_path)
+        self.spec, self.tokenizer, self.image_dir = spec, tokenizer, Path(image_dir)
         self.image_processor, self.num_image_tokens, self.max_seq_len = (
             image_processor, num_image_tokens, max_seq_len)
         self.feature_store: FeatureStore | None = None      # set it, and samples bring features, not pixels
+        # One int64 per loader worker, in shared memory: the sample it works on, or -1.
+        self.held: Tensor | None = None
         if spec.max_images and not self.image_dir.is_dir():
             raise FileNotFoundError(f"picture folder not found: {image_dir} (name it with --image_dir)")
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells one data file from another, whatever it is called."""
-        return hashlib.blake2b(Path(self.data_path).read_bytes(), digest_size=8).hexdigest()
-
     def __getitem__(self, position: int) -> dict[str, Tensor] | BadSample:
+        self.hold(position)
         try:
             return self.sample(position)
         except (ValueError, FileNotFoundError) as error:
-            return BadSample(self.name(position, error))
+            return BadSample(f"{self.name(position)}: {one_line(str(error))}")
+        finally:
+            self.hold(-1)
+
+    def hold(self, position: int) -> None:
+        """Leave word of what this process works on, for whoever finds it dead."""
+        worker = get_worker_info()
+        if worker and self.held is not None:
+            self.held[worker.id] = position
 
     def check_rows(self) -> None:
-        """Raise ValueError for the first malformed row; better now than in the third hour. Opens no
-        pictures."""
+        """Raise ValueError for the first malformed row; better now than in the third hour. Opens no pictures.
+        The verdict on a large file is kept with its index."""
+        problem = self.rows.remember(f"checked-{self.spec_key()}", self.first_problem)
+        if problem:
+            position, reason = problem
+            raise ValueError(f"{self.name(position)}: {reason}")
+
+    def first_problem(self) -> tuple[int, str] | None:
         for position, row in enumerate(self.rows):
             try:
                 check_row(row, self.spec)
             except ValueError as error:
-                raise ValueError(self.name(position, error)) from None
+                return position, one_line(str(error))
+        return None
 
     def lengths(self) -> np.ndarray:
-        """Roughly how many tokens each row has, (rows,), without a tokenizer: to sort by."""
-        return np.array([self.rough_length(row) for row in self.rows], dtype=np.int32)
+        """Roughly how many tokens each row has, (rows,), without a tokenizer: to sort by. Those of a large file
+        are kept with its index."""
+        return np.array(self.rows.remember(f"lengths-{self.num_image_tokens}-{self.spec_key()}",
+                                           lambda: [self.rough_length(row) for row in self.rows]))
 
     def rough_length(self, row) -> int:
         try:
@@ -184,10 +161,15 @@ class VLMDataset(Dataset):
         return (self.num_image_tokens * len(names)
                 + sum(len(text.encode(errors="replace")) for _, text in normalise_turns(turns)) // 3)
 
-    def name(self, position: int, error: Exception) -> str:
-        row = self.rows[position]
-        label = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
-        return f"{self.data_path}, row {position + 1}{label}: {error}"
+    def spec_key(self) -> str:
+        return hashlib.blake2b(repr(self.spec).encode(), digest_size=4).hexdigest()
+
+    def name(self, position: int) -> str:
+        """How a person finds the row."""
+        label = ""
+        with contextlib.suppress(ValueError, KeyError, TypeError):      # a bad row may have no id
+            label = f" (id {one_line(str(self.rows[position]['id']), 80)})"
+        return f"{self.rows.path}, row {position + 1}{label}"
 
     def sample(self, position: int) -> dict[str, Tensor]:
         """input_ids (t,), labels (t,), image_slots (n, N), and pixel_values (n, 3, S, S), or image_features
@@ -213,7 +195,9 @@ class VLMDataset(Dataset):
         return {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)}
 
     def read_features(self, path: Path) -> Tensor:
-        features = self.feature_store.read(path)
+        features = None
+        with contextlib.suppress(ValueError):
+            features = self.feature_store.read(path)
         if features is None:
             load_pixels(path, self.image_processor)     # raises, and says why, if the picture is at fault
             raise ValueError(f"{path} was replaced after the pictures had been encoded: start again")
@@ -221,8 +205,17 @@ class VLMDataset(Dataset):
 
     def find_image(self, name: str) -> Path:
         path = self.image_dir / name
+        # os.path and not Path: a name that no file system can hold is simply not there.
+        if not self.spec.image_prefix or not path.name or os.path.exists(path):
+            return path
         prefixed = path.with_name(self.spec.image_prefix + path.name)
-        return prefixed if not path.exists() and prefixed.exists() else path
+        return prefixed if os.path.exists(prefixed) else path
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Text from the data as a terminal can show it: without line ends, control characters and surrogates."""
+    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[:limit])
+    return shown + "..." if len(text) > limit else shown
 
 
 def pad_rows(rows: list[Tensor], value: int) -> Tensor:

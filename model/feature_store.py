@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import atomic_write
-from model.vision_utils import ImageProcessor
+from model.vision_utils import ImageProcessor, check_is_file
 
 VERSION = 1     # of the way from a file to pixels; raise it when that changes, and no old feature is served
 FEATURE_DTYPES = {"float16": np.float16, "float32": np.float32}
@@ -28,13 +28,12 @@ FEATURE_DTYPES = {"float16": np.float16, "float32": np.float32}
 
 def picture_key(path: str | Path) -> np.ndarray:
     """128 bits of the file's content, (2,) uint64. Raises FileNotFoundError or ValueError with its name."""
+    check_is_file(path)
     try:
         with open(path, "rb") as file:
             return np.frombuffer(hashlib.blake2b(file.read(), digest_size=16).digest(), np.uint64)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"picture not found: {path}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read picture {path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read picture {path}: {error.strerror}") from None
 
 
 @torch.no_grad()

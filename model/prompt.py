@@ -5,6 +5,7 @@ template:
 
 Training, terminal, web page and evaluation all render here, so a prompt cannot drift.
 """
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,9 +77,11 @@ def normalise_turns(conversations: list[dict]) -> list[tuple[str, str]]:
     for turn in conversations:
         role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise ValueError('a turn must look like {"from": "human" or "gpt", "value": "text"}, '
                              f"not {str(turn)[:80]}")
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError("a turn holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
         turns.append((ROLES[role], text))
     return turns
 

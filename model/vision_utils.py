@@ -4,6 +4,7 @@ Letters: M images, N tokens per image (50), V CLIP width (768), S side in pixels
 """
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 from transformers.utils import logging as transformers_logging
 
-from model.checkpoint import check_weight_file
+from model.checkpoint import check_weight_file, find_substitute
 
 CLIP_CURE = ("download it with: hf download openai/clip-vit-base-patch32 config.json "
              "preprocessor_config.json pytorch_model.bin --local-dir model/clip_model/clip-vit-base-patch32")
@@ -102,10 +103,18 @@ def num_image_tokens(vision_model: CLIPVisionModel) -> int:
     return (vision_model.config.image_size // vision_model.config.patch_size) ** 2 + 1
 
 
+def turn_upright(image: Image.Image) -> Image.Image:
+    """As its EXIF data says; where they are damaged, the picture is shown as it lies."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:       # Pillow raises SyntaxError, struct.error and others; the pixels are whole
+        return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any picture mode to RGB as a person would see it: upright, transparency on white paper, 16 bits scaled
     to 8."""
-    image = ImageOps.exif_transpose(image)
+    image = turn_upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode.startswith("I") and values.max(initial=0) > 255 else 255.0
@@ -117,22 +126,39 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def check_is_file(path: str | Path) -> None:
+    if not os.path.isfile(path):        # a pipe would be waited for, a name with NUL or too long is refused
+        if os.path.exists(path):
+            raise ValueError(f"cannot read picture {path}: not a file")
+        raise FileNotFoundError(f"picture not found: {path}")
+
+
 def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
-    """Read and fully decode a picture file, in RGB. Raises FileNotFoundError or ValueError, naming the
-    file.
+    """Read and fully decode a picture file, in RGB. Raises FileNotFoundError or ValueError, naming the file,
+    whatever is wrong with it.
 
     draft_side  if not 0: a JPEG may come smaller, but not below this side
     """
+    check_is_file(path)
     try:
         with Image.open(path) as image:
             if draft_side:
                 image.draft("RGB", (draft_side, draft_side))
             image.load()
-            return to_rgb(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"picture not found: {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read picture {path}: {error}") from None
+            image = turn_upright(image)
+    except Exception as error:      # on damaged files Pillow, which alone works here, raises any type
+        raise ValueError(f"cannot read picture {path}: {explain_damage(path, error)}") from None
+    try:
+        return to_rgb(image)
+    except (ValueError, MemoryError) as error:      # a mode without a conversion; a picture beyond the memory
+        raise ValueError(f"cannot read picture {path}: {explain_damage(path, error)}") from None
+
+
+def explain_damage(path: str | Path, error: Exception) -> str:
+    with contextlib.suppress(OSError):
+        if substitute := find_substitute(path):
+            return f"it {substitute}"
+    return str(error).replace(f" {os.fspath(path)!r}", "") or type(error).__name__
 
 
 def get_img_process(image: Image.Image, image_processor: ImageProcessor) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +122,25 @@ def run_inside(script: str, *flags: str) -> None:
     module.main([str(flag) for flag in flags])
 
 
-def weights_of(workplace: Path, stage: str = "vlm_pretrain") -> dict[str, torch.Tensor]:
-    return torch.load(workplace / "out" / f"32_{stage}.pth", weights_only=True)
+def weights_of(workplace: Path, stage: str = "vlm_pretrain", folder: str = "out") -> dict[str, torch.Tensor]:
+    return torch.load(workplace / folder / f"32_{stage}.pth", weights_only=True)
+
+
+def check_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+def wait_until(condition, seconds: float = 120, pause: float = 0.02) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(pause)
+
+
+def children_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if "1-pretrain" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def train(workplace: Path, *flags: str, script: str = "1-pretrain_vlm.py", processes: int = 1,

@@ -2,14 +2,14 @@
 import argparse
 import json
 
-import numpy as np
 import pandas
 import pytest
 import torch
 from conftest import make_rows, save_picture
 
-from model.dataset import PRETRAIN, SFT, SFT_MULTI, BadSample, VLMDataset, check_row, collate, read_rows
+from model.dataset import PRETRAIN, SFT, SFT_MULTI, BadSample, VLMDataset, check_row, collate
 from model.model import IGNORE_INDEX
+from model.rows import Rows
 from model.vision_utils import ImageProcessor
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
@@ -38,7 +38,7 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path, make):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(one) for one in rows) + "\n")
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     for name in ("a.json", "a.jsonl", "a.parquet"):
-        read = [check_row(one, PRETRAIN) for one in read_rows(tmp_path / name)]
+        read = [check_row(one, PRETRAIN) for one in Rows(tmp_path / name)]
         assert read == [check_row(one, PRETRAIN) for one in rows]
 
 
@@ -52,9 +52,9 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path, make):
 def test_a_data_file_that_cannot_be_read_says_where(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_rows(tmp_path / name)
+        Rows(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="--data_path"):
-        read_rows(tmp_path / "missing.json")
+        Rows(tmp_path / "missing.json")
 
 
 @pytest.mark.parametrize(("bad", "message"), [
@@ -201,5 +201,5 @@ def test_rough_lengths_sort_rows_as_their_tokens_do(make):
 def test_rows_of_parquet_without_a_picture_are_named(tmp_path):
     pandas.DataFrame([row(), row(image=None)]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match='no "image"'):
-        check_row(read_rows(tmp_path / "a.parquet")[1], PRETRAIN)
-    assert isinstance(read_rows(tmp_path / "a.parquet")[0]["conversations"], np.ndarray)
+        check_row(Rows(tmp_path / "a.parquet")[1], PRETRAIN)
+    assert check_row(Rows(tmp_path / "a.parquet")[0], PRETRAIN)[0] == ["0.png"]

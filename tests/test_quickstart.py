@@ -3,11 +3,16 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, check_refused, run_script
+import torch
+from conftest import ROOT, check_refused, check_same, run_script, wait_until
 from PIL import Image
+
+from model.checkpoint import read_description, read_state_dict
 
 
 def quickstart(place: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -94,6 +99,60 @@ def test_two_pictures_are_scored_too(place, tmp_path):
     assert result.returncode == 0, result.stderr
     scores = json.loads((tmp_path / "multi.json").read_text())["multi_unseen"]
     assert set(scores) == {"two_images"} and set(scores["two_images"]) == {"real", "shuffled"}
+
+
+def check_whole(out: Path) -> None:
+    """Every file that a killed run left can be read."""
+    weights, unfinished = out / "96_vlm_pretrain.pth", out / "96_vlm_pretrain.resume"
+    if weights.is_file():
+        assert read_state_dict(weights) and read_description(weights)["step"] > 0
+    if unfinished.is_file():
+        assert torch.load(unfinished, weights_only=True)["step"] > 0
+
+
+def kill_at_a_random_moment(command: list, out: Path, random: np.random.Generator) -> None:
+    """SIGKILL: soon after the start, in the middle of the training, or while a save is being written."""
+    moment, log = random.choice(["start", "steps", "save", "save"]), out / "96_vlm_pretrain.metrics.jsonl"
+    before = log.stat().st_mtime_ns if log.is_file() else 0
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if moment == "start":
+        time.sleep(random.uniform(0, 4))
+    else:
+        wait_until(lambda: log.is_file() and log.stat().st_mtime_ns > before and log.stat().st_size > 0)
+        if moment == "save":
+            wait_until(lambda: list(out.glob(".*.tmp")), pause=0)
+        else:
+            time.sleep(random.uniform(0, 0.5))
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_bits(place, tmp_path):
+    """The pretraining of this world, killed and resumed; MINIMIND_KILLS=20 takes a longer run and minutes."""
+    kills = int(os.environ.get("MINIMIND_KILLS", 4))
+    flags = [f"@{place}/demo/pretrain.args", *([f"--max_steps={25 * kills}"] if kills > 4 else [])]
+    python, script = ROOT / ".venv/bin/python", "1-pretrain_vlm.py"
+    expected = place / "out"        # quickstart.sh has trained it without an interruption
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        folder.mkdir()
+        shutil.copy(place / "out" / "96_llm.pth", folder)
+    if kills > 4:
+        expected = tmp_path / "whole"
+        subprocess.run([python, script, *flags, f"--out_dir={expected}"], cwd=ROOT, check=True)
+    out = tmp_path / "killed"
+    command = [python, script, *flags, f"--out_dir={out}", "--save_interval=2", "--log_interval=1",
+               "--resume"]
+    random, steps = np.random.default_rng(int(os.environ.get("MINIMIND_KILL_SEED", 0))), []
+    for _ in range(kills):
+        kill_at_a_random_moment(command, out, random)
+        check_whole(out)
+        steps.append(read_description(out / "96_vlm_pretrain.pth").get("step", 0))
+    subprocess.run(command, cwd=ROOT, check=True)
+    print(f"killed with {steps} steps saved")
+    assert steps == sorted(steps) and steps[-1] > 0
+    check_same(*(read_state_dict(folder / "96_vlm_pretrain.pth") for folder in (out, expected)))
+    assert not (out / "96_vlm_pretrain.resume").exists() and not list(out.glob(".*.tmp"))
 
 
 def test_a_world_is_never_mixed_with_another(place):

@@ -6,12 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, check_refused, make_rows, run_inside, train, weights_of
+from conftest import (
+    ROOT,
+    check_refused,
+    check_same,
+    children_of,
+    make_rows,
+    run_inside,
+    train,
+    wait_until,
+    weights_of,
+)
 
 from model.checkpoint import read_description
 from trainer.distributed import Run
@@ -44,11 +53,6 @@ def records_of(workplace: Path) -> list[dict]:
     records = read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")
     return [{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")}
             for record in records]
-
-
-def check_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert result.keys() == expected.keys()
-    assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("flags", [
@@ -110,7 +114,8 @@ def test_an_unfinished_run_is_never_overwritten_silently(workplace, monkeypatch,
         run_inside(SCRIPT, *flags, "--resume", "--batch_size=2")
     check_same(weights_of(workplace), interrupted)
 
-    capsys.readouterr()
+    run_inside("2-sft_vlm.py", *flags, "--max_steps=1")     # it may be used, but not unknowingly
+    assert "; of an unfinished run (step 4 of 6)" in capsys.readouterr().out
     run_inside(SCRIPT, *flags, "--resume_weights_only", "--max_steps=1", "--learning_rate=1e-30")
     assert "new schedule from the weights in" in capsys.readouterr().out
     for name, tensor in weights_of(workplace).items():      # a step of no length: they were really loaded
@@ -149,27 +154,20 @@ def start(workplace: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
     return process
 
 
-def wait_until(condition, seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
-
-
-def children_of(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if "1-pretrain" in Path(f"/proc/{child}/cmdline").read_text()]
-
-
-@pytest.mark.parametrize(("number", "processes", "status"), [
-    (signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGTERM, 2, 0)])
-def test_told_to_stop_it_saves_once_and_goes_on_exactly(workplace, number, processes, status):
-    """Under torchrun the signal goes to the processes that train: torchrun itself, when it is told to stop,
-    always ends with a traceback of its own and exit status 1."""
-    flags = ["--max_steps=300", "--save_interval=0"]
+@pytest.mark.parametrize(("number", "processes", "workers", "status"), [
+    (signal.SIGTERM, 1, 0, 143), (signal.SIGINT, 1, 0, 130), (signal.SIGTERM, 1, 2, 143),
+    (signal.SIGTERM, 2, 0, 0)])
+def test_told_to_stop_it_saves_once_and_ends_as_told(workplace, number, processes, workers, status):
+    """With loader processes the whole group gets the signal, as from a job scheduler or a terminal. Under
+    torchrun the processes that train get it: torchrun itself, when it is told to stop, always ends with a
+    traceback of its own and exit status 1."""
+    flags = ["--max_steps=300", "--save_interval=0", f"--num_workers={workers}"]
     process = start(workplace, *flags, processes=processes)
-    for pid in children_of(process.pid) if processes > 1 else [process.pid]:
-        os.kill(pid, number)
+    if workers:
+        os.killpg(process.pid, number)
+    else:
+        for pid in children_of(process.pid) if processes > 1 else [process.pid]:
+            os.kill(pid, number)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == status and "Traceback" not in output, output
     assert output.count("stopped and saved at step") == 1

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, check_refused, make_rows, run_script, train, weights_of
+from conftest import ROOT, check_refused, make_rows, run_inside, run_script, train, weights_of
 
 from model.checkpoint import read_description
 from trainer.logger import read_metrics
@@ -48,16 +48,16 @@ def test_the_same_seed_gives_the_same_bits_and_workers_change_nothing(workplace)
     (["--batch_size=4"], 2), (["--batch_size=2", "--accumulation_steps=4"], 1),
     (["--batch_size=2", "--accumulation_steps=2"], 2)])
 def test_one_global_batch_however_it_is_split(workplace, flags, processes):
-    """1 x 8, 2 x 4 and 2 x 2 x 2 accumulated end in the same weights, though answers differ much in length:
-    the loss is normalised by the learnt tokens of the whole global batch. 7 samples are left for an epoch's
-    last step."""
+    """1 x 8, 2 x 4 and 2 x 2 x 2 accumulated end in the same weights after 20 steps, though answers differ
+    much in length: the loss is normalised by the learnt tokens of the whole global batch. 7 samples are left
+    for an epoch's last step."""
     (workplace / "data.json").write_text(json.dumps(make_rows(23)))
-    train(workplace, "--batch_size=8")
+    run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=20", "--batch_size=8")
     expected, losses = (
         weights_of(workplace), read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl"))
-    train(workplace, *flags, processes=processes)
+    train(workplace, "--max_steps=20", *flags, processes=processes)
     for name, tensor in weights_of(workplace).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5,
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=5e-5,
                                    msg=lambda text, name=name: f"{name}: {text}")
     split = read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")
     for one, other in zip(losses, split, strict=True):
@@ -109,19 +109,6 @@ def test_chat_in_the_terminal(workplace):
                             input="什么颜色？\nand the shape?\n\n", capture_output=True, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0 and result.stdout.count("> ") == 3, result.stderr
-
-
-@pytest.mark.parametrize("mode", ["offline", "online"])
-def test_wandb_records_and_never_stops_a_run(workplace, mode, monkeypatch):
-    """Online, but without a key and a network: one line, and the record goes on offline."""
-    monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(workplace))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    result = train(workplace, "--use_wandb", "--wandb_project=tests", "--wandb_run_name=one")
-    assert list((workplace / "out" / "wandb").glob("offline-run-*/run-*.wandb")), result.stderr
-    assert ("recording offline" in result.stdout + result.stderr) == (mode == "online")
-    assert len(read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")) == 6
 
 
 def test_multi_false_means_false(workplace):

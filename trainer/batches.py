@@ -1,13 +1,13 @@
 """Which samples are trained on when, and on which rank."""
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from trainer.distributed import Run
 
@@ -63,7 +63,7 @@ class GlobalBatches(Sampler):
         return torch.cat(parts)
 
 
-def by_step(loader: DataLoader, accumulation_steps: int) -> Iterator[list[dict]]:
+def by_step(loader: Iterable[dict], accumulation_steps: int) -> Iterator[list[dict]]:
     """The batches of one optimizer step at a time."""
     batches = iter(loader)
     while passes := list(islice(batches, accumulation_steps)):

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
 from model.checkpoint import load_weights, read_state_dict, weights_path
-from model.dataset import DatasetSpec, VLMDataset, collate
+from model.dataset import DatasetSpec, VLMDataset
 from model.device import choose_dtype
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -26,7 +25,8 @@ from model.vision_utils import get_img_embedding, get_vision_model, num_image_to
 from trainer.batches import GlobalBatches, by_step
 from trainer.distributed import Run
 from trainer.features import fill_feature_cache
-from trainer.interrupt import Interruption, ignore_interrupts
+from trainer.interrupt import Interruption
+from trainer.loader import Loader, WorkerDied
 from trainer.logger import Meter, MetricsLog, progress_bar
 from trainer.optimizer import choose_trained, learning_rate, make_optimizer, trained_parameters
 from trainer.saves import Saves
@@ -84,6 +84,8 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
     """Train `model` on `dataset` and save it to `weights_out`, every --save_interval steps, when the run is
     told to stop, and at the end."""
     for data in (dataset, val_dataset):
+        if data and data.rows.index_seconds:
+            run.print(f"indexed {data.rows.path}: {len(data)} rows in {data.rows.index_seconds:.1f} s (once)")
         if data and args.on_bad_sample == "stop":
             data.check_rows()
     train_set, val_set = split_off(dataset, val_dataset, args)
@@ -103,8 +105,7 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
         batches.start_step = resumed["step"]
         run.print(f"going on from step {resumed['step']} of {batches.total_steps}")
     log = MetricsLog(weights_out, run, args, resumed and resumed["log"])
-    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate,
-                        pin_memory=run.device.type == "cuda", worker_init_fn=ignore_interrupts)
+    loader = Loader(train_set, batches, args.num_workers, pin_memory=run.device.type == "cuda")
     keeper = Keeper(saves, stepper, meter, log, Validation(run, args, val_set), batches.total_steps)
     with Interruption() as interruption:
         step = run_steps(run, args, loader, batches, keeper, interruption)
@@ -116,7 +117,7 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
               f"metrics {log.path.name}, curve {log.curve.name}")
 
 
-def run_steps(run: Run, args: argparse.Namespace, loader: DataLoader, batches: GlobalBatches,
+def run_steps(run: Run, args: argparse.Namespace, loader: Loader, batches: GlobalBatches,
               keeper: "Keeper", interruption: Interruption) -> int:
     """Take the steps; returns how many are done: fewer than all if the run was told to stop.
 
@@ -147,6 +148,9 @@ def run_steps(run: Run, args: argparse.Namespace, loader: DataLoader, batches: G
                 stepper.check_bad_steps(args.max_bad_steps)
             if args.save_interval and step % args.save_interval == 0 and not last:
                 keeper.save_or_tell(step)
+    except WorkerDied:
+        if not interruption.number:     # else a signal to all processes has reached the loader's first
+            raise
     finally:
         bar.close()
         keeper.finish(step)
@@ -294,7 +298,7 @@ def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset:
              "bucket")
     return {"processes": run.world_size, "total_steps": batches.total_steps, "rows": len(dataset),
             "features": args.feature_dtype if args.feature_cache else None,
-            "data": dataset.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),
+            "data": dataset.rows.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),
             **{name: getattr(args, name) for name in named},
             **{f"model.{name}": value for name, value in model.config.to_dict().items()}}
 

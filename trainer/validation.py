@@ -3,11 +3,11 @@ import argparse
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
-from model.dataset import VLMDataset, collate
+from model.dataset import VLMDataset
 from trainer.distributed import Run
-from trainer.interrupt import ignore_interrupts
+from trainer.loader import Loader
 
 
 def split_off(dataset: VLMDataset, val_dataset: VLMDataset | None,
@@ -39,9 +39,7 @@ class Validation:
         if val_set:
             starts = range(0, len(val_set), args.batch_size)
             batches = [range(start, min(start + args.batch_size, len(val_set))) for start in starts]
-            self.loader = DataLoader(val_set, batch_sampler=batches[run.rank::run.world_size],
-                                     num_workers=args.num_workers, collate_fn=collate,
-                                     worker_init_fn=ignore_interrupts)
+            self.loader = Loader(val_set, batches[run.rank::run.world_size], args.num_workers)
         self.stop_at_bad = args.on_bad_sample == "stop"
 
     @torch.no_grad()

@@ -135,7 +135,7 @@ class World:
                            learning_rate=preset.llm.lr)
         args = check_args(parser.parse_args(self.sizes() + [
             f"--max_steps={preset.llm.steps}", f"--batch_size={preset.llm.batch_size}", f"--seed={self.seed}",
-            "--num_workers=0", "--dtype=float32", "--device=cpu"]))
+            "--num_workers=0", "--dtype=float32", "--device=cpu", "--resume"]))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "tokenizer")
         config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads,
                           n_kv_heads=args.n_kv_heads, vocab_size=len(tokenizer),

@@ -1,0 +1,336 @@
+"""Rows of a json, jsonl or parquet file that cost no memory: each is decoded when it is asked for.
+
+A list of 595 k dicts takes gigabytes, and once more in every loader worker. Here the file itself is
+memory-mapped and an index says where each row begins and ends; all processes share both. A large file is
+indexed once, into a folder .NAME.index beside it, or where that cannot be written, in the user's cache:
+
+    KEY.spans.npy   (R, 2) int64: the first byte of each row, and its end
+    KEY.jsonl       the rows themselves, where the file is parquet
+    KEY.json        their number and the file's fingerprint; written last
+    KEY.NAME.json   what remember() keeps
+    lock            held while any of these is written
+
+The key holds the file's size and time, so the index of a file that has changed since is never found.
+"""
+import codecs
+import contextlib
+import hashlib
+import io
+import json
+import mmap
+import os
+import re
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from model.checkpoint import atomic_write
+
+VERSION = 1             # of the index; another one does not find what this one wrote
+SMALL = 4 << 20         # bytes; a smaller file is indexed in milliseconds, at every start and in memory
+WINDOW = 16 << 20       # bytes decoded at a time while looking for the rows of a JSON list
+SPACE, SPACE_BYTES = re.compile(r"[ \t\r\n]*"), re.compile(rb"[ \t\r\n]*")
+DECODER = json.JSONDecoder()
+
+
+class Rows:
+    """The rows of a data file, as a read-only sequence; any row that is JSON comes out, dict or not.
+
+    rows[i]        decoded anew at every access
+    num_bytes      (R,) int64, the length of each row in the file: a cheap measure of its length in tokens
+    fingerprint    hex digits that are equal for equal files, wherever they lie and whenever they were written
+    index_seconds  how long a large file took to index; 0 if its index was there
+    raises         FileNotFoundError or ValueError with the file, the line and the cure
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"data file not found: {path} "
+                                    "(README, 'Data'; name yours with --data_path)")
+        status, started = self.path.stat(), time.perf_counter()
+        self.key = f"{status.st_size}-{status.st_mtime_ns}-v{VERSION}"
+        self.folder: Path | None = None     # where the index lies; None = in memory alone
+        self.index_seconds = 0.0
+        if status.st_size < SMALL:
+            self.build(None)
+        elif not any(self.load(folder) for folder in index_folders(self.path)):
+            self.load_or_build()
+            self.index_seconds = time.perf_counter() - started
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, position: int):
+        start, end = self.spans[position].tolist()
+        try:
+            return json.loads(str(self.data[start:end], "utf-8"))
+        except ValueError:
+            raise ValueError(f"{self.path} was changed while it was in use") from None
+
+    def __reduce__(self):
+        # Workers that are spawned, not forked, open the file and the index themselves.
+        return reopen, (self.path, self.fingerprint)
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        return self.spans[:, 1] - self.spans[:, 0]
+
+    def remember(self, name: str, make: Callable[[], object]):
+        """What make() returns (JSON), worked out once for this file as it is and kept with its index."""
+        if self.folder is None:
+            return make()
+        path = self.file(self.folder, f"{name}.json")
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text())
+        value = make()
+        with contextlib.suppress(OSError), locked(self.folder):
+            atomic_write(path, lambda file: file.write(json.dumps(value).encode()))
+        return value
+
+    def file(self, folder: Path, suffix: str) -> Path:
+        return folder / f"{self.key}.{suffix}"
+
+    def load(self, folder: Path) -> bool:
+        """Use the index in this folder, if there is a whole one for the file as it is now."""
+        try:
+            facts = json.loads(self.file(folder, "json").read_text())
+            # A plain view: np.memmap's own indexing is several times slower.
+            spans = np.load(self.file(folder, "spans.npy"), mmap_mode="r").view(np.ndarray)
+            data = map_file(self.file(folder, "jsonl") if self.path.suffix == ".parquet" else self.path)
+            whole = spans.shape == (facts["num_rows"], 2) and len(data) == facts["num_bytes"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            return False
+        if whole:
+            self.data, self.spans, self.fingerprint, self.folder = data, spans, facts["fingerprint"], folder
+        return whole
+
+    def load_or_build(self) -> None:
+        """Build the index in the first folder that can be written, or in memory. Of several processes one
+        builds, the others wait for it."""
+        for folder in index_folders(self.path):
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(folder))
+                except OSError:
+                    continue
+                if not self.load(folder):
+                    self.build(folder)
+                return
+        self.build(None)
+
+    def build(self, folder: Path | None) -> None:
+        """Find all rows, and check that each is valid JSON. A folder that cannot be written does no harm."""
+        if folder:
+            for old in folder.glob("*-v*.*"):
+                if not old.name.startswith(self.key):
+                    old.unlink(missing_ok=True)
+        if self.path.suffix == ".parquet":
+            self.data, spans = self.convert(folder)
+        else:
+            spans = find_rows(self.path)
+            self.data = map_file(self.path)
+        if not spans:
+            raise ValueError(f"{self.path} holds no rows")
+        self.fingerprint = hashlib.blake2b(map_file(self.path), digest_size=8).hexdigest()
+        status = self.path.stat()
+        if self.key != f"{status.st_size}-{status.st_mtime_ns}-v{VERSION}":
+            raise ValueError(f"{self.path} was changed while it was read")
+        self.spans = np.frombuffer(spans, dtype=np.int64).reshape(-1, 2)
+        if folder:
+            with contextlib.suppress(OSError):
+                self.save(folder)
+
+    def save(self, folder: Path) -> None:
+        facts = {"num_rows": len(self), "num_bytes": len(self.data), "fingerprint": self.fingerprint}
+        atomic_write(self.file(folder, "spans.npy"), lambda file: np.save(file, self.spans))
+        atomic_write(self.file(folder, "json"), lambda file: file.write(json.dumps(facts).encode()))
+        self.load(folder)
+
+    def convert(self, folder: Path | None) -> tuple[mmap.mmap | bytes, array]:
+        """The rows of a parquet file as jsonl, in the index or in memory, and their spans."""
+        if folder:
+            with contextlib.suppress(OSError):
+                spans, target = array("q"), self.file(folder, "jsonl")
+                atomic_write(target, lambda file: spans.extend(write_parquet_rows(self.path, file)))
+                return map_file(target), spans
+        buffer = io.BytesIO()
+        spans = write_parquet_rows(self.path, buffer)
+        return buffer.getvalue(), spans
+
+
+def reopen(path: Path, fingerprint: str) -> Rows:
+    rows = Rows(path)
+    if rows.fingerprint != fingerprint:
+        raise ValueError(f"{path} was changed while it was in use")
+    return rows
+
+
+def index_folders(path: Path) -> Iterator[Path]:
+    """Where the index of a file may lie: beside it, or where that cannot be written, in the user's cache."""
+    yield path.with_name(f".{path.name}.index")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if cache.is_absolute():
+        place = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
+        yield cache / "minimind-v" / f"{path.name}-{place}.index"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder, made if need be, against other processes. Raises OSError where it cannot be written or
+    locked."""
+    try:
+        import fcntl
+    except ImportError:     # Windows; there the index stays in memory
+        raise OSError("this system has no file locks") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as file:       # closing it, or dying, lets go
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    with open(path, "rb") as file:
+        empty = os.fstat(file.fileno()).st_size == 0        # nothing cannot be mapped
+        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def find_rows(path: Path) -> array:
+    """First byte and end of every row of a json or jsonl file, one after the other."""
+    # A mapping of its own: the pages that are read here do not stay in this process.
+    data = map_file(path)
+    check_text(data, path)
+    return line_spans(data, path) if path.suffix == ".jsonl" else list_spans(data, path)
+
+
+def check_text(data: mmap.mmap | bytes, path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(data), WINDOW):
+        try:
+            decoder.decode(data[start:start + WINDOW], final=start + WINDOW >= len(data))
+        except UnicodeDecodeError as error:
+            # The object begins with what the window before left over of a character.
+            position = start + error.start + len(data[start:start + WINDOW]) - len(error.object)
+            line = data[:position].count(b"\n") + 1
+            raise ValueError(f"{path} is not UTF-8 text: "
+                             f"byte {position}, in line {line}: {error.reason}") from None
+
+
+def line_spans(data: mmap.mmap | bytes, path: Path) -> array:
+    """The rows of a jsonl file; blank lines are none."""
+    spans, start = array("q"), first_byte(data)
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        line = data[start:end]
+        if line.strip():
+            try:
+                DECODER.decode(str(line, "latin-1"))
+            except (ValueError, RecursionError) as error:
+                raise not_json(path, data, start, 0, error) from None
+            spans.extend((start, end))
+        start = end + 1
+    return spans
+
+
+def list_spans(data: mmap.mmap | bytes, path: Path) -> array:
+    """The elements of a JSON list, read through windows that keep the memory small however large the file."""
+    base = SPACE_BYTES.match(data, first_byte(data)).end()
+    if data[base:base + 1] != b"[":
+        refuse_other(data, path)
+    spans, base, size = array("q"), base + 1, WINDOW
+    closing = SPACE_BYTES.match(data, base).end()
+    at, error = closing + 1 - base, None
+    while data[closing:closing + 1] != b"]":
+        text = str(data[base:base + size], "latin-1")
+        at, error = read_elements(text, base, spans)
+        if not error:
+            break
+        if base + len(text) == len(data):       # otherwise it may be the window that ends too early
+            raise not_json(path, data, base, at, error)
+        base, size = base + at, WINDOW if at else 2 * size
+    end = SPACE_BYTES.match(data, base + at).end()
+    if end < len(data):
+        raise not_json(path, data, end, 0, ValueError("Extra data"))
+    return spans
+
+
+def read_elements(text: str, base: int, spans: array) -> tuple[int, Exception | None]:
+    """Add the spans of a list's elements, up to the end of the list or the first element that is not whole.
+
+    text     bytes of the file from `base` on, decoded as latin-1: each is one character, so that positions in
+             the text are positions in the file
+    returns  where the next element would begin, and what is wrong with it; None at the end of the list
+    """
+    at = 0
+    while True:
+        try:
+            start = SPACE.match(text, at).end()
+            end = DECODER.raw_decode(text, start)[1]
+            stop = SPACE.match(text, end).end()
+            if text[stop:stop + 1] not in (",", "]"):       # a number may go on behind the window
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, stop)
+        except (ValueError, RecursionError) as error:
+            return at, error
+        spans.extend((base + start, base + end))
+        at = stop + 1
+        if text[stop] == "]":
+            return at, None
+
+
+def first_byte(data: mmap.mmap | bytes) -> int:
+    """Where the text begins: behind the mark that some Windows programs put in front."""
+    return len(codecs.BOM_UTF8) if data[:3] == codecs.BOM_UTF8 else 0
+
+
+def refuse_other(data: mmap.mmap | bytes, path: Path) -> None:
+    """Raise the ValueError that fits a file which is no JSON list."""
+    start = first_byte(data)
+    try:
+        value = DECODER.decode(str(data[start:], "latin-1"))
+    except (ValueError, RecursionError) as error:
+        raise not_json(path, data, start, 0, error) from None
+    raise ValueError(f"{path} must hold a list of rows, not one {type(value).__name__}; "
+                     "one row per line is .jsonl")
+
+
+def not_json(path: Path, data: mmap.mmap | bytes, base: int, at: int, error: Exception) -> ValueError:
+    """One line about an error at byte base + at, or where the error itself says, counted from base."""
+    position = base + getattr(error, "pos", at)
+    line_start = data.rfind(b"\n", 0, position) + 1
+    line = data[:position].count(b"\n") + 1
+    column = len(str(data[line_start:position], "utf-8-sig", "replace")) + 1
+    reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+    hint = "; one object per line is .jsonl" if reason == "Extra data" and path.suffix != ".jsonl" else ""
+    return ValueError(f"{path} is not valid JSON: line {line} column {column}: {reason}{hint}")
+
+
+def write_parquet_rows(path: Path, file) -> array:
+    """Write the rows of a parquet file as jsonl; returns their spans."""
+    spans, end = array("q"), 0
+    for row in read_parquet(path):
+        line = json.dumps(row, ensure_ascii=False, default=plain).encode()
+        file.write(line + b"\n")
+        spans.extend((end, end + len(line)))
+        end += len(line) + 1
+    return spans
+
+
+def read_parquet(path: Path) -> Iterator[dict]:
+    """Its rows, a batch at a time. Raises ValueError if it cannot be read."""
+    import pyarrow.parquet  # here, because json files need not wait for it
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=4096):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def plain(value: object) -> str:
+    """What JSON has no form for: dates and the like as text; bytes are no text and no row needs them."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)

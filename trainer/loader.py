@@ -1,0 +1,71 @@
+"""Batches from the processes that load them, and what is told when one of those dies."""
+import contextlib
+import signal
+from collections.abc import Iterable, Iterator
+from multiprocessing import connection
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from model.dataset import VLMDataset, check_row, collate
+from trainer.interrupt import ignore_interrupts
+
+
+class WorkerDied(ValueError):
+    """A process that loads samples is gone; the message names the sample that it held."""
+
+
+class Loader:
+    """Batches of a VLMDataset or a Subset of one, loaded by num_workers processes (0 = this one).
+
+    batches  lists of positions
+    raises   WorkerDied
+    """
+
+    def __init__(self, dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False):
+        self.data: VLMDataset = dataset.dataset if isinstance(dataset, Subset) else dataset
+        self.loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
+                                 pin_memory=pin_memory, worker_init_fn=ignore_interrupts)
+
+    def __iter__(self) -> Iterator[dict]:
+        # The workers, which begin here, write into it; one tensor for each round of workers.
+        held = self.data.held = torch.full((self.loader.num_workers,), -1).share_memory_()
+        batches = iter(self.loader)
+        if len(held):
+            # PyTorch's handler raises in the middle of whatever this process does, an optimizer step or a
+            # save included. Without it a death is noticed here, within five seconds.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:      # the last two: in the middle of a message
+                raise tell_of_death(self.data, held, batches) or error from None
+            yield batch
+
+
+def tell_of_death(data: VLMDataset, held: Tensor, batches: Iterator) -> WorkerDied | None:
+    """The message about the first dead worker, if there is one."""
+    workers = getattr(batches, "_workers", [])      # PyTorch has no public name for them
+    connection.wait([process.sentinel for process in workers], timeout=1)       # it may be dying still
+    for worker, process in enumerate(workers):
+        if process.exitcode:
+            cause = f"exit status {process.exitcode}"
+            with contextlib.suppress(ValueError):
+                cause = signal.Signals(-process.exitcode).name
+            return WorkerDied(
+                f"loader worker {worker} died ({cause}) while it held {describe(data, int(held[worker]))}; "
+                "if memory ran out, fewer --num_workers need less "
+                "(in a container, see also its limit and its /dev/shm)")
+    return None
+
+
+def describe(data: VLMDataset, position: int) -> str:
+    if position < 0:
+        return "no sample"
+    pictures = ""
+    with contextlib.suppress(ValueError):       # a bad row: its name must do
+        pictures = ", ".join(check_row(data.rows[position], data.spec)[0])
+    return f"{data.name(position)}{pictures and f' with {pictures}'}"
