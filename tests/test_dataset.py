@@ -2,6 +2,7 @@
 import argparse
 import json
 
+import numpy as np
 import pandas
 import pytest
 import torch
