@@ -1,4 +1,4 @@
-"""Data for the benchmarks, made on the spot in the real formats: a tokenizer of 6400 tokens, pictures, rows."""
+"""Data for the benchmarks, made on the spot in the real formats: tokenizer, pictures, rows."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,10 @@ def save_data(folder: Path, shape: Shape, num_rows: int, num_pictures: int, toke
     empty = [{"from": "human", "value": marks}, {"from": "gpt", "value": "x"}]
     fixed = len(render_conversation(empty, tokenizer).input_ids)
     asked = shape.tokens + 1 - fixed - (shape.learnt - 1)
-    rows = [{"id": str(n), "image": ", ".join(f"{random.integers(num_pictures)}.jpg" for _ in range(shape.images)),
+
+    def names() -> str:
+        return ", ".join(f"{random.integers(num_pictures)}.jpg" for _ in range(shape.images))
+    rows = [{"id": str(n), "image": names(),
              "conversations": [{"from": "human", "value": marks + text(asked)},
                                {"from": "gpt", "value": text(shape.learnt - 1)}]} for n in range(num_rows)]
     (folder / "rows.json").write_text(json.dumps(rows))

@@ -6,8 +6,8 @@ writes   benchmarks/results/train_step.json, and prints the tables
     python benchmarks/train_step.py               # about seven minutes on two cores
     python benchmarks/train_step.py --quick       # does it run? small sizes, no meaning
 
-Everything is made here, in the real formats and at the real geometry: 512 x 8, CLIP ViT-B/32 (random weights),
-6400 tokens, captions of 89 tokens of which 18 are learnt, questions of 185, two pictures with 205.
+Everything is made here, in the real formats and at the real geometry: 512 x 8, CLIP ViT-B/32 (random
+weights), 6400 tokens, captions of 89 tokens of which 18 are learnt, questions of 185, two pictures with 205.
 
 needed work   matrix products of CLIP's forward pass and of the language model's forward and backward pass, at
               the rows' real lengths; the last feed-forward and the vocabulary only where something is learnt
@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from llava import to_llava, to_llava_ids  # noqa: E402
+from roofline import matmul_speed, needed_flops, read_speed, row_lengths  # noqa: E402
 from synthetic import (  # noqa: E402
     PRETRAIN_SHAPE,
     SFT_SHAPE,
@@ -56,7 +57,7 @@ from model.prompt import load_tokenizer  # noqa: E402
 from model.vision_utils import ImageProcessor, get_img_embedding  # noqa: E402
 from trainer.batches import GlobalBatches  # noqa: E402
 from trainer.distributed import Run, keep_freed_memory  # noqa: E402
-from trainer.loop import Stepper  # noqa: E402
+from trainer.optimizer import trained_parameters  # noqa: E402
 
 RUN = Run(0, 1, torch.device("cpu"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -99,7 +100,8 @@ class Bench:
 
     def __init__(self, folder: Path, shape: Shape, spec: DatasetSpec, config: LMConfig, clip: CLIPVisionModel,
                  batch_size: int, num_batches: int = 6):
-        self.config, self.batch_size, self.num_batches = config, batch_size, num_batches
+        self.config, self.vision, self.batch_size, self.num_batches = (
+            config, clip.config, batch_size, num_batches)
         half = CLIPVisionModel(clip.config).eval().requires_grad_(False).to(torch.bfloat16)
         half.load_state_dict(clip.state_dict())
         self.towers = {"float32": clip, "bfloat16": half}
@@ -142,9 +144,8 @@ class Bench:
     def optimizer(self, variant: Variant) -> torch.optim.Optimizer:
         key = variant.llava, variant.fused
         if key not in self.optimizers:
-            parameters = [parameter for parameter in (self.llava if variant.llava else self.model).parameters()
-                          if parameter.requires_grad]
-            self.optimizers[key] = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0,
+            model = self.llava if variant.llava else self.model
+            self.optimizers[key] = torch.optim.AdamW(trained_parameters(model), lr=1e-5, weight_decay=0.0,
                                                      fused=variant.fused, foreach=False)
         return self.optimizers[key]
 
@@ -169,7 +170,7 @@ class Bench:
         parts = {part: after - before for part, before, after in zip(PARTS, times, times[1:], strict=False)}
         return parts | {"step": times[-1] - times[0], "data": batch["seconds"], "loss": loss.item(),
                         "samples": len(batch["input_ids"]),
-                        "flops": needed_flops(batch, self.config, self.towers["float32"], not variant.cached)}
+                        "flops": needed_flops(batch, self.config, self.vision, not variant.cached)}
 
     def image_features(self, batch: dict, variant: Variant) -> Tensor | None:
         if variant.llava:
@@ -221,12 +222,6 @@ def pad_batch(batch: dict, T: int) -> dict:
                     "image_slots": batch["image_slots"] % old + batch["image_slots"] // old * T}
 
 
-def row_lengths(batch: dict) -> Tensor:
-    """(B,): a row ends with its last learnt token."""
-    places = torch.arange(1, batch["labels"].shape[1] + 1)
-    return torch.where(batch["labels"] != IGNORE_INDEX, places, 0).amax(1)
-
-
 def to_llava_batch(batch: dict) -> tuple[Tensor, Tensor, Tensor]:
     """ids, attention mask and labels (B, T + 1) of LLaVA, which shifts the labels itself and wants the last
     token too."""
@@ -237,51 +232,19 @@ def to_llava_batch(batch: dict) -> tuple[Tensor, Tensor, Tensor]:
     return ids.where(mask, 2), mask.long(), F.pad(batch["labels"], (1, 0), value=IGNORE_INDEX)
 
 
-def needed_flops(batch: dict, config: LMConfig, clip: CLIPVisionModel, with_clip: bool) -> float:
-    """Operations of the matrix products that one step cannot do without."""
-    D, L, N, V = config.dim, config.n_layers, config.num_image_tokens, config.vision_dim
-    tokens, learnt = row_lengths(batch).double(), batch["num_learnt"]
-    attention = 2 * D * D + 2 * D * config.n_kv_heads * config.head_dim
-    feed_forward = 3 * D * config.hidden_dim
-    num_images = len(batch["image_slots"])
-    forward = (2 * tokens.sum() * (L * attention + (L - 1) * feed_forward)
-               + 2 * learnt * (feed_forward + config.vocab_size * D)
-               + 2 * L * D * tokens.square().sum()           # scores and their use, half of each being masked
-               + 2 * num_images * N * V * D)
-    vision = clip.config
-    per_image = (2 * (N - 1) * 3 * vision.patch_size**2 * V
-                 + vision.num_hidden_layers * (2 * N * (4 * V * V + 2 * V * vision.intermediate_size)
-                                               + 4 * N * N * V))
-    return float(3 * forward + with_clip * num_images * per_image)
-
-
-def matmul_speed(dtype: torch.dtype, size: int = 2048) -> float:
-    """Operations per second of one product of square matrices."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    start = time.perf_counter()
-    a @ b
-    return 2 * size**3 / (time.perf_counter() - start)
-
-
-def read_speed(megabytes: int = 256) -> float:
-    """Bytes per second of reading memory."""
-    data = torch.ones(megabytes << 18)
-    start = time.perf_counter()
-    data.sum()
-    return (megabytes << 20) / (time.perf_counter() - start)
-
-
-def measure(bench: Bench, variants: dict[str, Variant], repetitions: int, peaks: dict[str, list[float]]) -> dict:
-    """Medians over interleaved steps; everything waits for the slow ones, which are taken half as often."""
+def measure(bench: Bench, variants: dict[str, Variant], repetitions: int,
+            peaks: dict[str, list[float]]) -> dict:
+    """Medians over interleaved steps; the slow ones are taken every other time."""
     taken: dict[str, list[dict]] = {name: [] for name in variants}
     for number in range(-1, repetitions):
         for name, variant in variants.items():
-            if variant == OFF and number % 2 == 0:
+            slow = bool(variant.pad_to) or variant.llava
+            if slow and number % 2 == 0:
                 continue
             for dtype in {variant.dtype} & set(peaks):
                 peaks[dtype].append(matmul_speed(DTYPES[dtype]))
             step = bench.step(variant, number)
-            if number >= 0 or variant == OFF:       # the first round warms up
+            if number >= 0 or slow:       # the first round warms up
                 taken[name].append(step)
     results = {}
     for name, steps in taken.items():
@@ -311,18 +274,18 @@ def use_memory(variant: Variant, config: LMConfig, vision: CLIPVisionConfig, bat
     batch = {"input_ids": ids, "labels": labels, "image_slots": slots, "num_learnt": 18 * batch_size,
              "learnt": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1), "seconds": 0.0}
     bench = Bench.__new__(Bench)
-    bench.config, bench.optimizers, bench.towers, bench.model = config, {}, {}, Transformer(config).train()
+    bench.config, bench.vision, bench.optimizers = config, vision, {}
+    bench.model = Transformer(config).train()
     if variant.cached:
         batch["image_features"] = torch.zeros(batch_size, N, config.vision_dim).half()
-        bench.towers["float32"] = argparse.Namespace(config=vision)
     else:
         batch["pixel_values"] = torch.zeros(batch_size, 3, vision.image_size, vision.image_size)
         tower = CLIPVisionModel(vision).eval().requires_grad_(False).to(DTYPES[variant.dtype])
-        bench.towers = {"float32": tower, variant.dtype: tower}
+        bench.towers = {variant.dtype: tower}
     if variant.llava:
         bench.llava = to_llava(bench.model, tower.float()).train()
         bench.llava.model.language_model.requires_grad_(True)
-        bench.model, bench.towers = None, {"float32": argparse.Namespace(config=vision)}
+        bench.model, bench.towers = None, {}
     bench.batches = {(variant.bucket, variant.cached): [batch]}
     for number in range(3):
         bench.step(variant, number)
@@ -356,37 +319,41 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
 
 def sizes(quick: bool) -> tuple[CLIPVisionConfig, LMConfig, int]:
     if quick:
-        return (CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+        return (CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                 num_attention_heads=2),
                 LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vision_dim=32), 4)
     return CLIPVisionConfig(), LMConfig(), 32
 
 
 def tables(results: dict) -> str:
     """Markdown."""
+    speeds = ", ".join(f"{speed:.0f} GFLOP/s in {name}" for name, speed in results["matmul_gflops"].items())
     lines = [f"{results['threads']} threads, torch {results['torch']}; matrix product of 2048 x 2048: "
-             + ", ".join(f"{speed:.0f} GFLOP/s in {name}" for name, speed in results["matmul_gflops"].items())
-             + f"; memory read at {results['memory_gb_per_s']:.0f} GB/s"]
+             f"{speeds}; memory read at {results['memory_gb_per_s']:.0f} GB/s"]
     off = "everything off"
     for stage in ("pretrain", "SFT", "two images"):
         rows = results[stage]
         size = results["batch_size"] if stage == "pretrain" else max(1, results["batch_size"] // 4)
         lines += ["", f"{stage}, batch {size}", "",
-                  "| step | samples/s | times \"everything off\" | share of the roofline | needed GFLOP per sample | "
-                  "CLIP / forward / backward / optimizer | loading, one core | peak memory |",
+                  "| step | samples/s | times \"everything off\" | share of the roofline "
+                  "| needed GFLOP per sample | CLIP / forward / backward / optimizer "
+                  "| loading, one core | peak memory |",
                   "|---|---|---|---|---|---|---|---|"]
         for name in [name for name in (*OURS, *LLAVA) if name in rows]:
             row = rows[name]
             parts = " / ".join(f"{100 * row[f'{part}_ms'] / row['step_ms']:.0f} %" for part in PARTS)
-            memory = f"{results['peak_gb'][name]:.2f} GB" if name in results["peak_gb"] and stage == "pretrain" else ""
-            lines.append(f"| {name} | {row['samples_per_s']:.1f} "
-                         f"| {row['samples_per_s'] / rows[off]['samples_per_s']:.1f} | {100 * row['share']:.0f} % "
-                         f"| {row['gflop_per_sample']:.1f} | {parts} | {row['data_ms'] / size:.2f} ms per sample "
-                         f"| {memory} |")
-    rows, size = results["pretrain"], results["batch_size"]
+            known = name in results["peak_gb"] and stage == "pretrain"
+            memory = f"{results['peak_gb'][name]:.2f} GB" if known else ""
+            speed = row["samples_per_s"]
+            lines.append(f"| {name} | {speed:.1f} | {speed / rows[off]['samples_per_s']:.1f} "
+                         f"| {100 * row['share']:.0f} % | {row['gflop_per_sample']:.1f} | {parts} "
+                         f"| {row['data_ms'] / size:.2f} ms per sample | {memory} |")
+    rows = results["pretrain"]
     lines += ["", "| one gain switched off | samples/s | slower than with it |", "|---|---|---|"]
     for name in ABLATION:
         base = rows["bf16" if name.startswith("bf16") else "bf16, cached features"]["samples_per_s"]
-        lines.append(f"| {name} | {rows[name]['samples_per_s']:.1f} | {base / rows[name]['samples_per_s']:.2f} x |")
+        speed = rows[name]["samples_per_s"]
+        lines.append(f"| {name} | {speed:.1f} | {base / speed:.2f} x |")
     for dtype in ("fp32", "bf16"):
         ratio = rows[dtype]["samples_per_s"] / rows[f"transformers' LLaVA, {dtype}"]["samples_per_s"]
         lines.append(f"\n{dtype} without the cache: {ratio:.1f} times transformers' LLaVA")
@@ -394,9 +361,10 @@ def tables(results: dict) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that everything runs")
-    parser.add_argument("--repetitions", type=int, default=6, help="steps of each kind (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=4, help="steps of a kind (default: %(default)s)")
     parser.add_argument("--memory_of", choices=[*OURS, *LLAVA], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.repetitions < 2:

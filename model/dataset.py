@@ -147,8 +147,8 @@ class VLMDataset(Dataset):
         return None
 
     def lengths(self) -> np.ndarray:
-        """Roughly how many tokens each row has, (rows,), without a tokenizer: to sort by. Those of a large file
-        are kept with its index."""
+        """Roughly how many tokens each row has, (rows,), without a tokenizer: to sort by. Those of a large
+        file are kept with its index."""
         return np.array(self.rows.remember(f"lengths-{self.num_image_tokens}-{self.spec_key()}",
                                            lambda: [self.rough_length(row) for row in self.rows]))
 
