@@ -2,6 +2,7 @@
 import argparse
 import sys
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
@@ -25,6 +26,11 @@ def split_off(dataset: VLMDataset, val_dataset: VLMDataset | None,
         raise ValueError(f"--val_fraction {args.val_fraction} of {len(dataset)} rows leaves "
                          f"{'no row' if count else 'nothing'} to {'train' if count else 'validate'} on")
     return Subset(dataset, order[count:]), Subset(dataset, order[:count])
+
+
+def lengths_of(data: Dataset) -> np.ndarray:
+    """The rough lengths of a data set, or of a part of one."""
+    return lengths_of(data.dataset)[data.indices] if isinstance(data, Subset) else data.lengths()
 
 
 class Validation:
