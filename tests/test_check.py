@@ -78,7 +78,8 @@ def test_a_good_place_as_a_process(good_place):
                  "32_llm.pth: 21 tensors loaded; new, not in the file: vision_proj.weight", "24 rows",
                  "24 of 24 rows loaded with their pictures", "6 files", "float32 on cpu, 1 threads",
                  "6 steps", "the saves need", "32_vlm_pretrain.pth: begins anew", "free\n",
-                 "guessing has ln(581) = 6.36", "3 rows with their pictures", "\nrow 1 ", "everything is in place"):
+                 "guessing has ln(581) = 6.36", "3 rows with their pictures", "\nrow 1 ",
+                 "everything is in place"):
         assert text in result.stdout, f"{text!r} is not in: {result.stdout}"
 
 
