@@ -7,9 +7,10 @@ trains   the projection and the language model; CLIP stays frozen
 
     torchrun --standalone --nproc_per_node 2 1-pretrain_vlm.py --use_wandb
     python 1-pretrain_vlm.py @dataset/demo/pretrain.args      # the demo world: two minutes on a laptop
-    python 1-pretrain_vlm.py --device cpu --max_steps 2       # is everything in place?
+    python -m trainer.check pretrain                          # is everything in place?
 """
 import argparse
+from collections.abc import Callable
 
 from model.dataset import PRETRAIN
 from trainer.args import Parser, add_model_flags, add_training_flags, check_args, clean_exit
@@ -25,10 +26,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return check_args(parser.parse_args(argv))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, do: Callable = train_stage) -> None:
+    """do: what becomes of the stage; trainer.check looks at it instead of training."""
     args = parse_args(argv)
     with start_run(args.device, args.timeout) as run:
-        train_stage(run, args, PRETRAIN, weights_in="llm", weights_out="vlm_pretrain")
+        do(run, args, PRETRAIN, weights_in="llm", weights_out="vlm_pretrain")
 
 
 if __name__ == "__main__":

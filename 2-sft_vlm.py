@@ -10,8 +10,10 @@ trains   the projection and the language model; CLIP stays frozen
     torchrun --standalone --nproc_per_node 2 2-sft_vlm.py --use_wandb
     python 2-sft_vlm.py @dataset/demo/sft.args                # the demo world: two minutes on a laptop
     python 2-sft_vlm.py --multi True
+    python -m trainer.check sft                               # is everything in place?
 """
 import argparse
+from collections.abc import Callable
 
 from model.dataset import SFT, SFT_MULTI
 from trainer.args import Parser, add_model_flags, add_training_flags, check_args, clean_exit, true_or_false
@@ -35,13 +37,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return check_args(parser.parse_args(argv))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, do: Callable = train_stage) -> None:
+    """do: what becomes of the stage; trainer.check looks at it instead of training."""
     args = parse_args(argv)
     with start_run(args.device, args.timeout) as run:
         if args.multi:
-            train_stage(run, args, SFT_MULTI, weights_in="vlm_sft", weights_out="vlm_sft_multi")
+            do(run, args, SFT_MULTI, weights_in="vlm_sft", weights_out="vlm_sft_multi")
         else:
-            train_stage(run, args, SFT, weights_in="vlm_pretrain", weights_out="vlm_sft")
+            do(run, args, SFT, weights_in="vlm_pretrain", weights_out="vlm_sft")
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     with start_run(args.device) as run:
         weights = args.load or find_weights(args)
         chat = load_chat(weights, args.tokenizer_path, args.clip_path, run.device,
-                         choose_dtype(args.dtype, run.device))
+                         choose_dtype(args.dtype, run.device), args.batch_size if args.questions else 1)
         run.print(str(chat.report))
         if args.questions:
             score_questions(run, args, chat)

@@ -195,10 +195,9 @@ def find_examples(image_dir: str | Path, several: bool) -> list[dict]:
 
 def describe(chat: Chat, weights: Path) -> str:
     """The head of the page, as HTML: which model answers here."""
-    weight = chat.model.tok_embeddings.weight
-    millions = sum(parameter.numel() for parameter in chat.model.parameters()) / 1e6
-    facts = [weights.name, f"{millions:.1f} M 参数 / params",
-             f"{weight.device} {str(weight.dtype).removeprefix('torch.')}"]
+    decoder = chat.decoder
+    facts = [weights.name, f"{decoder.num_parameters / 1e6:.1f} M 参数 / params",
+             f"{decoder.device} {str(decoder.dtype).removeprefix('torch.')}"]
     return f"<h1>MiniMind-V</h1><p>{html.escape(' · '.join(facts))}</p>"
 
 
@@ -234,7 +233,7 @@ def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks
         box = gr.MultimodalTextbox(
             file_types=["image"], file_count="multiple" if several else "single", placeholder=HINT,
             show_label=False, autofocus=True, max_plain_text_length=100_000, elem_id="box")
-        settings = add_settings(args, chat.model.config.max_seq_len)
+        settings = add_settings(args, chat.decoder.config.max_seq_len)
         connect(chat, chatbot, box, settings)
     return page
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.checkpoint import LoadReport, config_of, load_weights, read_description, read_state_dict
+from model.decode import Decoder, pack_linears
 from model.generate import Sampling, TextStreamer, generate
 from model.model import Transformer
 from model.prompt import Prompt, load_tokenizer, render_conversation
@@ -25,26 +26,25 @@ CLIP_PATH = "model/clip_model/clip-vit-base-patch32"
 class Chat:
     """A model that answers; holds no conversation, so one object can serve many people."""
 
-    def __init__(self, model: Transformer, tokenizer, vision_model, image_processor, report: LoadReport):
-        self.model, self.tokenizer, self.report = model, tokenizer, report
+    def __init__(self, decoder: Decoder, tokenizer, vision_model, image_processor, report: LoadReport):
+        self.decoder, self.tokenizer, self.report = decoder, tokenizer, report
         self.vision_model, self.image_processor = vision_model, image_processor
-        self.device = model.tok_embeddings.weight.device
 
     def encode(self, images: list[Image.Image]) -> Tensor:
         """Pictures to image features, (M, N, vision_dim)."""
         side = self.image_processor.size
         pixels = [get_img_process(image, self.image_processor) for image in images]
         pixel_values = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
-        return get_img_embedding(pixel_values.to(self.device), self.vision_model)
+        return get_img_embedding(pixel_values.to(self.decoder.device), self.vision_model)
 
     def render(self, turns: list[dict]) -> Prompt:
-        return render_conversation(turns, self.tokenizer, self.model.config.num_image_tokens)
+        return render_conversation(turns, self.tokenizer, self.decoder.config.num_image_tokens)
 
     def stream(self, turns: list[dict], images: list[Image.Image],
                sampling: Sampling | None = None) -> Iterator[str]:
         """The answer to one conversation, piece by piece as it is made."""
         streamer = TextStreamer(self.tokenizer)
-        ids = generate(self.model, [self.render(turns)], self.tokenizer.eos_token_id, sampling,
+        ids = generate(self.decoder, [self.render(turns)], self.tokenizer.eos_token_id, sampling,
                        self.encode(images))
         for token, in ids:
             yield streamer.push(token)
@@ -55,7 +55,7 @@ class Chat:
         """The answers to many conversations at once; image_features (M, N, vision_dim) in reading order."""
         prompts = [self.render(turns) for turns in conversations]
         answers: list[list[int]] = [[] for _ in prompts]
-        for ids in generate(self.model, prompts, self.tokenizer.eos_token_id, sampling, image_features):
+        for ids in generate(self.decoder, prompts, self.tokenizer.eos_token_id, sampling, image_features):
             for answer, token in zip(answers, ids, strict=True):
                 if token is not None:
                     answer.append(token)
@@ -64,26 +64,28 @@ class Chat:
 
 def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
               clip_path: str | Path | None = None, device: torch.device | str = "cpu",
-              dtype: torch.dtype = torch.float32) -> Chat:
-    """Load a weight file with its tokenizer and CLIP.
+              dtype: torch.dtype = torch.float32, batch_size: int = 1) -> Chat:
+    """Load a weight file with its tokenizer and CLIP, laid out for about batch_size conversations at once.
 
     Paths that are None are taken from the .json beside the weights (what they were trained with), else v1's
     places. Raises FileNotFoundError or ValueError, naming the file and the cure.
     """
     cure = "train it (README, 'Stages') or download it (README, 'Weights')"
-    state, description = read_state_dict(weights, cure), read_description(weights)
-    config = config_of(weights, state)
+    config, description = config_of(weights, read_state_dict(weights, cure)), read_description(weights)
     if not config.vision_dim:
         raise ValueError(f"{weights} is a language model without a vision projection: "
                          "train it with 1-pretrain_vlm.py first")
     tokenizer = load_tokenizer(tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH))
     clip_path = clip_path or description.get("clip_path", CLIP_PATH)
+    # On the meta device the model costs nothing; the decoder's layout is then the only copy of its weights.
+    with torch.device("meta"):
+        model = Transformer(config)
+    report = load_weights(model, weights, cure=cure)
+    decoder = Decoder(model.to(device, dtype), batch_size)
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
-    model = Transformer(config)
-    report = load_weights(model, weights, cure=cure)
-    model.to(device, dtype).eval().requires_grad_(False)
-    return Chat(model, tokenizer, vision_model.to(device, dtype), image_processor, report)
+    pack_linears(vision_model.to(device, dtype), batch_size * config.num_image_tokens)
+    return Chat(decoder, tokenizer, vision_model, image_processor, report)
 
 
 def check_fit(config, tokenizer, vision_model, weights, clip_path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,13 +78,19 @@ def keep_previous(path: str | Path) -> Path | None:
 
     returns  where they lie now: 512_vlm_sft.previous.pth; None if there were none, or none that were finished
     """
-    path, description = Path(path), read_description(path)
-    if not path.is_file() or description.get("step", 0) < description.get("total_steps", 0):
+    path = Path(path)
+    if not is_finished(path):
         return None
     for file in (path, path.with_suffix(".json")):
         if file.is_file():
             os.replace(file, file.with_suffix(f".previous{file.suffix}"))
     return path.with_suffix(".previous.pth")
+
+
+def is_finished(path: str | Path) -> bool:
+    """Are these the weights of a whole run? Those without a description (v1's own) are taken for such."""
+    description = read_description(path)
+    return Path(path).is_file() and description.get("step", 0) >= description.get("total_steps", 0)
 
 
 def read_description(path: str | Path) -> dict:
@@ -116,7 +123,8 @@ def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[s
     ValueError."""
     check_weight_file(path, cure)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, not read: tensors that are only looked at, or converted one by one, take no memory.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen different types here, all meaning the same to the user
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): {cure}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -186,7 +194,8 @@ class LoadReport:
 
 def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, ...] = (),
                  may_ignore: str | tuple[str, ...] = (), cure: str = "download it again") -> LoadReport:
-    """Copy a weight file into a model, strictly.
+    """Copy a weight file into a model, strictly; a model on the meta device, which has no memory to copy to,
+    takes the file's tensors themselves.
 
     may_miss    prefixes of parameters that may be absent from the file ("vision_proj." when a language model
                 gains eyes)
@@ -195,10 +204,14 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
     """
     state, wanted = read_state_dict(path, cure), model.state_dict()
     missing, surplus = check_state_dict(model, path, state, may_miss, may_ignore)
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            if name in state:
-                tensor.copy_(state[name])
+    if all(tensor.is_meta for tensor in wanted.values()):
+        model.load_state_dict({name: state[name] for name in wanted}, assign=True)
+        model.output.weight = model.tok_embeddings.weight       # tied again
+    else:
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                if name in state:
+                    tensor.copy_(state[name])
     return LoadReport(str(path), len(wanted) - len(missing), missing, surplus)
 
 

@@ -11,16 +11,20 @@ import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from model.feature_store import FeatureStore
 from model.model import IGNORE_INDEX
 from model.prompt import IMAGE_MARK, check_length, normalise_turns, render_conversation
 from model.rows import Rows
-from model.vision_utils import ImageProcessor, get_img_process, open_image
+from model.vision_proj import find_image_slots
+from model.vision_utils import ImageProcessor, load_pixels
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class VLMDataset(Dataset):
         self.spec, self.tokenizer, self.image_dir = spec, tokenizer, Path(image_dir)
         self.image_processor, self.num_image_tokens, self.max_seq_len = (
             image_processor, num_image_tokens, max_seq_len)
+        self.feature_store: FeatureStore | None = None      # set it, and samples bring features, not pixels
         # One int64 per loader worker, in shared memory: the sample it works on, or -1.
         self.held: Tensor | None = None
         if spec.max_images and not self.image_dir.is_dir():
@@ -125,8 +130,7 @@ class VLMDataset(Dataset):
     def check_rows(self) -> None:
         """Raise ValueError for the first malformed row; better now than in the third hour. Opens no pictures.
         The verdict on a large file is kept with its index."""
-        spec = hashlib.blake2b(repr(self.spec).encode(), digest_size=4).hexdigest()
-        problem = self.rows.remember(f"checked-{spec}", self.first_problem)
+        problem = self.rows.remember(f"checked-{self.spec_key()}", self.first_problem)
         if problem:
             position, reason = problem
             raise ValueError(f"{self.name(position)}: {reason}")
@@ -139,6 +143,24 @@ class VLMDataset(Dataset):
                 return position, one_line(str(error))
         return None
 
+    def lengths(self) -> np.ndarray:
+        """Roughly how many tokens each row has, (rows,), without a tokenizer: to sort by. Those of a large
+        file are kept with its index."""
+        return np.array(self.rows.remember(f"lengths-{self.num_image_tokens}-{self.spec_key()}",
+                                           lambda: [self.rough_length(row) for row in self.rows]))
+
+    def rough_length(self, row) -> int:
+        try:
+            names, turns = check_row(row, self.spec)
+        except ValueError:
+            return 0
+        # A token is about three bytes, of Chinese as of English.
+        return (self.num_image_tokens * len(names)
+                + sum(len(text.encode(errors="replace")) for _, text in normalise_turns(turns)) // 3)
+
+    def spec_key(self) -> str:
+        return hashlib.blake2b(repr(self.spec).encode(), digest_size=4).hexdigest()
+
     def name(self, position: int) -> str:
         """How a person finds the row."""
         label = ""
@@ -147,20 +169,28 @@ class VLMDataset(Dataset):
         return f"{self.rows.path}, row {position + 1}{label}"
 
     def sample(self, position: int) -> dict[str, Tensor]:
-        """input_ids (t,), labels (t,), image_slots (n, N), pixel_values (n, 3, S, S)."""
+        """input_ids (t,), labels (t,), image_slots (n, N), and pixel_values (n, 3, S, S), or image_features
+        (n, N, V) if there is a feature store."""
         names, turns = check_row(self.rows[position], self.spec)
-        prompt = render_conversation(turns, self.tokenizer, self.num_image_tokens)
-        end = check_length(prompt, self.max_seq_len)
-        ids, mask = torch.tensor(prompt.input_ids[:end]), torch.tensor(prompt.answer_mask[:end])
-        labels = ids.masked_fill(~mask, IGNORE_INDEX)
-        pixels = [get_img_process(open_image(self.find_image(name)), self.image_processor) for name in names]
+        sample = tokenize(turns, self.tokenizer, self.num_image_tokens, self.max_seq_len)
+        return sample | self.images(names)
+
+    def images(self, names: list[str]) -> dict[str, Tensor]:
+        paths = [self.find_image(name) for name in names]
+        if self.feature_store is not None and paths:
+            return {"image_features": torch.stack([self.read_features(path) for path in paths])}
         side = self.image_processor.size if self.image_processor else 1
-        return {
-            "input_ids": ids[:-1],    # the one place where labels are shifted: position t learns token t + 1
-            "labels": labels[1:],
-            "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, self.num_image_tokens),
-            "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side),
-        }
+        pixels = [load_pixels(path, self.image_processor) for path in paths]
+        return {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)}
+
+    def read_features(self, path: Path) -> Tensor:
+        features = None
+        with contextlib.suppress(ValueError):
+            features = self.feature_store.read(path)
+        if features is None:
+            load_pixels(path, self.image_processor)     # raises, and says why, if the picture is at fault
+            raise ValueError(f"{path} was replaced after the pictures had been encoded: start again")
+        return features
 
     def find_image(self, name: str) -> Path:
         path = self.image_dir / name
@@ -175,6 +205,18 @@ def one_line(text: str, limit: int = 300) -> str:
     """Text from the data as a terminal can show it: without line ends, control characters and surrogates."""
     shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[:limit])
     return shown + "..." if len(text) > limit else shown
+
+
+def tokenize(turns: list[dict], tokenizer, num_image_tokens: int, max_seq_len: int) -> dict[str, Tensor]:
+    """A conversation as ids and labels: input_ids (t,), labels (t,), image_slots (n, N)."""
+    prompt = render_conversation(turns, tokenizer, num_image_tokens)
+    end = check_length(prompt, max_seq_len)
+    ids, mask = torch.tensor(prompt.input_ids[:end]), torch.tensor(prompt.answer_mask[:end])
+    return {
+        "input_ids": ids[:-1],        # the one place where labels are shifted: position t learns token t + 1
+        "labels": ids.masked_fill(~mask, IGNORE_INDEX)[1:],
+        "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, num_image_tokens),
+    }
 
 
 def pad_rows(rows: list[Tensor], value: int) -> Tensor:
@@ -199,9 +241,9 @@ def join_pictures(pixels: list[Tensor]) -> Tensor:
 
 
 def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
-    """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, pixel_values
-    (M, 3, S, S), num_images (B,); and as plain numbers num_tokens, num_learnt (labels that count),
-    bad_samples (why some were left out).
+    """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, learnt (L,)
+    flat into B * T, pixel_values (M, 3, S, S) or image_features (M, N, V), num_images (B,); and as plain
+    numbers num_tokens, num_learnt (labels that count), bad_samples (why some were left out).
 
     A batch without any usable sample becomes one row with nothing to learn, so that every rank takes every
     step.
@@ -214,13 +256,37 @@ def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
     # What stands in the padding is never seen.
     input_ids = pad_rows([sample["input_ids"] for sample in good], 0)
     labels = pad_rows([sample["labels"] for sample in good], IGNORE_INDEX)
+    learnt = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    images = "image_features" if "image_features" in good[0] else "pixel_values"
     return {
         "input_ids": input_ids,
         "labels": labels,
         "image_slots": flat_slots([sample["image_slots"] for sample in good], input_ids.shape[1]),
-        "pixel_values": join_pictures([sample["pixel_values"] for sample in good]),
+        "learnt": learnt,
+        images: join_pictures([sample[images] for sample in good]),
         "num_images": torch.tensor([len(sample["image_slots"]) for sample in good]),
         "num_tokens": sum(len(sample["input_ids"]) for sample in good),
-        "num_learnt": int((labels != IGNORE_INDEX).sum()),
+        "num_learnt": len(learnt),
         "bad_samples": bad,
     }
+
+
+def decode_sample(sample: dict[str, Tensor], tokenizer) -> str:
+    """A sample as one line of text: [[what is learnt]], and <image x50> for the placeholder of a picture.
+
+    Raises ValueError if the placeholders are not found again among the ids.
+    """
+    slots = sample["image_slots"]
+    if slots.numel() and not torch.equal(find_image_slots(sample["input_ids"][None], slots.shape[1]), slots):
+        raise ValueError("the placeholders of a sample's pictures are not found again among its ids")
+    ids = [*sample["input_ids"].tolist(), int(sample["labels"][-1])]
+    kinds = ["told", *("learnt" if label != IGNORE_INDEX else "told" for label in sample["labels"].tolist())]
+    for number, places in enumerate(slots.tolist()):
+        for place in places:
+            kinds[place] = f"image {number}"
+    text = ""
+    for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        run = [token for _, token in group]
+        part = tokenizer.decode(run)
+        text += {"told": part, "learnt": f"[[{part}]]"}.get(kind, f"<image x{len(run)}>")
+    return text.replace("\n", "\\n")

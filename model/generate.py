@@ -1,5 +1,4 @@
-"""From a prompt to an answer, token by token: one prefill, then one step per token with a key/value cache of
-its own.
+"""From a prompt to an answer, token by token: one prefill, then one step per token, each choosing the next.
 
 Letters: B prompts, T tokens of the longest, M images, N tokens per image, V vocabulary.
 """
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.dataset import flat_slots, pad_rows
-from model.model import KVCache, Transformer
+from model.decode import Decoder
 from model.prompt import Prompt
 
 
@@ -42,8 +41,7 @@ class Sampling:
             raise ValueError("; ".join(problems))
 
 
-@torch.no_grad()
-def generate(model: Transformer, prompts: list[Prompt], eos_id: int, sampling: Sampling | None = None,
+def generate(decoder: Decoder, prompts: list[Prompt], eos_id: int, sampling: Sampling | None = None,
              image_features: Tensor | None = None) -> Iterator[list[int | None]]:
     """Answer a batch of prompts of any lengths.
 
@@ -53,37 +51,43 @@ def generate(model: Transformer, prompts: list[Prompt], eos_id: int, sampling: S
     raises          ValueError if a prompt does not fit the context, or images and placeholders do not match
     """
     sampling = sampling or Sampling()
-    device = model.tok_embeddings.weight.device
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    limit = model.config.max_seq_len
+    limit = decoder.config.max_seq_len
     if max(lengths) >= limit:
         raise ValueError(f"the prompt has {max(lengths)} tokens, "
                          f"but the model's context holds {limit} with the answer")
-    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0).to(device)        # (B, T)
-    slots = [torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, model.config.num_image_tokens)
+    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0)                   # (B, T)
+    input_ids = input_ids.to(decoder.device)
+    slots = [torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, decoder.config.num_image_tokens)
              for prompt in prompts]
-    slots = flat_slots(slots, input_ids.shape[1]).to(device)                                          # (M, N)
-    max_len = min(max(lengths) + sampling.max_new_tokens, limit)
-    cache = KVCache(model.config, len(prompts), max_len, device, model.tok_embeddings.weight.dtype)
-    chooser = Chooser(sampling, input_ids, lengths, model.config.vocab_size)
+    slots = flat_slots(slots, input_ids.shape[1]).to(decoder.device)                                  # (M, N)
+    num_steps = min(sampling.max_new_tokens, limit - min(lengths))
+    chooser = Chooser(sampling, input_ids, lengths, decoder.config.vocab_size)
 
-    h = model.hidden_states(input_ids, image_features, slots, cache)
-    # Only each prompt's last token predicts.
-    h = h[torch.arange(len(prompts)), torch.tensor(lengths) - 1]                                      # (B, D)
-    cache.advance(lengths)
-    alive = [True] * len(prompts)
-    for step in range(sampling.max_new_tokens):
-        next_ids = chooser(model.output(h))                                                           # (B,)
-        chosen = next_ids.tolist()
-        alive = [a and token != eos_id and length + step < limit
-                 for a, token, length in zip(alive, chosen, lengths, strict=True)]
-        if not any(alive):
+    logits, cache = decoder.prefill(input_ids, torch.tensor(lengths, device=decoder.device), num_steps,
+                                    image_features, slots)
+    rows = list(range(len(prompts)))        # the prompts that the cache holds
+    answering = set(rows)
+    for step in range(num_steps):
+        next_ids = chooser(logits)                                                              # (rows,)
+        tokens: list[int | None] = [None] * len(prompts)
+        for row, token in zip(rows, next_ids.tolist(), strict=True):
+            if row in answering and token != eos_id and lengths[row] + step < limit:
+                tokens[row] = token
+            else:
+                answering.discard(row)
+        if not answering:
             return
-        yield [token if a else None for a, token in zip(alive, chosen, strict=True)]
-        if step + 1 == sampling.max_new_tokens:
+        yield tokens
+        if step + 1 == num_steps:
             return
-        h = model.hidden_states(next_ids.unsqueeze(1), kv_cache=cache)[:, 0]
-        cache.advance([1] * len(prompts))
+        if len(answering) <= 0.75 * len(rows):      # enough have ended to be worth a copy of the cache
+            kept = [place for place, row in enumerate(rows) if row in answering]
+            rows = [rows[place] for place in kept]
+            next_ids = next_ids[kept]
+            cache.keep(kept)
+            chooser.keep(kept)
+        logits = decoder.step(next_ids, cache)
 
 
 class Chooser:
@@ -108,8 +112,13 @@ class Chooser:
             probabilities = self.filter(logits / self.sampling.temperature).softmax(-1)
             next_ids = torch.cat([torch.multinomial(row, 1, generator=generator)
                                   for row, generator in zip(probabilities, self.generators, strict=True)])
-        self.seen[torch.arange(len(next_ids)), next_ids] = True
+        if self.sampling.repetition_penalty != 1:
+            self.seen[torch.arange(len(next_ids)), next_ids] = True
         return next_ids
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these, in their order."""
+        self.seen, self.generators = self.seen[rows], [self.generators[row] for row in rows]
 
     def penalise(self, logits: Tensor) -> Tensor:
         """Make seen tokens less likely: a positive logit is divided, a negative one multiplied (dividing

@@ -2,6 +2,7 @@
 import argparse
 import json
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -135,33 +136,67 @@ def test_a_batch_without_a_usable_sample_keeps_its_shape():
     assert batch["input_ids"].shape == (1, 1) and batch["pixel_values"].shape[:2] == (0, 3)
 
 
-def order_of(num_samples, world_size=1, batch_size=4, accumulation_steps=1, steps=0,
-             seed=3) -> list[list[list[int]]]:
+def order_of(num_samples, world_size=1, batch_size=4, accumulation_steps=1, steps=0, seed=3,
+             lengths=None) -> list[list[list[int]]]:
     """Per global step, the samples of every (pass, rank)."""
     args = argparse.Namespace(seed=seed, batch_size=batch_size, accumulation_steps=accumulation_steps,
                               max_steps=steps, epochs=2)
-    ranks = [list(GlobalBatches(num_samples, args, Run(rank, world_size, torch.device("cpu"))))
+    ranks = [list(GlobalBatches(num_samples, args, Run(rank, world_size, torch.device("cpu")), lengths))
              for rank in range(world_size)]
     passes = list(zip(*ranks, strict=True))
     return [[part for one in passes[n:n + accumulation_steps] for part in one]
             for n in range(0, len(passes), accumulation_steps)]
 
 
-def test_every_epoch_deals_out_every_sample_once_in_a_new_order():
+LENGTHS = np.random.default_rng(0).integers(50, 400, 2000)
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS[:22]])
+def test_every_epoch_deals_out_every_sample_once_in_a_new_order(lengths):
     """v1 never reshuffled under DDP: every epoch had one order."""
-    steps = order_of(22, world_size=2)
+    steps = order_of(22, world_size=2, lengths=lengths)
     epochs = [[sample for step in half for part in step for sample in part]
               for half in (steps[:3], steps[3:])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(22)) and epochs[0] != epochs[1]
-    assert order_of(22, world_size=2) == steps and order_of(22, world_size=2, seed=4) != steps
+    assert order_of(22, world_size=2, lengths=lengths) == steps
+    assert order_of(22, world_size=2, lengths=lengths, seed=4) != steps
 
 
-def test_the_order_does_not_depend_on_how_the_batch_is_split():
+@pytest.mark.parametrize("lengths", [None, LENGTHS[:30]])
+def test_the_order_does_not_depend_on_how_the_batch_is_split(lengths):
     """1 x 8 = 2 x 4 = 4 accumulated x 2, step by step."""
-    flat = [[[sample for part in step for sample in part] for step in order_of(30, **split)]
+    flat = [[[sample for part in step for sample in part] for step in order_of(30, **split, lengths=lengths)]
             for split in ({"batch_size": 8}, {"batch_size": 4, "world_size": 2},
                           {"batch_size": 2, "accumulation_steps": 4})]
     assert flat[0] == flat[1] == flat[2]
+
+
+def test_buckets_hold_samples_of_like_length_in_a_shuffled_order():
+    """Hardly any padding, no rank with much more to do than another; but no order from short to long, which
+    would be learnt too."""
+    def padding(steps) -> float:
+        parts = [LENGTHS[part] for step in steps for part in step if part]
+        return sum(part.max() * len(part) for part in parts) / sum(part.sum() for part in parts)
+    bucketed, shuffled = (order_of(2000, world_size=2, lengths=lengths) for lengths in (LENGTHS, None))
+    assert padding(bucketed) < 1.03 and padding(shuffled) > 1.3
+    full = [step for step in bucketed if all(len(part) == 4 for part in step)]
+    longest = np.array([[LENGTHS[part].max() for part in step] for step in full])
+    assert (longest.max(1) / longest.min(1)).mean() < 1.05
+    assert abs(np.corrcoef(np.arange(len(full)), longest[:, 0])[0, 1]) < 0.1
+
+
+def test_an_order_goes_on_in_the_middle():
+    args = argparse.Namespace(seed=3, batch_size=8, accumulation_steps=1, max_steps=0, epochs=2)
+    whole, rest = (GlobalBatches(2000, args, Run(0, 1, torch.device("cpu")), LENGTHS) for _ in range(2))
+    rest.start_step = 300
+    assert list(whole)[300:] == list(rest)
+
+
+def test_rough_lengths_sort_rows_as_their_tokens_do(make):
+    dataset = make([row(answer="它是蓝色。" * n) for n in (3, 1, 8, 5)] + [row(image=None)])
+    true = [len(dataset[n]["input_ids"]) for n in range(4)]
+    assert np.argsort(dataset.lengths()[:4]).tolist() == np.argsort(true).tolist()
+    assert dataset.lengths()[4] == 0
 
 
 def test_rows_of_parquet_without_a_picture_are_named(tmp_path):

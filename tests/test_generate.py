@@ -1,5 +1,6 @@
 """Answers: cached equals uncached, batched equals one by one, sampling as in transformers, text without half
 characters."""
+import copy
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from model.decode import Decoder
 from model.generate import Chooser, Sampling, TextStreamer, generate
 from model.prompt import render_conversation
 
@@ -39,8 +41,13 @@ def lively(model):
     return model
 
 
-def collect(model, prompts, sampling, features) -> list[list[int]]:
-    steps = list(generate(model, prompts, 2, sampling, features))
+@pytest.fixture
+def decoder(lively):
+    return Decoder(copy.deepcopy(lively))
+
+
+def collect(decoder, prompts, sampling, features) -> list[list[int]]:
+    steps = list(generate(decoder, prompts, 2, sampling, features))
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
@@ -48,18 +55,18 @@ def collect(model, prompts, sampling, features) -> list[list[int]]:
     Sampling(max_new_tokens=30), Sampling(max_new_tokens=30, repetition_penalty=1.3),
     Sampling(max_new_tokens=30, temperature=0.8, top_k=40, top_p=0.9, seed=3),
 ], ids=["greedy", "penalty", "sampled"])
-def test_batched_equals_one_by_one(lively, prompts, features, sampling):
-    together = collect(lively, prompts, sampling, features)
+def test_batched_equals_one_by_one(decoder, prompts, features, sampling):
+    together = collect(decoder, prompts, sampling, features)
     per_prompt = features.split([len(prompt.image_slots) for prompt in prompts])
-    alone = [collect(lively, [prompt], Sampling(**vars(sampling) | {"seed": sampling.seed + row}),
+    alone = [collect(decoder, [prompt], Sampling(**vars(sampling) | {"seed": sampling.seed + row}),
                      per_prompt[row])[0]
              for row, prompt in enumerate(prompts)]
     assert together == alone
     assert len(set(itertools.chain(*together))) > 20       # not one token over and over
 
 
-def test_cached_equals_uncached(lively, prompts, features):
-    answer = collect(lively, prompts[:1], Sampling(max_new_tokens=25), features[:1])[0]
+def test_cached_equals_uncached(lively, decoder, prompts, features):
+    answer = collect(decoder, prompts[:1], Sampling(max_new_tokens=25), features[:1])[0]
     ids = list(prompts[0].input_ids)
     for token in answer:
         logits, _ = lively(torch.tensor([ids]), features[:1])
@@ -67,41 +74,42 @@ def test_cached_equals_uncached(lively, prompts, features):
         ids.append(token)
 
 
-def test_max_new_tokens_counts_new_tokens_and_the_context_is_the_limit(lively, prompts, features):
+def test_max_new_tokens_counts_new_tokens_and_the_context_is_the_limit(decoder, prompts, features):
     assert [len(answer)
-            for answer in collect(lively, prompts, Sampling(max_new_tokens=7), features)] == [7] * 4
+            for answer in collect(decoder, prompts, Sampling(max_new_tokens=7), features)] == [7] * 4
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    lively.config.max_seq_len = max(lengths) + 3
-    answers = collect(lively, prompts, Sampling(max_new_tokens=500), features)
+    decoder.config.max_seq_len = max(lengths) + 3
+    answers = collect(decoder, prompts, Sampling(max_new_tokens=500), features)
     assert [length + len(answer)
             for length, answer in zip(lengths, answers, strict=True)] == [max(lengths) + 3] * 4
-    lively.config.max_seq_len = max(lengths)
+    decoder.config.max_seq_len = max(lengths)
     with pytest.raises(ValueError, match="context holds"):
-        collect(lively, prompts, Sampling(), features)
+        collect(decoder, prompts, Sampling(), features)
 
 
-def test_an_answer_ends_at_eos_and_its_neighbours_go_on(lively, prompts, features):
-    free = collect(lively, prompts, Sampling(max_new_tokens=20), features)
+def test_an_answer_ends_at_eos_and_its_neighbours_go_on(decoder, prompts, features):
+    free = collect(decoder, prompts, Sampling(max_new_tokens=20), features)
     eos = free[0][4]
-    steps = list(generate(lively, prompts, eos, Sampling(max_new_tokens=20), features))
+    steps = list(generate(decoder, prompts, eos, Sampling(max_new_tokens=20), features))
     cut = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
     assert cut == [answer[:answer.index(eos)] if eos in answer else answer for answer in free]
 
 
-def test_two_conversations_at_once_never_mix(lively, prompts, features):
+def test_two_conversations_at_once_never_mix(decoder, prompts, features):
     """A cache inside the module once mixed two users."""
-    a, b = (generate(lively, [prompts[n]], 2, Sampling(max_new_tokens=12), features[n:n + 1]) for n in (0, 3))
+    a, b = (generate(decoder, [prompts[n]], 2, Sampling(max_new_tokens=12), features[n:n + 1])
+            for n in (0, 3))
     interleaved = list(zip(*((x[0], y[0]) for x, y in zip(a, b, strict=True)), strict=True))
     for n, answer in zip((0, 3), interleaved, strict=True):
-        assert list(answer) == collect(lively, [prompts[n]], Sampling(max_new_tokens=12),
+        assert list(answer) == collect(decoder, [prompts[n]], Sampling(max_new_tokens=12),
                                        features[n:n + 1])[0]
 
 
-def test_forgotten_images_are_told(lively, prompts, features):
+def test_forgotten_images_are_told(decoder, prompts, features):
     with pytest.raises(ValueError, match="no images were given"):
-        collect(lively, prompts[:1], Sampling(), None)
+        collect(decoder, prompts[:1], Sampling(), None)
     with pytest.raises(ValueError, match=r"1 image placeholder\(s\) but 2"):
-        collect(lively, prompts[:1], Sampling(), features[:2])
+        collect(decoder, prompts[:1], Sampling(), features[:2])
 
 
 def test_choosing_equals_transformers_processors():

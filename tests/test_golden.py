@@ -16,7 +16,7 @@ GOLDEN = {
 
 def test_golden_losses(workplace):
     for script, stage in (("1-pretrain_vlm.py", "vlm_pretrain"), ("2-sft_vlm.py", "vlm_sft")):
-        result = run_script(script, f"@{workplace}/args", "--max_steps=8", "--seed=11")
+        result = run_script(script, f"@{workplace}/args", "--max_steps=8", "--seed=11", "--bucket=False")
         assert result.returncode == 0, result.stderr
         losses = [record["loss"] for record in read_metrics(workplace / "out" / f"32_{stage}.metrics.jsonl")]
         assert losses == pytest.approx(GOLDEN[script], abs=2e-4), " ".join(f"{loss:.6f}" for loss in losses)

@@ -12,7 +12,12 @@ import torch
 from conftest import ROOT, check_refused, check_same, run_script, wait_until
 from PIL import Image
 
-from model.checkpoint import read_description, read_state_dict
+from benchmarks.llava import to_llava, to_llava_ids
+from model.chat import load_chat
+from model.checkpoint import load_weights, read_description, read_state_dict
+from model.generate import Sampling, generate
+from model.model import Transformer
+from model.vision_utils import get_img_process, get_vision_model, open_image
 
 
 def quickstart(place: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -48,6 +53,27 @@ def test_the_model_sees_what_it_was_never_shown_and_the_controls_do_not(place):
     assert Image.open(place / "out" / "answers.png").size[0] > 800
     text = (place / "stdout").read_text()
     assert "What was learnt" in text and f"{place}/out/96_vlm_sft.pth" in text and "web_server.py" in text
+
+
+def test_the_trained_model_answers_as_transformers_llava_does(place):
+    """Forty held-out questions: ours as one batch, theirs one by one, token for token."""
+    chat = load_chat(place / "out" / "96_vlm_sft.pth", batch_size=40)
+    model = Transformer(chat.decoder.config)
+    load_weights(model, place / "out" / "96_vlm_sft.pth")
+    llava = to_llava(model, get_vision_model(place / "demo" / "clip")[0])
+    rows = [json.loads(line) for line in (place / "demo" / "questions_unseen.jsonl").read_text().splitlines()]
+    rows = rows[::max(1, len(rows) // 40)][:40]
+    pictures = [open_image(place / "demo" / row["image"]) for row in rows]
+    prompts = [chat.render([{"from": "human", "value": row["question"]}]) for row in rows]
+    steps = list(generate(chat.decoder, prompts, 2, Sampling(max_new_tokens=30), chat.encode(pictures)))
+    ours = [[token for token in answer if token is not None] for answer in zip(*steps, strict=True)]
+    for prompt, picture, answer in zip(prompts, pictures, ours, strict=True):
+        ids = to_llava_ids(torch.tensor([prompt.input_ids]), torch.tensor(prompt.image_slots))
+        theirs = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30,
+                                pixel_values=get_img_process(picture, chat.image_processor)[None],
+                                do_sample=False, eos_token_id=2)[0, ids.shape[1]:].tolist()
+        assert answer == [token for token in theirs if token != 2]
+    assert len({tuple(answer) for answer in ours}) > 5
 
 
 def test_a_second_call_repeats_nothing(place):

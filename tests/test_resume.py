@@ -154,15 +154,20 @@ def start(workplace: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize(("number", "processes", "status"), [
-    (signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGTERM, 2, 0)])
-def test_told_to_stop_it_saves_once_and_goes_on_exactly(workplace, number, processes, status):
-    """Under torchrun the signal goes to the processes that train: torchrun itself, when it is told to stop,
-    always ends with a traceback of its own and exit status 1."""
-    flags = ["--max_steps=300", "--save_interval=0"]
+@pytest.mark.parametrize(("number", "processes", "workers", "status"), [
+    (signal.SIGTERM, 1, 0, 143), (signal.SIGINT, 1, 0, 130), (signal.SIGTERM, 1, 2, 143),
+    (signal.SIGTERM, 2, 0, 0)])
+def test_told_to_stop_it_saves_once_and_ends_as_told(workplace, number, processes, workers, status):
+    """With loader processes the whole group gets the signal, as from a job scheduler or a terminal. Under
+    torchrun the processes that train get it: torchrun itself, when it is told to stop, always ends with a
+    traceback of its own and exit status 1."""
+    flags = ["--max_steps=300", "--save_interval=0", f"--num_workers={workers}"]
     process = start(workplace, *flags, processes=processes)
-    for pid in children_of(process.pid) if processes > 1 else [process.pid]:
-        os.kill(pid, number)
+    if workers:
+        os.killpg(process.pid, number)
+    else:
+        for pid in children_of(process.pid) if processes > 1 else [process.pid]:
+            os.kill(pid, number)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == status and "Traceback" not in output, output
     assert output.count("stopped and saved at step") == 1

@@ -15,6 +15,7 @@ from model.vision_utils import (
     get_img_embedding,
     get_img_process,
     get_vision_model,
+    load_pixels,
     num_image_tokens,
     open_image,
     to_rgb,
@@ -80,6 +81,16 @@ def test_a_truncated_picture_is_named(tmp_path):
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     with pytest.raises(ValueError, match="half.jpg"):
         open_image(tmp_path / "half.jpg")
+
+
+def test_jpeg_draft_shows_nearly_the_same_picture(tmp_path):
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    coarse.resize((1280, 960), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg")
+    whole, draft = (load_pixels(tmp_path / "a.jpg", ImageProcessor(jpeg_draft=flag))
+                    for flag in (False, True))
+    assert open_image(tmp_path / "a.jpg", 224).size == (320, 240)
+    assert whole.shape == draft.shape and not torch.equal(whole, draft)
+    assert (whole - draft).abs().mean() < 0.03
 
 
 def test_batched_features_equal_one_by_one(clip_path):

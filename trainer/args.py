@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH
 from model.device import DEVICE_NAME, DTYPES
+from model.feature_store import FEATURE_DTYPES
 from trainer.optimizer import TRAIN_CHOICES
 
 
@@ -78,6 +79,14 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
                        help="rows of their own for the validation loss, computed at every save")
     group.add_argument("--val_fraction", type=float, default=0.0,
                        help="or: keep this share of the rows (0.01 = 1 %%) out of training for it")
+    group.add_argument("--feature_cache", metavar="DIR",
+                       help="encode every picture with CLIP once and keep the features here; later epochs, "
+                            "stages and runs read them (75 KiB per picture at ViT-B/32; told before written)")
+    group.add_argument("--feature_dtype", default="float16", choices=list(FEATURE_DTYPES),
+                       help="of the cache; float32 takes twice the room and changes no bit on a CPU")
+    group.add_argument("--jpeg_draft", action="store_true",
+                       help="decode large JPEGs at reduced size: faster, but pixels differ a little from "
+                            "what evaluation and chat see")
     group = parser.add_argument_group("training")
     group.add_argument("--train", default="all", choices=TRAIN_CHOICES,
                        help="what is trained besides CLIP, which never is: all, the projection alone, or the "
@@ -86,6 +95,9 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group.add_argument("--max_steps", type=int, default=0,
                        help="optimizer steps (0 = as many as --epochs takes)")
     group.add_argument("--batch_size", type=int, default=32, help="samples per process and forward pass")
+    group.add_argument("--bucket", type=true_or_false, default=True, metavar="True|False",
+                       help="put samples of like length into one step, so that little is padded; still "
+                            "shuffled every epoch (default: %(default)s)")
     group.add_argument("--accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument("--learning_rate", type=float, default=learning_rate,
                        help="peak; a cosine takes it to a tenth (default: %(default)s)")

@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from trainer.distributed import Run
@@ -16,9 +18,17 @@ class GlobalBatches(Sampler):
     A global step takes the next batch_size * world_size * accumulation_steps samples of the epoch's order and
     deals them out, so the order does not depend on how many processes there are. An epoch's last step may
     hold fewer. It is a function of seed and step alone, so a run goes on at any `start_step`.
+
+    lengths  of the samples, roughly; if given, a global step holds samples of like length, so that little is
+             padded and no rank waits for another. Only the order differs: of every CHUNK steps the samples
+             are sorted, cut into steps, and those steps shuffled.
     """
 
-    def __init__(self, num_samples: int, args: argparse.Namespace, run: Run):
+    CHUNK = 50
+
+    def __init__(self, num_samples: int, args: argparse.Namespace, run: Run,
+                 lengths: np.ndarray | None = None):
+        self.lengths = None if lengths is None else torch.as_tensor(lengths)
         self.num_samples, self.seed, self.rank, self.world_size = (
             num_samples, args.seed, run.rank, run.world_size)
         self.accumulation_steps = args.accumulation_steps
@@ -34,11 +44,23 @@ class GlobalBatches(Sampler):
         for step in range(self.start_step, self.total_steps):
             epoch, place = divmod(step, self.steps_per_epoch)
             if place == 0 or step == self.start_step:
-                order = torch.randperm(self.num_samples,
-                                       generator=torch.Generator().manual_seed(self.seed + epoch))
+                order = self.epoch_order(torch.Generator().manual_seed(self.seed + epoch))
             samples = order[place * self.samples_per_step:][:self.samples_per_step]
             dealt = torch.tensor_split(samples, self.accumulation_steps * self.world_size)
             yield from (part.tolist() for part in dealt[self.rank::self.world_size])
+
+    def epoch_order(self, generator: torch.Generator) -> Tensor:
+        """All samples, in the order of one epoch."""
+        order, S = torch.randperm(self.num_samples, generator=generator), self.samples_per_step
+        if self.lengths is None:
+            return order
+        parts = []
+        for chunk in order.split(self.CHUNK * S):
+            chunk = chunk[self.lengths[chunk].argsort(stable=True)]
+            steps = chunk[:len(chunk) // S * S].view(-1, S)
+            shuffled = torch.randperm(len(steps), generator=generator)
+            parts += [steps[shuffled].flatten(), chunk[len(steps) * S:]]
+        return torch.cat(parts)
 
 
 def by_step(loader: Iterable[dict], accumulation_steps: int) -> Iterator[list[dict]]:

@@ -12,11 +12,15 @@ from model.dataset import VLMDataset, check_row, collate
 from trainer.interrupt import ignore_interrupts
 
 
+class WorkerDied(ValueError):
+    """A process that loads samples is gone; the message names the sample that it held."""
+
+
 class Loader:
     """Batches of a VLMDataset or a Subset of one, loaded by num_workers processes (0 = this one).
 
     batches  lists of positions
-    raises   ValueError if a worker dies, naming the sample that it held
+    raises   WorkerDied
     """
 
     def __init__(self, dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False):
@@ -42,7 +46,7 @@ class Loader:
             yield batch
 
 
-def tell_of_death(data: VLMDataset, held: Tensor, batches: Iterator) -> ValueError | None:
+def tell_of_death(data: VLMDataset, held: Tensor, batches: Iterator) -> WorkerDied | None:
     """The message about the first dead worker, if there is one."""
     workers = getattr(batches, "_workers", [])      # PyTorch has no public name for them
     connection.wait([process.sentinel for process in workers], timeout=1)       # it may be dying still
@@ -51,7 +55,7 @@ def tell_of_death(data: VLMDataset, held: Tensor, batches: Iterator) -> ValueErr
             cause = f"exit status {process.exitcode}"
             with contextlib.suppress(ValueError):
                 cause = signal.Signals(-process.exitcode).name
-            return ValueError(
+            return WorkerDied(
                 f"loader worker {worker} died ({cause}) while it held {describe(data, int(held[worker]))}; "
                 "if memory ran out, fewer --num_workers need less "
                 "(in a container, see also its limit and its /dev/shm)")

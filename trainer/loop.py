@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
-from model.checkpoint import load_weights, read_state_dict, weights_path
+from model.checkpoint import LoadReport, load_weights, read_state_dict, weights_path
 from model.dataset import DatasetSpec, VLMDataset
 from model.device import choose_dtype
 from model.LMConfig import LMConfig
@@ -23,12 +24,13 @@ from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 from trainer.batches import GlobalBatches, by_step
 from trainer.distributed import Run
+from trainer.features import fill_feature_cache
 from trainer.interrupt import Interruption
-from trainer.loader import Loader
+from trainer.loader import Loader, WorkerDied
 from trainer.logger import Meter, MetricsLog, progress_bar
 from trainer.optimizer import choose_trained, learning_rate, make_optimizer, trained_parameters
 from trainer.saves import Saves
-from trainer.validation import Validation, split_off
+from trainer.validation import Validation, lengths_of, split_off
 
 WEIGHTS_CURE = {
     "llm": "download it (README, 'Weights'), or make the demo's with python -m dataset.demo_world",
@@ -48,26 +50,44 @@ def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_i
     tokenizer_path, clip_path = args.tokenizer_path or TOKENIZER_PATH, args.clip_path or CLIP_PATH
     tokenizer = load_tokenizer(tokenizer_path)
     vision_model, image_processor = get_vision_model(clip_path)
-    config = LMConfig(
-        dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
-        vocab_size=args.vocab_size or len(tokenizer), max_seq_len=args.max_seq_len,
-        vision_dim=vision_model.config.hidden_size, num_image_tokens=num_image_tokens(vision_model))
+    image_processor = replace(image_processor, jpeg_draft=args.jpeg_draft)
+    config = make_config(args, len(tokenizer), vision_model.config.hidden_size,
+                         num_image_tokens(vision_model))
     source = weights_path(args.out_dir, config, weights_in)
-    cure = WEIGHTS_CURE[weights_in]
-    from_llm = weights_in == "llm"      # it has no projection yet; the published one may, and keeps it
-    config.vision_proj_bias = not from_llm and "vision_proj.bias" in read_state_dict(source, cure)
-    model = Transformer(config)
     check_fit(config, tokenizer, vision_model, source, clip_path)
-    run.print(str(load_weights(model, source, may_miss="vision_proj." if from_llm else (),
-                               may_ignore="vision_proj.bias" if from_llm else (), cure=cure)))
+    model, report = load_model(config, source, weights_in)
+    run.print(str(report))
 
     def read_data(path: str) -> VLMDataset:
         return VLMDataset(path, spec, tokenizer, args.image_dir, image_processor, config.num_image_tokens,
                           args.max_seq_len)
-    train(run, args, model, read_data(args.data_path), vision_model,
-          weights_path(args.out_dir, config, weights_out),
+    datasets = [read_data(path) for path in (args.data_path, args.val_data_path) if path]
+    if args.feature_cache:
+        store = fill_feature_cache(run, args, datasets, vision_model, image_processor)
+        for dataset in datasets:
+            dataset.feature_store = store
+        vision_model = None     # has done its work
+    train(run, args, model, datasets[0], vision_model, weights_path(args.out_dir, config, weights_out),
           {"stage": weights_out, "tokenizer_path": str(tokenizer_path), "clip_path": str(clip_path)},
-          read_data(args.val_data_path) if args.val_data_path else None)
+          datasets[1] if args.val_data_path else None)
+
+
+def make_config(args: argparse.Namespace, num_tokens: int, vision_dim: int,
+                num_image_tokens: int) -> LMConfig:
+    """The sizes that the flags, the tokenizer and CLIP give together."""
+    return LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
+                    vocab_size=args.vocab_size or num_tokens, max_seq_len=args.max_seq_len,
+                    vision_dim=vision_dim, num_image_tokens=num_image_tokens)
+
+
+def load_model(config: LMConfig, source: Path, weights_in: str) -> tuple[Transformer, LoadReport]:
+    """A model with the weights of an earlier stage. Raises FileNotFoundError or ValueError with the cure."""
+    cure = WEIGHTS_CURE[weights_in]
+    from_llm = weights_in == "llm"      # it has no projection yet; the published one may, and keeps it
+    config.vision_proj_bias = not from_llm and "vision_proj.bias" in read_state_dict(source, cure)
+    model = Transformer(config)
+    return model, load_weights(model, source, may_miss="vision_proj." if from_llm else (),
+                               may_ignore="vision_proj.bias" if from_llm else (), cure=cure)
 
 
 def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
@@ -82,7 +102,7 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
             data.check_rows()
     train_set, val_set = split_off(dataset, val_dataset, args)
     choose_trained(model, args.train)
-    batches = GlobalBatches(len(train_set), args, run)
+    batches = GlobalBatches(len(train_set), args, run, lengths_of(train_set) if args.bucket else None)
     settings = settings_of(run, args, model, dataset, batches)
     saves = Saves(run, args, weights_out, settings, description | {"data_path": str(args.data_path)})
     if saves.finished_before():
@@ -140,6 +160,9 @@ def run_steps(run: Run, args: argparse.Namespace, loader: Loader, batches: Globa
                 stepper.check_bad_steps(args.max_bad_steps)
             if args.save_interval and step % args.save_interval == 0 and not last:
                 keeper.save_or_tell(step)
+    except WorkerDied:
+        if not interruption.number:     # else a signal to all processes has reached the loader's first
+            raise
     finally:
         bar.close()
         keeper.finish(step)
@@ -188,13 +211,13 @@ class Stepper:
                  vision_model: nn.Module | None):
         self.run, self.grad_clip = run, args.grad_clip or math.inf
         self.model = model.to(run.device).train()
-        # CLIP is in no optimizer and no DDP bucket.
-        self.vision_model = vision_model.to(run.device) if vision_model else None
+        self.dtype = choose_dtype(args.dtype, run.device)
+        # CLIP is in no optimizer and no DDP bucket; frozen, it needs no fp32 copy of its weights.
+        self.vision_model = vision_model.to(run.device, self.dtype) if vision_model else None
         self.trained = self.model if run.world_size == 1 else DistributedDataParallel(
             self.model, gradient_as_bucket_view=True)
         self.parameters = trained_parameters(self.model)
         self.optimizer = make_optimizer(self.model, args)
-        self.dtype = choose_dtype(args.dtype, run.device)
         # bfloat16 needs no scaler.
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.dtype == torch.float16)
         self.learning_rate = 0.0
@@ -240,12 +263,21 @@ class Stepper:
         """The mean loss over the learnt tokens of one batch; `model`: without the DDP wrapper."""
         batch = {name: value.to(self.run.device, non_blocking=True) if isinstance(value, Tensor) else value
                  for name, value in batch.items()}
+        features = self.image_features(batch)
         with torch.autocast(self.run.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = None
-            if self.vision_model:
-                features = get_img_embedding(batch["pixel_values"], self.vision_model)             # (M, N, V)
             return (model or self.trained)(batch["input_ids"], features, batch["image_slots"],
-                                           batch["labels"])[1]
+                                           batch["labels"], learnt=batch["learnt"])[1]
+
+    def image_features(self, batch: dict) -> Tensor | None:
+        """(M, N, V) from the feature cache, or from CLIP; None for a language model's conversations."""
+        config = self.model.config
+        if "image_features" in batch:
+            return batch["image_features"].to(self.dtype)
+        if self.vision_model:
+            return get_img_embedding(batch["pixel_values"], self.vision_model)
+        # A batch without a usable sample brings no features: none all the same take part in the step.
+        empty = torch.zeros(0, config.num_image_tokens, config.vision_dim, device=self.run.device)
+        return empty if config.vision_dim else None
 
     def read(self, grad_norm: Tensor) -> dict:
         """What the log records of the last step; waits for the device."""
@@ -274,8 +306,10 @@ def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset:
                 batches: GlobalBatches) -> dict:
     """What decides the bits of a run: one that goes on must have the same."""
     named = ("batch_size", "accumulation_steps", "seed", "learning_rate", "warmup_steps", "weight_decay",
-             "grad_clip", "train", "max_seq_len", "val_fraction")
+             "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft",
+             "bucket")
     return {"processes": run.world_size, "total_steps": batches.total_steps, "rows": len(dataset),
+            "features": args.feature_dtype if args.feature_cache else None,
             "data": dataset.rows.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),
             **{name: getattr(args, name) for name in named},
             **{f"model.{name}": value for name, value in model.config.to_dict().items()}}

@@ -55,6 +55,7 @@ class Saves:
         Its weights (with --resume_weights_only nothing else) are copied into `model`.
         Raises ValueError where a file of an earlier run would be lost or does not fit.
         """
+        self.run.from_main(lambda: self.check_room(model))
         state = self.run.from_main(lambda: self.read_start(model))
         if not state:
             return None
@@ -65,7 +66,6 @@ class Saves:
         return state
 
     def read_start(self, model: nn.Module) -> dict | None:
-        self.check_room(model)
         unfinished = self.resume_path.is_file()
         if self.args.resume_weights_only:
             source = self.resume_path if unfinished else self.path

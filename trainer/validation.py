@@ -1,10 +1,13 @@
 """The loss on rows that are never trained on."""
 import argparse
+import sys
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from model.dataset import VLMDataset
+from model.dataset import VLMDataset, collate, tokenize
+from model.prompt import IMAGE_MARK, normalise_turns
 from trainer.distributed import Run
 from trainer.loader import Loader
 
@@ -23,6 +26,11 @@ def split_off(dataset: VLMDataset, val_dataset: VLMDataset | None,
         raise ValueError(f"--val_fraction {args.val_fraction} of {len(dataset)} rows leaves "
                          f"{'no row' if count else 'nothing'} to {'train' if count else 'validate'} on")
     return Subset(dataset, order[count:]), Subset(dataset, order[:count])
+
+
+def lengths_of(data: Dataset) -> np.ndarray:
+    """The rough lengths of a data set, or of a part of one."""
+    return lengths_of(data.dataset)[data.indices] if isinstance(data, Subset) else data.lengths()
 
 
 class Validation:
@@ -56,3 +64,16 @@ class Validation:
             raise ValueError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
         loss, num_learnt = self.run.sum(sums).tolist()
         return {"val_loss": loss / max(1, num_learnt)}
+
+
+@torch.no_grad()
+def answer_loss(stepper, tokenizer, conversations: list[list[dict]]) -> float:
+    """The loss per token of the answers when no picture is shown: what the language model knows by
+    itself."""
+    config, samples = stepper.model.config, []
+    for turns in conversations:
+        blind = [{"from": role, "value": text.replace(IMAGE_MARK, "")}
+                 for role, text in normalise_turns(turns)]
+        samples.append(tokenize(blind, tokenizer, config.num_image_tokens, max_seq_len=sys.maxsize)
+                       | {"pixel_values": torch.zeros(0, 3, 1, 1)})
+    return stepper.forward(collate(samples), stepper.model).item()

@@ -1,0 +1,48 @@
+"""What a training step cannot do without, and how fast this machine could do it."""
+import time
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from model.LMConfig import LMConfig
+from model.model import IGNORE_INDEX
+
+
+def row_lengths(batch: dict) -> Tensor:
+    """(B,): a row ends with its last learnt token."""
+    places = torch.arange(1, batch["labels"].shape[1] + 1)
+    return torch.where(batch["labels"] != IGNORE_INDEX, places, 0).amax(1)
+
+
+def needed_flops(batch: dict, config: LMConfig, vision: CLIPVisionConfig, with_clip: bool) -> float:
+    """Operations of the matrix products that one step cannot do without."""
+    D, L, N, V = config.dim, config.n_layers, config.num_image_tokens, config.vision_dim
+    tokens, learnt = row_lengths(batch).double(), batch["num_learnt"]
+    attention = 2 * D * D + 2 * D * config.n_kv_heads * config.head_dim
+    feed_forward = 3 * D * config.hidden_dim
+    num_images = len(batch["image_slots"])
+    forward = (2 * tokens.sum() * (L * attention + (L - 1) * feed_forward)
+               + 2 * learnt * (feed_forward + config.vocab_size * D)
+               + 2 * L * D * tokens.square().sum()           # scores and their use, half of each being masked
+               + 2 * num_images * N * V * D)
+    per_image = (2 * (N - 1) * 3 * vision.patch_size**2 * V
+                 + vision.num_hidden_layers * (2 * N * (4 * V * V + 2 * V * vision.intermediate_size)
+                                               + 4 * N * N * V))
+    return float(3 * forward + with_clip * num_images * per_image)
+
+
+def matmul_speed(dtype: torch.dtype, size: int = 2048) -> float:
+    """Operations per second of one product of square matrices."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    start = time.perf_counter()
+    a @ b
+    return 2 * size**3 / (time.perf_counter() - start)
+
+
+def read_speed(megabytes: int = 256) -> float:
+    """Bytes per second of reading memory."""
+    data = torch.ones(megabytes << 18)
+    start = time.perf_counter()
+    data.sum()
+    return (megabytes << 20) / (time.perf_counter() - start)

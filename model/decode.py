@@ -1,0 +1,195 @@
+"""The network arranged for answering: the same function as Transformer.forward, one token at a time.
+
+model.py says what is computed, and is trained as it stands. Here nothing is computed twice: the keys and
+values of earlier tokens are kept. One token then costs what it costs to read every weight once, so the
+weights are laid out for that, and the operations between the products are few.
+
+Letters: B rows, T tokens of the longest prompt, S slots in use, D model width, H query heads, K key/value
+heads, E head width, M images, N tokens per image, V vocabulary.
+"""
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.LMConfig import LMConfig
+from model.model import Block, Transformer
+
+BLOCK = 32      # columns; measured: 16 to 32 read memory at its pace, 64 and more do not
+
+
+def lay_out(*weights: Tensor, batch_size: int = 1) -> Callable[[Tensor], Tensor]:
+    """The product x -> x @ cat(weights).T, made fast on a CPU where x has batch_size rows.
+
+    One row times the (n, D) matrix that nn.Linear stores reads memory at a third of its pace. In fp32 a batch
+    of products with (D, 32) blocks is twice as fast, shares the work among threads, and costs nothing where x
+    has many rows. Else it is oneDNN's own blocked form that is fast. A GPU needs neither.
+    """
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if not can_pack(weight):
+        return partial(F.linear, weight=weight)
+    if weight.dtype == torch.float32 and batch_size == 1:
+        return partial(blocked_product, to_blocks(weight), len(weight))
+    return Packed(weight, None, batch_size)
+
+
+def can_pack(weight: Tensor) -> bool:
+    return (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+            and torch.backends.mkldnn.is_available())
+
+
+def to_blocks(weight: Tensor) -> Tensor:
+    """(n, D) -> (ceil(n / 32), D, 32), filled up with zeros."""
+    if len(weight) % BLOCK:
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK))
+    return weight.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+
+
+def blocked_product(blocks: Tensor, n: int, x: Tensor) -> Tensor:
+    """(..., D) -> (..., n)"""
+    rows = x.reshape(-1, x.shape[-1])                                                     # (R, D)
+    out = torch.bmm(rows.expand(len(blocks), -1, -1), blocks)                             # (blocks, R, 32)
+    return out.transpose(0, 1).reshape(len(rows), -1)[:, :n].unflatten(0, x.shape[:-1])
+
+
+class Packed(nn.Module):
+    """nn.Linear with its weight in oneDNN's blocked form, chosen for num_rows; any number of rows works."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int):
+        super().__init__()
+        self.bias = bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack_linears(model: nn.Module, num_rows: int) -> None:
+    """Give all linear layers of a frozen model on a CPU the form that is fast there; their nn.Linear goes."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and can_pack(child.weight):
+                setattr(parent, name, Packed(child.weight, child.bias, num_rows))
+
+
+class KVCache:
+    """Keys and values of one batch of answers in the making. Every batch owns its own, so two users can never
+    share one.
+
+    Slot s holds the s-th token computed, of all rows alike: first the T places of the prompts, then one slot
+    per step. A shorter prompt leaves a gap behind it, which is masked.
+    """
+
+    def __init__(self, config: LMConfig, lengths: Tensor, num_slots: int, dtype: torch.dtype):
+        shape = (config.n_layers, len(lengths), config.n_kv_heads, num_slots, config.head_dim)
+        self.keys, self.values = (torch.empty(shape, device=lengths.device, dtype=dtype) for _ in range(2))
+        self.positions = lengths            # where the next token of every row stands, (B,)
+        self.used = T = int(lengths.max())
+        slots = torch.arange(num_slots, device=lengths.device)
+        gap = (lengths[:, None] <= slots) & (slots < T)
+        # Added to the attention scores.
+        self.mask = torch.zeros_like(gap, dtype=dtype).masked_fill(gap, -math.inf)[:, None, None]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these, in their order."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.positions, self.mask = self.positions[rows], self.mask[rows]
+
+
+class Layer:
+    """One block's weights, with the matrices that multiply the same thing made one."""
+
+    def __init__(self, block: Block, batch_size: int):
+        attention, feed_forward = block.attention, block.feed_forward
+        self.attention_norm, self.ffn_norm = copy.deepcopy((block.attention_norm, block.ffn_norm))
+        product = partial(lay_out, batch_size=batch_size)
+        self.wqkv = product(attention.wq.weight, attention.wk.weight, attention.wv.weight)
+        self.wo = product(attention.wo.weight)
+        self.w13 = product(feed_forward.w1.weight, feed_forward.w3.weight)
+        self.w2 = product(feed_forward.w2.weight)
+
+
+class Decoder:
+    """A Transformer that answers, laid out for about batch_size prompts at once; any number works.
+
+    It takes the blocks out of the model it is given, one by one, so that no weight lies in memory twice; that
+    model cannot be called any more.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, batch_size: int = 1):
+        self.config, self.num_parameters = model.config, model.num_parameters()
+        self.device, self.dtype = model.output.weight.device, model.output.weight.dtype
+        # (positions, E / 2), one complex number per pair: a rotation is then one multiplication.
+        self.rotations = torch.complex(*model.rope(self.config.max_seq_len, self.device))
+        self.layers = []
+        while len(model.layers):
+            self.layers.append(Layer(model.layers.pop(0), batch_size))
+        model.layers = None
+        self.output = lay_out(model.output.weight, batch_size=batch_size)
+        # Copies: the model's weights may be mapped from a file, which is let go with the last of them.
+        rest = copy.deepcopy(model)
+        self.embed, self.norm = rest.embed, rest.norm
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, lengths: Tensor, num_steps: int,
+                image_features: Tensor | None = None, image_slots: Tensor | None = None,
+                ) -> tuple[Tensor, KVCache]:
+        """Read the prompts.
+
+        input_ids       (B, T), padded on the right
+        lengths         (B,) tokens of each row
+        num_steps       calls of step() for which the cache must have room
+        image_features  (M, N, vision_dim), and image_slots (M, N), as for Transformer.forward
+        returns         logits of every row's next token (B, V), and the cache for step()
+        """
+        T = input_ids.shape[1]
+        cache = KVCache(self.config, lengths, T + num_steps, self.dtype)
+        h = self.embed(input_ids, image_features, image_slots)
+        rows, last = torch.arange(len(h), device=h.device), lengths - 1
+        for number, layer in enumerate(self.layers):
+            q, k, v = self.project(layer, h, self.rotations[:T, None])
+            cache.keys[number, :, :, :T], cache.values[number, :, :, :T] = k, v
+            # Causality alone keeps the padding on the right out of the way.
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            if layer is self.layers[-1]:        # only the last token of every prompt predicts
+                h, attended = h[rows, last].unsqueeze(1), attended[rows, :, last].unsqueeze(2)
+            h = self.finish(layer, h, attended)
+        return self.output(self.norm(h[:, 0])), cache
+
+    @torch.no_grad()
+    def step(self, next_ids: Tensor, cache: KVCache) -> Tensor:
+        """Read one more token per row: next_ids (B,) -> logits of the token after it (B, V)."""
+        slot, S = cache.used, cache.used + 1
+        mask = cache.mask[..., :S]
+        rotations = self.rotations[cache.positions][:, None, None]                        # (B, 1, 1, E / 2)
+        h = self.embed(next_ids[:, None], None, None)                                          # (B, 1, D)
+        for number, layer in enumerate(self.layers):
+            q, k, v = self.project(layer, h, rotations)
+            keys, values = cache.keys[number, :, :, :S], cache.values[number, :, :, :S]
+            keys[:, :, slot:], values[:, :, slot:] = k, v
+            # The query heads that share a key stand where several tokens would: (B, K, H / K, E).
+            q = q.view(len(h), k.shape[1], -1, k.shape[3])
+            attended = F.scaled_dot_product_attention(q, keys, values, mask)
+            h = self.finish(layer, h, attended.flatten(1, 2).unsqueeze(2))
+        cache.used, cache.positions = S, (cache.positions + 1).clamp(max=len(self.rotations) - 1)
+        return self.output(self.norm(h[:, 0]))
+
+    def project(self, layer: Layer, h: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, E) and keys and values (B, K, T, E), turned by rotations (..., T, 1, E / 2)."""
+        H, K = self.config.n_heads, self.config.n_kv_heads
+        heads = layer.wqkv(layer.attention_norm(h)).unflatten(-1, (H + 2 * K, -1))        # (B, T, heads, E)
+        pairs = torch.view_as_complex(heads[:, :, :H + K].float().unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * rotations).flatten(-2).to(h.dtype)
+        q, k = turned.transpose(1, 2).split([H, K], dim=1)
+        return q, k, heads[:, :, H + K:].transpose(1, 2)
+
+    def finish(self, layer: Layer, h: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a block after its attention, attended (B, H, T, E); h and the result are (B, T, D)."""
+        h = h + layer.wo(attended.transpose(1, 2).flatten(2))
+        gate, up = layer.w13(layer.ffn_norm(h)).chunk(2, dim=-1)
+        return h + layer.w2(F.silu(gate) * up)

@@ -1,0 +1,107 @@
+"""Image features on disk: encoded once, read by every epoch, stage and run that shows the same pictures.
+
+A folder holds segments, each of them two files of numpy's own format:
+
+    NAME.features.npy   (R, N, V) float16 or float32, memory-mapped when read
+    NAME.keys.npy       (R, 2) uint64, which pictures they are of; written last, so a segment without it does
+                        not count
+
+A picture's key is a hash of its file's BYTES, so a picture that was replaced is a new one, and one that was
+moved, renamed or is named twice is not. Everything else that decides the features (CLIP's weights, size,
+normalisation, the way of reading) is in the name of the folder: see store_name().
+
+Letters: R pictures of a segment, N tokens per image, V CLIP width.
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.checkpoint import atomic_write
+from model.vision_utils import ImageProcessor, check_is_file
+
+VERSION = 1     # of the way from a file to pixels; raise it when that changes, and no old feature is served
+FEATURE_DTYPES = {"float16": np.float16, "float32": np.float32}
+
+
+def picture_key(path: str | Path) -> np.ndarray:
+    """128 bits of the file's content, (2,) uint64. Raises FileNotFoundError or ValueError with its name."""
+    check_is_file(path)
+    try:
+        with open(path, "rb") as file:
+            return np.frombuffer(hashlib.blake2b(file.read(), digest_size=16).digest(), np.uint64)
+    except OSError as error:
+        raise ValueError(f"cannot read picture {path}: {error.strerror}") from None
+
+
+@torch.no_grad()
+def store_name(vision_model: torch.nn.Module, image_processor: ImageProcessor, dtype: str) -> str:
+    """The folder of features that this CLIP, this preprocessing and this dtype make, and no others."""
+    digest = hashlib.blake2b(repr((VERSION, image_processor, vision_model.config.to_dict())).encode(),
+                             digest_size=8)
+    for name, tensor in sorted(vision_model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return f"{digest.hexdigest()}-{dtype}"
+
+
+class FeatureStore:
+    """Features of one CLIP, by picture; read-only but for add(), and cheap to hand to worker processes."""
+
+    def __init__(self, folder: str | Path, dtype: str = "float16"):
+        self.folder, self.dtype = Path(folder), FEATURE_DTYPES[dtype]
+        self.segments: list[np.ndarray] = []        # memory-mapped, (R, N, V) each
+        self.keys = np.zeros((0, 2), np.uint64)     # of all pictures, sorted
+        self.places = np.zeros((0, 2), np.int64)    # (segment, row) of each
+        self.reload()
+
+    def reload(self) -> None:
+        """Take in the segments that are on disk now."""
+        keys, places, self.segments = [self.keys[:0]], [self.places[:0]], []
+        for path in sorted(self.folder.glob("[0-9a-f]*.keys.npy")):
+            keys.append(np.load(path))
+            number, count = len(self.segments), len(keys[-1])
+            places.append(np.stack([np.full(count, number), np.arange(count)], axis=1))
+            self.segments.append(np.load(path.with_name(path.name.replace(".keys.", ".features.")),
+                                         mmap_mode="r"))
+        every = np.concatenate(keys)
+        order = np.lexsort(every.T[::-1])       # by the first half, then by the second
+        self.keys, self.places = every[order], np.concatenate(places)[order]
+
+    def __reduce__(self):
+        # To a worker that is spawned, not forked: memory-mapped arrays would be copied.
+        return FeatureStore, (self.folder, np.dtype(self.dtype).name)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def find(self, key: np.ndarray) -> tuple[int, int] | None:
+        """(segment, row) of a picture, or None if it is not here."""
+        place = int(np.searchsorted(self.keys[:, 0], key[0]))
+        while place < len(self.keys) and self.keys[place, 0] == key[0]:
+            if self.keys[place, 1] == key[1]:
+                return tuple(self.places[place].tolist())
+            place += 1
+        return None
+
+    def __contains__(self, key: np.ndarray) -> bool:
+        return self.find(key) is not None
+
+    def read(self, path: str | Path) -> Tensor | None:
+        """The features (N, V) of the picture in a file, or None if they are not here.
+
+        Raises FileNotFoundError or ValueError, naming the file, if there is none to look at.
+        """
+        place = self.find(picture_key(path))
+        return None if place is None else torch.from_numpy(np.array(self.segments[place[0]][place[1]]))
+
+    def add(self, keys: np.ndarray, features: np.ndarray) -> None:
+        """Write a segment, keys (R, 2) and features (R, N, V): after any accident it is there whole, or not
+        at all. reload() shows it. Raises OSError if the disk is full."""
+        # The same pictures make the same name: what a killed run left half-written is overwritten.
+        name = hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for what, array in (("features", features.astype(self.dtype)), ("keys", keys)):
+            atomic_write(self.folder / f"{name}.{what}.npy", lambda file, array=array: np.save(file, array))

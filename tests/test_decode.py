@@ -1,0 +1,122 @@
+"""The decoder is the same function as the model it was made from, and as transformers' LLaVA of its weights.
+"""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPVisionModel
+
+from benchmarks.llava import to_llama, to_llava, to_llava_ids
+from model.decode import Decoder, lay_out, pack_linears
+from model.generate import Sampling, generate
+from model.prompt import render_conversation
+from model.vision_utils import get_img_embedding
+
+TEXTS = ["<image>\n图片里有什么？", "它是什么颜色？", "Compare <image> with <image>, and with <image>."]
+
+
+@pytest.fixture
+def lively(model):
+    """Untrained weights with loud layers: quiet ones repeat one token for ever."""
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(15)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def clip(clip_path):
+    return CLIPVisionModel.from_pretrained(clip_path, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    return [render_conversation([{"from": "human", "value": text}], tokenizer) for text in TEXTS]
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(7))
+
+
+def answers_of(decoder, prompts, features, num_tokens=40) -> list[list[int]]:
+    steps = generate(decoder, prompts, 2, Sampling(max_new_tokens=num_tokens), features)
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_laid_out_is_the_product(dtype, batch_size, rows):
+    """Widths that fill no block of 32 among them."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 48, generator=generator).to(dtype) for n in (37, 64))
+    x = torch.randn(2, rows, 48, generator=generator).to(dtype)
+    expected = F.linear(x, torch.cat([a, b]))
+    close = {"rtol": 2e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(lay_out(a, b, batch_size=batch_size)(x), expected, **close)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_prefill_and_steps_give_the_logits_of_the_whole(lively, config, batch_size):
+    ids = torch.randint(3, config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([30, 17, 5])
+    full, _ = lively(ids)
+    decoder = Decoder(copy.deepcopy(lively), batch_size)
+    logits, cache = decoder.prefill(ids[:, :30], lengths, 10)
+    rows = [0, 1, 2]
+    for step in range(10):
+        torch.testing.assert_close(logits, full[rows, lengths[rows] + step - 1], rtol=1e-4, atol=1e-4)
+        if step == 5:       # the row in the middle leaves
+            rows = [0, 2]
+            cache.keep(rows)
+        logits = decoder.step(ids[rows, lengths[rows] + step], cache)
+
+
+def test_bfloat16_stays_close(model, config):
+    ids = torch.randint(3, config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
+    full, _ = model(ids)
+    decoder = Decoder(copy.deepcopy(model).to(torch.bfloat16))
+    logits, cache = decoder.prefill(ids[:, :30], torch.tensor([30, 30]), 10)
+    for step in range(10):
+        torch.testing.assert_close(logits.float(), full[:, 29 + step], rtol=0.05, atol=0.02)
+        logits = decoder.step(ids[:, 30 + step], cache)
+
+
+def test_no_weight_lies_in_memory_twice_and_the_emptied_model_says_so(model):
+    num_parameters = model.num_parameters()
+    assert Decoder(model).num_parameters == num_parameters
+    with pytest.raises(TypeError):
+        model(torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_the_same_tokens_as_transformers_llava(lively, clip, prompts, pixels, batch_size):
+    """One picture, none, and three in one prompt; ours all at once, theirs one by one."""
+    llava, llama = to_llava(lively, clip), to_llama(lively)
+    ours = answers_of(Decoder(copy.deepcopy(lively), batch_size), prompts, get_img_embedding(pixels, clip))
+    pictures = iter(pixels.split([1, 3]))
+    for prompt, answer in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt.input_ids])
+        settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": 2}
+        if prompt.image_slots:
+            ids = to_llava_ids(ids, torch.tensor(prompt.image_slots))
+            out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                                 pixel_values=next(pictures), **settings)
+        else:
+            out = llama.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        theirs = out[0, ids.shape[1]:].tolist()
+        assert answer == [token for token in theirs if token != 2]
+    assert len({token for answer in ours for token in answer}) > 20     # not one token over and over
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_a_packed_clip_is_the_same_clip(clip, pixels, dtype, tolerance):
+    expected = get_img_embedding(pixels, clip)
+    packed = copy.deepcopy(clip).to(dtype)
+    pack_linears(packed, 50)
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    torch.testing.assert_close(get_img_embedding(pixels, packed).float(), expected,
+                               rtol=tolerance, atol=tolerance)

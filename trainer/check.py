@@ -1,0 +1,389 @@
+"""Is everything in place? Says so in seconds, before a run of hours; trains nothing, saves nothing.
+
+    python -m trainer.check                                           # stage 1
+    python -m trainer.check pretrain @dataset/demo/pretrain.args      # with the flags of the run to come
+    python -m trainer.check sft --multi True
+    python -m trainer.check sft --all_pictures                        # load all rows with their pictures
+    torchrun --standalone --nproc_per_node 2 -m trainer.check         # for a run of two processes
+
+The first argument names the stage: pretrain (default), sft, or a script of your own built like theirs. All
+other flags are the stage's: its script reads them, and hands over to this check instead of training.
+Exit status 0 if all is in place; else 2, after one line per problem that says what cures it.
+"""
+import argparse
+import contextlib
+import importlib.util
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
+from model.checkpoint import is_finished, read_state_dict, sizes_of, weights_path
+from model.dataset import BadSample, DatasetSpec, VLMDataset, check_row, collate, decode_sample
+from model.device import choose_device, choose_dtype
+from model.LMConfig import LMConfig
+from model.model import IGNORE_INDEX, Transformer
+from model.prompt import load_tokenizer
+from model.vision_utils import ImageProcessor, get_vision_model, num_image_tokens
+from trainer.args import Parser, clean_exit
+from trainer.batches import GlobalBatches
+from trainer.distributed import Run
+from trainer.interrupt import ignore_interrupts
+from trainer.logger import progress_bar
+from trainer.loop import WEIGHTS_CURE, Stepper, describe_run, load_model, make_config, settings_of
+from trainer.memory import available_memory, estimate_loading, estimate_step, held_memory, size_in_memory
+from trainer.optimizer import choose_trained
+from trainer.saves import Saves
+from trainer.validation import answer_loss, split_off
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"pretrain": ROOT / "1-pretrain_vlm.py", "sft": ROOT / "2-sft_vlm.py"}
+NUM_LOADED = 200        # rows loaded with their pictures, spread over the file
+NUM_ANSWERS = 8         # of them, whose answers the language model is measured on
+NUM_SHOWN = 3           # samples decoded; bad rows named one by one
+GUESSING = 0.9          # who has a loss above this share of ln(vocabulary) has learnt next to nothing
+ORDINARY = [("今天天气怎么样？", "今天天气很好，阳光明媚，适合出去散步。"),
+            ("苹果是什么颜色的？", "苹果通常是红色或绿色的。"),
+            ("你能帮我做什么？", "我可以回答你的问题，也可以帮助你写文章。"),
+            ("What do people eat for breakfast?", "Many people eat bread, eggs and fruit for breakfast."),
+            ("Where do fish live?", "Fish live in the water, in rivers, lakes and the sea."),
+            ("Tell me something about the sun.", "The sun is a star. It gives us light and heat.")]
+
+
+class Check:
+    """Looks at one stage part by part; what a part loads is kept for the next, None where it could not be."""
+
+    def __init__(self, run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_in: str,
+                 weights_out: str, problems: list[str], all_pictures: bool):
+        self.run, self.args, self.spec, self.weights_in, self.weights_out = (
+            run, args, spec, weights_in, weights_out)
+        self.problems, self.all_pictures = problems, all_pictures
+        self.alone = replace(run, world_size=1)     # the other processes of the run do not answer here
+        self.model: Transformer | None = None
+        self.good: dict[int, tuple[int, int, int]] = {}     # of some rows, what measure() says
+
+    def everything(self) -> None:
+        torch.manual_seed(self.args.seed)
+        self.check_tokenizer()
+        self.check_clip()
+        is_loaded = self.check_weights()
+        has_pictures = self.check_pictures()
+        self.dataset = self.check_rows("data", self.args.data_path)
+        self.val_dataset = self.args.val_data_path and self.check_rows("validation", self.args.val_data_path)
+        if has_pictures and self.tokenizer:
+            for name, dataset in (("validation", self.val_dataset), ("data", self.dataset)):
+                self.good = self.load_rows(name, dataset) if dataset else {}
+        if self.model:
+            self.check_run()
+        if is_loaded and self.tokenizer:
+            self.attempt(self.check_losses)
+        if self.model and self.good:
+            self.check_memory()
+        for position in list(self.good)[:NUM_SHOWN]:
+            tell(f"row {position + 1}", decode_sample(self.dataset[position], self.tokenizer))
+
+    def attempt(self, make: Callable, *arguments):
+        """What make(*arguments) returns; where it raises what a user can cure, None and one problem more."""
+        try:
+            return make(*arguments)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            self.problem(str(error))
+            return None
+
+    def problem(self, text: str) -> None:
+        text = " ".join(text.split())
+        if text not in self.problems:
+            self.problems.append(text)
+
+    # ---- what the run starts from --------------------------------------------------------------------------
+
+    def check_tokenizer(self) -> None:
+        path = self.args.tokenizer_path or TOKENIZER_PATH
+        self.tokenizer = self.attempt(load_tokenizer, path)
+        if self.tokenizer:
+            ids = {token: self.tokenizer.convert_tokens_to_ids(token)
+                   for token in (self.tokenizer.bos_token, self.tokenizer.eos_token, "<", ">")}
+            tell("tokenizer", f"{path}, {size_of(path)}: {len(self.tokenizer)} tokens, "
+                              f"{', '.join(f'{token} is {number}' for token, number in ids.items())}")
+
+    def check_clip(self) -> None:
+        self.clip_path = self.args.clip_path or CLIP_PATH
+        self.vision_model, self.image_processor = (self.attempt(get_vision_model, self.clip_path)
+                                                   or (None, ImageProcessor()))
+        if self.vision_model:
+            tell("CLIP", f"{self.clip_path}, {size_of(self.clip_path)}: "
+                         f"{num_image_tokens(self.vision_model)} x {self.vision_model.config.hidden_size} "
+                         "features per picture")
+
+    def check_weights(self) -> bool:
+        """Make the model that the flags describe; is it loaded? Sizes that a missing tokenizer or CLIP would
+        tell are taken from the weights."""
+        config = self.attempt(make_config, self.args, LMConfig.vocab_size, LMConfig.vision_dim,
+                              LMConfig.num_image_tokens)
+        if not config:
+            return False
+        source = weights_path(self.args.out_dir, config, self.weights_in)
+        state = self.attempt(read_state_dict, source, WEIGHTS_CURE[self.weights_in])
+        sizes = config.to_dict() | sizes_of(state or {})
+        config = make_config(
+            self.args, len(self.tokenizer) if self.tokenizer else sizes["vocab_size"],
+            self.vision_model.config.hidden_size if self.vision_model else sizes["vision_dim"],
+            num_image_tokens(self.vision_model) if self.vision_model else sizes["num_image_tokens"])
+        if self.tokenizer and self.vision_model:
+            self.attempt(check_fit, config, self.tokenizer, self.vision_model, source, self.clip_path)
+        loaded = state and self.attempt(load_model, config, source, self.weights_in)
+        self.model = loaded[0] if loaded else Transformer(config)
+        if loaded:
+            tell("weights", f"{loaded[1]}; {size_of(source)}")
+        return bool(loaded)
+
+    # ---- what it learns from -------------------------------------------------------------------------------
+
+    def check_pictures(self) -> bool:
+        folder = Path(self.args.image_dir)
+        if not folder.is_dir():
+            self.problem(f"picture folder not found: {folder} (name it with --image_dir)")
+            return False
+        tell("pictures", f"{folder}: {sum(1 for _ in os.scandir(folder))} files")
+        return True
+
+    def check_rows(self, name: str, path: str) -> VLMDataset | None:
+        """A data file, with a look at each of its rows."""
+        folder = self.args.image_dir if Path(self.args.image_dir).is_dir() else "."      # told already
+        num_tokens = self.model.config.num_image_tokens if self.model else LMConfig.num_image_tokens
+        dataset = self.attempt(VLMDataset, path, self.spec, self.tokenizer, folder, self.image_processor,
+                               num_tokens, self.args.max_seq_len)
+        if dataset:
+            tell(name, f"{path}, {size_of(path)}: {len(dataset)} rows")
+            self.report_bad(name, [dataset[position].reason for position in bad_rows(dataset)], len(dataset))
+        return dataset
+
+    def load_rows(self, name: str, dataset: VLMDataset) -> dict[int, tuple[int, int, int]]:
+        """Load rows with their pictures, as training will; what measure() says of the good ones, by
+        position."""
+        number = len(dataset) if self.all_pictures else min(NUM_LOADED, len(dataset))
+        positions = spread(dataset, number)
+        loader = DataLoader(Subset(dataset, positions), batch_size=20, num_workers=self.args.num_workers,
+                            collate_fn=measure, worker_init_fn=ignore_interrupts)
+        bar = progress_bar(loader, desc=name, disable=not self.all_pictures)
+        found = dict(zip(positions, (facts for batch in bar for facts in batch), strict=True))
+        good = {position: facts for position, facts in found.items() if not isinstance(facts, str)}
+        longest = max((num_tokens for num_tokens, _, _ in good.values()), default=0)
+        tell(name, f"{len(good)} of {number} rows loaded with their pictures, at most {longest} tokens long")
+        self.report_bad(name, [facts for facts in found.values() if isinstance(facts, str)], number)
+        return good
+
+    def report_bad(self, name: str, reasons: list[str], number: int) -> None:
+        """Name the first bad rows of `number`; with --on_bad_sample skip a few are no problem."""
+        skip = self.args.on_bad_sample == "skip"
+        if skip and reasons:
+            tell(name, f"leaves out {len(reasons)} of {number} rows, first: {reasons[0]}")
+        if not reasons or (skip and len(reasons) <= 0.01 * number):
+            return
+        for reason in reasons[:NUM_SHOWN]:
+            self.problem(reason if skip else f"{reason} (--on_bad_sample skip would leave it out)")
+        if len(reasons) > NUM_SHOWN or skip:
+            cure = "mend them" if len(reasons) < number else "are --data_path and --image_dir the right ones?"
+            self.problem(f"{len(reasons)} of {number} rows looked at ({name}) cannot be used: {cure}")
+
+    # ---- what it will do -----------------------------------------------------------------------------------
+
+    def check_run(self) -> None:
+        """The plan, in the run's own words, and what becomes of the files in --out_dir."""
+        args, model = self.args, self.model
+        choose_trained(model, args.train)
+        sets = self.dataset and self.attempt(split_off, self.dataset, self.val_dataset, args)
+        batches = sets and GlobalBatches(len(sets[0]), args, self.run)
+        if batches and self.vision_model:
+            dtype = choose_dtype(args.dtype, self.run.device)
+            tell("run", describe_run(self.run, args, model, self.vision_model, *sets, batches, dtype))
+        path = weights_path(args.out_dir, model.config, self.weights_out)
+        settings = settings_of(self.run, args, model, self.dataset, batches) if batches else {}
+        saves = Saves(self.alone, args, path, settings, {})
+        if path.parent.is_dir():
+            tell("disk", f"{path.parent}: the saves need {in_words(saves.room_needed(model))}, "
+                         f"{in_words(shutil.disk_usage(path.parent).free)} free")
+            self.attempt(saves.check_room, model)
+        if batches and (fate := self.attempt(foresee, saves, model, batches.total_steps)):
+            tell("writes", f"{path}: {fate}")
+
+    # ---- what it knows already -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check_losses(self) -> None:
+        """Does the model know its language? Random weights lose ln(vocabulary) per token or more.
+
+        Measured on answers, without pictures: ordinary ones, and those of the data, because a model may know
+        one sort alone (the demo's knows nothing but its world). The better loss counts.
+        """
+        stepper = Stepper(self.alone, self.args, self.model, self.vision_model)
+        conversations = {
+            "ordinary answers": [[{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+                                 for question, answer in ORDINARY],
+            "the data's answers": well_formed(self.dataset, NUM_ANSWERS) if self.dataset else []}
+        losses = {name: answer_loss(stepper, self.tokenizer, turns)
+                  for name, turns in conversations.items() if turns}
+        chance = math.log(self.model.config.vocab_size)
+        text = (f"loss {', '.join(f'{loss:.2f} on {name}' for name, loss in losses.items())}; "
+                f"guessing has ln({self.model.config.vocab_size}) = {chance:.2f}")
+        tell("language", text)
+        if not min(losses.values()) < GUESSING * chance:
+            self.problem(f"the weights of stage {self.weights_in} look random: {text}; "
+                         f"{WEIGHTS_CURE[self.weights_in]}, or name the tokenizer they were trained with "
+                         "(--tokenizer_path)")
+        if self.vision_model and self.good:
+            samples = [self.dataset[row] for row in list(self.good)[:NUM_SHOWN]]
+            loss = stepper.forward(collate(samples)).item()
+            tell("sight", f"loss {loss:.2f} on the answers of {len(samples)} rows with their pictures")
+            if not math.isfinite(loss):
+                self.problem(f"the loss with pictures is {loss}: compute in --dtype float32 or bfloat16")
+
+    def check_memory(self) -> None:
+        """Compare what a step will take, its rows as long as the longest, with what can be had. After
+        check_losses(): until they are used, weights that were read from a file are not yet in memory."""
+        args, device, cpu = self.args, self.run.device, torch.device("cpu")
+        num_tokens, num_learnt, num_bytes = np.array(list(self.good.values())).T
+        step = estimate_step(self.model, args.batch_size * int(num_tokens.max()),
+                             round(args.batch_size * num_learnt.mean()))
+        needs = {cpu: {"held now": held_memory(),
+                       "loading": estimate_loading(args.num_workers, args.batch_size * int(num_bytes.max()))}}
+        if device != cpu:
+            needs[device] = {"weights": size_in_memory(self.model), "CLIP": size_in_memory(self.vision_model)}
+        needs[device] |= step
+        for place, parts in needs.items():
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if place == cpu else 1
+            needed, available = processes * sum(parts.values()), available_memory(place)
+            known = "" if available is None else f" of {in_words(available)}"
+            tell("memory", f"{place}: about {in_words(needed)}{known} for {args.batch_size} x "
+                           f"{num_tokens.max()} tokens"
+                           f"{f' in each of {processes} processes' if processes > 1 else ''}\n"
+                           f"({', '.join(f'{name} {in_words(size)}' for name, size in parts.items())})")
+            if available is not None and needed > available:
+                self.problem(f"a step needs about {in_words(needed)} of memory on {place}, but "
+                             f"{in_words(available)} can be had: halve --batch_size and double "
+                             "--accumulation_steps, or lower --num_workers")
+
+
+def tell(name: str, text: str) -> None:
+    for number, line in enumerate(text.splitlines()):
+        print(f"{'' if number else name:<12}{line}", flush=True)
+
+
+def in_words(num_bytes: int) -> str:
+    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+                      if num_bytes >= pair[0] or pair[0] == 1)
+    return f"{num_bytes / unit:.3g} {name}"
+
+
+def size_of(path: str | Path) -> str:
+    """Of a file, or of all files in a folder."""
+    path = Path(path)
+    return in_words(sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())))
+
+
+def spread(dataset: VLMDataset, number: int) -> list[int]:
+    """So many positions, from the first row to the last."""
+    return [round(place) for place in np.linspace(0, len(dataset) - 1, min(number, len(dataset)))]
+
+
+def well_formed(dataset: VLMDataset, number: int) -> list[list[dict]]:
+    """The conversations of some rows."""
+    found = []
+    for position in spread(dataset, number):
+        with contextlib.suppress(ValueError):
+            found.append(check_row(dataset.rows[position], dataset.spec)[1])
+    return found
+
+
+def bad_rows(dataset: VLMDataset) -> list[int]:
+    """Positions of the rows that are malformed."""
+    def is_bad(row: dict) -> bool:
+        try:
+            check_row(row, dataset.spec)
+        except ValueError:
+            return True
+        return False
+    try:
+        dataset.check_rows()        # finds the first, or none
+    except ValueError:
+        return [position for position, row in enumerate(dataset.rows) if is_bad(row)]
+    return []
+
+
+def measure(samples: list[dict[str, Tensor] | BadSample]) -> list[tuple[int, int, int] | str]:
+    """Instead of a batch: tokens, learnt tokens and bytes of pixels of each sample, or why it cannot be
+    used."""
+    return [sample.reason if isinstance(sample, BadSample) else
+            (len(sample["input_ids"]), int((sample["labels"] != IGNORE_INDEX).sum()),
+             sample["pixel_values"].nbytes) for sample in samples]
+
+
+def foresee(saves: Saves, model: Transformer, total_steps: int) -> str:
+    """What the run will do about the files of an earlier one. Raises what it would raise."""
+    if saves.finished_before():
+        return "finished; there is nothing to do"
+    kept = ""
+    if is_finished(saves.path):
+        previous = saves.path.with_suffix(".previous.pth")
+        lost = ", whose place it takes" if previous.is_file() else ""
+        kept = f"; what is there now is kept as {previous.name}{lost}"
+    state = saves.read_start(model)
+    if not state:
+        return f"begins anew{kept}"
+    if saves.args.resume_weights_only:
+        return f"a new schedule from the weights of the earlier run{kept}"
+    return f"goes on from step {state['step']} of {total_steps}"
+
+
+def load_script(path: Path) -> ModuleType:
+    """A numbered script as a module; `import` could not take its name."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no stage {path}: name {' or '.join(SCRIPTS)}, or a script")
+    spec = importlib.util.spec_from_file_location("stage", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    name, *rest = argv if argv and not argv[0].startswith(("-", "@")) else ["pretrain", *argv]
+    parser = Parser(__doc__)
+    parser.add_argument("--all_pictures", action="store_true",
+                        help=f"load all rows with their pictures, instead of {NUM_LOADED} of them")
+    own, flags = parser.parse_known_args(rest)
+    path, problems = SCRIPTS.get(name, Path(name)), []
+    script = load_script(path)
+    args = script.parse_args(flags)
+    try:
+        choose_device(args.device)
+    except ValueError as error:
+        problems.append(str(error))
+        flags.append("--device=cpu")        # what else is wrong is told all the same
+
+    def check(run: Run, *arguments, **settings) -> None:
+        if not run.is_main:
+            return
+        tell("check", f"is everything in place for {path.name}?")
+        Check(run, *arguments, **settings, problems=problems, all_pictures=own.all_pictures).everything()
+        tell("check", f"{len(problems)} problem(s)" if problems else "everything is in place")
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+
+    script.main(flags, do=check)
+    if problems:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    clean_exit(main)

@@ -1,0 +1,150 @@
+"""--feature_cache: CLIP looks at every distinct picture once, before training, on all ranks together."""
+import argparse
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from model.dataset import VLMDataset, check_row
+from model.feature_store import FeatureStore, picture_key, store_name
+from model.vision_utils import ImageProcessor, get_img_embedding, load_pixels, num_image_tokens
+from trainer.distributed import Run
+from trainer.interrupt import ignore_interrupts
+from trainer.logger import progress_bar
+
+BATCH = 32          # pictures per call of CLIP
+SEGMENT = 512       # pictures per file, and the most that a killed run has encoded in vain
+
+
+def fill_feature_cache(run: Run, args: argparse.Namespace, datasets: Iterable[VLMDataset],
+                       vision_model: nn.Module, image_processor: ImageProcessor) -> FeatureStore:
+    """The store in args.feature_cache with the features of every picture that the datasets name.
+
+    Only those are encoded that are not there yet. CLIP computes in float32 whatever --dtype says, so that one
+    cache serves all runs. Pictures that cannot be read are passed over: their rows are bad samples in
+    training, cache or not.
+    raises  ValueError before anything is written if the disk lacks room; OSError if it runs full
+    """
+    folder = Path(args.feature_cache) / store_name(vision_model, image_processor, args.feature_dtype)
+    store = FeatureStore(folder, args.feature_dtype)
+    wanted = find_missing(run, store, datasets)
+    if wanted:
+        tell_size(run, args, store, len(wanted), vision_model)
+        vision_model.to(run.device)
+        encode_all(run, args, store, wanted, vision_model, image_processor)
+        store.reload()
+    check_shared(run, store)
+    return store
+
+
+def picture_paths(dataset: VLMDataset) -> set[Path]:
+    """The files of all rows that can be used."""
+    paths = set()
+    for row in dataset.rows:
+        try:
+            paths.update(dataset.find_image(name) for name in check_row(row, dataset.spec)[0])
+        except ValueError:
+            continue        # told by the dataset, with file and row
+    return paths
+
+
+def find_missing(run: Run, store: FeatureStore, datasets: Iterable[VLMDataset]) -> list[tuple[bytes, Path]]:
+    """(key, path) of every distinct picture that the store lacks, in one order on all ranks. Each rank reads
+    its share of the files."""
+    paths = sorted(set().union(*(picture_paths(dataset) for dataset in datasets)))[run.rank::run.world_size]
+    missing = {}
+    for path in progress_bar(paths, disable=not run.is_main, unit="picture", desc="looking for features"):
+        try:
+            key = picture_key(path)
+        except (FileNotFoundError, ValueError):
+            continue
+        if key not in store:
+            missing[key.tobytes()] = path
+    everywhere = {key: path for part in run.share(missing) for key, path in part.items()}
+    return sorted(everywhere.items())
+
+
+def tell_size(run: Run, args: argparse.Namespace, store: FeatureStore, count: int,
+              vision_model: nn.Module) -> None:
+    """Say how much will be written; raise ValueError if there is no room for it."""
+    values = num_image_tokens(vision_model) * vision_model.config.hidden_size
+    size = count * values * np.dtype(store.dtype).itemsize
+    store.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(store.folder).free
+    run.print(f"feature cache {store.folder}: {len(store)} pictures are there, {count} to encode, "
+              f"{size / 1e6:,.1f} MB to write ({free / 1e6:,.0f} MB free)")
+    if size > free:
+        raise ValueError(f"the feature cache needs {size / 1e6:,.1f} MB for {count} pictures, but only "
+                         f"{free / 1e6:,.1f} MB are free at {args.feature_cache}: make room, name another "
+                         "disk with --feature_cache, or train without it")
+
+
+class Pictures(Dataset):
+    """Files to pixels; None for one that cannot be read, or is no longer what its key says."""
+
+    def __init__(self, wanted: list[tuple[bytes, Path]], image_processor: ImageProcessor):
+        self.wanted, self.image_processor = wanted, image_processor
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, position: int) -> tuple[bytes, Tensor] | None:
+        key, path = self.wanted[position]
+        try:
+            pixels = load_pixels(path, self.image_processor)
+            return (key, pixels) if picture_key(path).tobytes() == key else None
+        except (ValueError, FileNotFoundError):
+            return None
+
+
+def only_good(samples: list[tuple[bytes, Tensor] | None]) -> tuple[list[bytes], Tensor | None]:
+    good = [sample for sample in samples if sample]
+    return [key for key, _ in good], torch.stack([pixels for _, pixels in good]) if good else None
+
+
+def encode_all(run: Run, args: argparse.Namespace, store: FeatureStore, wanted: list[tuple[bytes, Path]],
+               vision_model: nn.Module, image_processor: ImageProcessor) -> None:
+    """Encode this rank's share of the pictures and write it, segment by segment, all ranks in step."""
+    share, most = wanted[run.rank::run.world_size], len(wanted[::run.world_size])
+    # As many rounds on every rank, though the last shares may be smaller by one picture.
+    ends = [(start, min(start + SEGMENT, len(share))) for start in range(0, most, SEGMENT)]
+    rounds = [[range(first, min(first + BATCH, end)) for first in range(start, end, BATCH)]
+              for start, end in ends]
+    loader = iter(DataLoader(Pictures(share, image_processor), batch_sampler=sum(rounds, []),
+                             collate_fn=only_good, num_workers=args.num_workers,
+                             worker_init_fn=ignore_interrupts))
+    bar = progress_bar(total=len(share), disable=not run.is_main, unit="picture", desc="encoding pictures")
+    written = torch.zeros(1, dtype=torch.long)
+    for batches in rounds:
+        keys, features, problem = [], [], None
+        for batch in batches:
+            good, pixels = next(loader)
+            if good:
+                keys += good
+                features.append(get_img_embedding(pixels.to(run.device), vision_model).cpu().numpy())
+            bar.update(len(batch))
+        try:
+            if keys:
+                store.add(np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2), np.concatenate(features))
+                written += len(keys)
+        except OSError as error:
+            problem = error.args[0] if error.args else str(error)
+        problems = [text for text in run.share(problem) if text]
+        if problems:        # on every rank, or the others would wait for this one
+            bar.close()
+            raise OSError(f"{problems[0]}. {int(run.sum(written))} of {len(wanted)} pictures are encoded and "
+                          "need not be again: make room and start the same command, or train without "
+                          "--feature_cache")
+    bar.close()
+
+
+def check_shared(run: Run, store: FeatureStore) -> None:
+    """Raise ValueError unless every rank sees the same pictures."""
+    counts = run.share(len(store))
+    if len(set(counts)) > 1:
+        raise ValueError(f"the processes of this run see different feature caches ({min(counts)} to "
+                         f"{max(counts)} pictures): --feature_cache must name a folder that all share")

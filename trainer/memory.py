@@ -1,0 +1,74 @@
+"""How much memory a run will take, from its sizes alone, and how much is there."""
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.model import Transformer
+
+FLOAT = 4               # bytes; weights, gradients and moments are float32 whatever --dtype computes in
+WORKER = 100 << 20      # what a loader worker's copy of this process comes to hold for itself
+
+
+def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[str, int]:
+    """Bytes that training takes beyond the weights and CLIP: what for, and how much.
+
+    gradients    one number per trained parameter
+    moments      two numbers per trained parameter, Adam's
+    activations  what the blocks keep for the backward pass, 10 dim + 4 hidden_dim numbers per token and block
+                 as counted in float32 (half precision keeps less, and copies of the weights), and a
+                 fifth more for what is at work meanwhile
+    logits       three numbers per learnt token and vocabulary entry: logits, probabilities, gradients
+
+    num_tokens, num_learnt  tokens of one forward pass, padding included, and those of them that are learnt
+    """
+    config = model.config
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    kept = num_tokens * config.n_layers * (10 * config.dim + 4 * config.hidden_dim)
+    return {"gradients": FLOAT * trained, "moments": 2 * FLOAT * trained,
+            "activations": FLOAT * kept * 6 // 5, "logits": 3 * FLOAT * num_learnt * config.vocab_size}
+
+
+def estimate_loading(num_workers: int, batch_bytes: int) -> int:
+    """Bytes for the batches in work and, by each worker, two in advance."""
+    return batch_bytes * (2 * num_workers + 1) + num_workers * WORKER
+
+
+def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that this process holds on the device or can still have; None where the system does not say.
+
+    root  where Linux's own files lie
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    found = []
+    with contextlib.suppress(OSError):
+        facts = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+        found.append(1024 * int(facts["MemAvailable"].split()[0]))
+    # A container's own limit; version 2 and version 1 of Linux's control groups.
+    for limit, usage in (("memory.max", "memory.current"),
+                         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):      # "max": no limit
+            group = root / "sys/fs/cgroup"
+            found.append(int((group / limit).read_text()) - int((group / usage).read_text())
+                         + reclaimable((group / limit).with_name("memory.stat")))
+    return min(found) + held_memory() if found else None
+
+
+def reclaimable(statistics: Path) -> int:
+    """Bytes of files that the system keeps in memory as long as nobody needs it."""
+    facts = dict(line.split() for line in statistics.read_text().splitlines())
+    return int(facts.get("total_inactive_file", facts.get("inactive_file", 0)))
+
+
+def held_memory() -> int:
+    """Bytes that this process holds now; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+    return 0
+
+
+def size_in_memory(module: nn.Module | None) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters()) if module else 0
