@@ -288,9 +288,9 @@ class Stepper:
     def check_bad_steps(self, most: int) -> None:
         in_row = int(self.bad_steps[1])
         if in_row >= most:
-            raise AgreedError(f"the loss or the gradient of the last {in_row} steps was not finite; they were "
-                              "skipped, and the weights are as before. Lower --learning_rate, or compute in "
-                              "--dtype float32 or bfloat16")
+            raise AgreedError(f"the loss or the gradient of the last {in_row} steps was not finite; they "
+                              "were skipped, and the weights are as before. Lower --learning_rate, or "
+                              "compute in --dtype float32 or bfloat16")
 
     def state_dict(self) -> dict:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
