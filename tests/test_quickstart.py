@@ -23,7 +23,7 @@ from model.vision_utils import get_img_process, get_vision_model, open_image
 def quickstart(place: Path, *arguments: str) -> subprocess.CompletedProcess:
     world = {"WORLD": f"{place}/demo", "OUT": f"{place}/out", "PRESET": "tiny", "SEED": "3"}
     return subprocess.run(["bash", "quickstart.sh", *arguments], cwd=ROOT, env=os.environ | world,
-                          timeout=400, capture_output=True, text=True)
+                          timeout=900, capture_output=True, text=True)
 
 
 def times_of(folder: Path) -> dict[str, int]:
