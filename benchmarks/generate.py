@@ -88,7 +88,8 @@ class Contest:
         self.llama: LlamaForCausalLM = to_llama(model).to(device, dtype)
         self.decoders = {batch: Decoder(copy.deepcopy(model).to(device, dtype), batch) for batch in batches}
         self.clip = copy.deepcopy(clip).to(device, dtype)
-        pack_linears(self.clip, 50)     # as load_chat does
+        if dtype != torch.float32:      # as load_chat does
+            pack_linears(self.clip, 50)
         self.pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2)).to(device)
         self.prompt = make_prompt()
 

@@ -84,7 +84,9 @@ def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
     decoder = Decoder(model.to(device, dtype), batch_size)
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
-    pack_linears(vision_model.to(device, dtype), batch_size * config.num_image_tokens)
+    vision_model.to(device, dtype)
+    if dtype != torch.float32:      # in fp32 CLIP stays mapped from its file: a packed copy would double it
+        pack_linears(vision_model, config.num_image_tokens)
     return Chat(decoder, tokenizer, vision_model, image_processor, report)
 
 

@@ -23,7 +23,7 @@ from model.feature_store import FeatureStore
 from model.model import IGNORE_INDEX
 from model.prompt import IMAGE_MARK, check_length, normalise_turns, render_conversation
 from model.rows import Rows
-from model.vision_proj import find_image_slots
+from model.vision_proj import placeholder_ids
 from model.vision_utils import ImageProcessor, load_pixels
 
 
@@ -274,11 +274,11 @@ def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
 def decode_sample(sample: dict[str, Tensor], tokenizer) -> str:
     """A sample as one line of text: [[what is learnt]], and <image x50> for the placeholder of a picture.
 
-    Raises ValueError if the placeholders are not found again among the ids.
+    Raises ValueError if other ids stand where a picture's features will be written.
     """
     slots = sample["image_slots"]
-    if slots.numel() and not torch.equal(find_image_slots(sample["input_ids"][None], slots.shape[1]), slots):
-        raise ValueError("the placeholders of a sample's pictures are not found again among its ids")
+    if not (sample["input_ids"][slots] == torch.tensor(placeholder_ids(slots.shape[1]))).all():
+        raise ValueError("other ids stand where the placeholder of a picture should")
     ids = [*sample["input_ids"].tolist(), int(sample["labels"][-1])]
     kinds = ["told", *("learnt" if label != IGNORE_INDEX else "told" for label in sample["labels"].tolist())]
     for number, places in enumerate(slots.tolist()):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from model.chat import CLIP_PATH, TOKENIZER_PATH
 from model.device import DEVICE_NAME, DTYPES
 from model.feature_store import FEATURE_DTYPES
+from trainer.distributed import AgreedError
 from trainer.optimizer import TRAIN_CHOICES
 
 
@@ -173,13 +174,18 @@ def clean_exit(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
-        tell_and_exit(str(error))
+        tell_and_exit(str(error), agreed=isinstance(error, AgreedError))
 
 
-def tell_and_exit(message: str) -> None:
+def tell_and_exit(message: str, agreed: bool = False) -> None:
     """One line and exit status 2, once per run: where several ranks have the same to say, rank 0 says it, and
-    its end makes torchrun end the others."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    its end makes torchrun end the others meanwhile.
+
+    agreed  all ranks certainly have the same to say
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main:
+        time.sleep(5)
+    if is_main or not agreed:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

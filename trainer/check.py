@@ -90,7 +90,8 @@ class Check:
         if self.model and self.good:
             self.check_memory()
         for position in list(self.good)[:NUM_SHOWN]:
-            tell(f"row {position + 1}", decode_sample(self.dataset[position], self.tokenizer))
+            text = self.attempt(decode_sample, self.dataset[position], self.tokenizer)
+            tell(f"row {position + 1}", text or "")
 
     def attempt(self, make: Callable, *arguments):
         """What make(*arguments) returns; where it raises what a user can cure, None and one problem more."""

@@ -14,6 +14,10 @@ from tqdm import tqdm
 from model.device import choose_device
 
 
+class AgreedError(ValueError):
+    """What all ranks raise alike; rank 0 alone tells it."""
+
+
 @dataclass
 class Run:
     """One process among world_size; use as a context manager, so that the process group is always closed."""

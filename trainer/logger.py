@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.batches import GlobalBatches
-from trainer.distributed import Run
+from trainer.distributed import AgreedError, Run
 
 
 class MetricsLog:
@@ -109,7 +109,7 @@ class Meter:
         """Agree with the other ranks on the step to come: the learnt tokens of its whole global batch, and
         whether any rank was told to stop.
 
-        Exchanged on the CPU, so no rank waits for its GPU. Raises ValueError on every rank at a bad sample if
+        Exchanged on the CPU, so no rank waits for its GPU. Raises AgreedError at a bad sample if
         --on_bad_sample is stop.
         """
         reasons = [reason for batch in passes for reason in batch["bad_samples"]]
@@ -118,7 +118,7 @@ class Meter:
         learnt, tokens, bad, stop = self.run.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
         if bad and self.args.on_bad_sample == "stop":
             reasons = [reason for part in self.run.share(reasons) for reason in part]
-            raise ValueError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
+            raise AgreedError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
         if stop:
             return learnt, True
         for reason in reasons[:max(0, self.NUM_SHOWN - self.num_shown)]:
@@ -135,7 +135,7 @@ class Meter:
     def read(self, step: int) -> dict:
         """The values of one line of the log; starts the next interval.
 
-        Raises ValueError, on every rank, once more than 1 % of the rows seen are bad.
+        Raises AgreedError once more than 1 % of the rows seen are bad.
         """
         now, num_steps = time.perf_counter(), int(self.num_steps)
         values = {"step": step, "epoch": round(step / self.batches.steps_per_epoch, 4),
@@ -145,8 +145,8 @@ class Meter:
         self.loss, self.num_steps, self.num_tokens, self.since = 0.0, 0, 0, now
         num_rows = self.batches.num_samples * math.ceil(step / self.batches.steps_per_epoch)   # in all epochs
         if self.num_bad > 0.01 * num_rows:
-            raise ValueError(f"{self.num_bad} of {num_rows} rows could not be used, "
-                             f"more than 1 %: mend {self.args.data_path}")
+            raise AgreedError(f"{self.num_bad} of {num_rows} rows could not be used, "
+                              f"more than 1 %: mend {self.args.data_path}")
         return values
 
     def state_dict(self) -> dict:

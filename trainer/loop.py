@@ -23,7 +23,7 @@ from model.model import Transformer
 from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 from trainer.batches import GlobalBatches, by_step
-from trainer.distributed import Run
+from trainer.distributed import AgreedError, Run
 from trainer.features import fill_feature_cache
 from trainer.interrupt import Interruption
 from trainer.loader import Loader, WorkerDied
@@ -288,9 +288,9 @@ class Stepper:
     def check_bad_steps(self, most: int) -> None:
         in_row = int(self.bad_steps[1])
         if in_row >= most:
-            raise ValueError(f"the loss or the gradient of the last {in_row} steps was not finite; they were "
-                             "skipped, and the weights are as before. Lower --learning_rate, or compute in "
-                             "--dtype float32 or bfloat16")
+            raise AgreedError(f"the loss or the gradient of the last {in_row} steps was not finite; they "
+                              "were skipped, and the weights are as before. Lower --learning_rate, or "
+                              "compute in --dtype float32 or bfloat16")
 
     def state_dict(self) -> dict:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
@@ -306,8 +306,7 @@ def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset:
                 batches: GlobalBatches) -> dict:
     """What decides the bits of a run: one that goes on must have the same."""
     named = ("batch_size", "accumulation_steps", "seed", "learning_rate", "warmup_steps", "weight_decay",
-             "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft",
-             "bucket")
+             "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft", "bucket")
     return {"processes": run.world_size, "total_steps": batches.total_steps, "rows": len(dataset),
             "features": args.feature_dtype if args.feature_cache else None,
             "data": dataset.rows.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),

@@ -17,7 +17,7 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
 
     gradients    one number per trained parameter
     moments      two numbers per trained parameter, Adam's
-    activations  what the blocks keep for the backward pass, 10 dim + 4 hidden_dim numbers per token and block
+    activations  what the blocks keep for the backward pass, 8 dim + 3 hidden_dim numbers per token and block
                  as counted in float32 (half precision keeps less, and copies of the weights), and a
                  fifth more for what is at work meanwhile
     logits       three numbers per learnt token and vocabulary entry: logits, probabilities, gradients
@@ -26,7 +26,7 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
     """
     config = model.config
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    kept = num_tokens * config.n_layers * (10 * config.dim + 4 * config.hidden_dim)
+    kept = num_tokens * config.n_layers * (8 * config.dim + 3 * config.hidden_dim)
     return {"gradients": FLOAT * trained, "moments": 2 * FLOAT * trained,
             "activations": FLOAT * kept * 6 // 5, "logits": 3 * FLOAT * num_learnt * config.vocab_size}
 

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, Subset
 
 from model.dataset import VLMDataset, collate, tokenize
 from model.prompt import IMAGE_MARK, normalise_turns
-from trainer.distributed import Run
+from trainer.distributed import AgreedError, Run
 from trainer.loader import Loader
 
 
@@ -48,7 +48,7 @@ class Validation:
     def measure(self, stepper) -> dict:
         """{"val_loss": ...}, the same on every rank; empty without validation rows.
 
-        Raises ValueError at a bad sample if --on_bad_sample is stop; else it is left out, every time.
+        Raises AgreedError at a bad sample if --on_bad_sample is stop; else it is left out, every time.
         """
         if not self.loader:
             return {}
@@ -61,7 +61,7 @@ class Validation:
         stepper.model.train()
         reasons = [reason for part in self.run.share(reasons) for reason in part]
         if reasons and self.stop_at_bad:
-            raise ValueError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
+            raise AgreedError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
         loss, num_learnt = self.run.sum(sums).tolist()
         return {"val_loss": loss / max(1, num_learnt)}
 

@@ -38,6 +38,8 @@ from trainer.loop import train
 
 WORLD_VERSION = 1               # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
+# Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
+MIXED_STEPS = "--bucket=False"
 MAX_SEQ_LEN = 256
 
 
@@ -135,7 +137,7 @@ class World:
                            learning_rate=preset.llm.lr)
         args = check_args(parser.parse_args(self.sizes() + [
             f"--max_steps={preset.llm.steps}", f"--batch_size={preset.llm.batch_size}", f"--seed={self.seed}",
-            "--num_workers=0", "--dtype=float32", "--device=cpu", "--resume"]))
+            "--num_workers=0", "--dtype=float32", "--device=cpu", MIXED_STEPS, "--resume"]))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "tokenizer")
         config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads,
                           n_kv_heads=args.n_kv_heads, vocab_size=len(tokenizer),
@@ -166,7 +168,7 @@ class World:
             flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json",
                      f"--image_dir={self.folder}/images", f"--max_steps={stage.steps}",
                      f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
-                     "--num_workers=0"] + ["--multi=True"] * (name == "sft_multi")
+                     "--num_workers=0", MIXED_STEPS] + ["--multi=True"] * (name == "sft_multi")
             write_recipe(self.folder / f"{name}.args", flags)
         write_recipe(self.folder / "eval.args",
                      [*model, f"--dim={self.preset.dim}", f"--image_dir={self.folder}/eval_images"])
