@@ -11,8 +11,8 @@ weights), 6400 tokens, captions of 89 tokens of which 18 are learnt, questions o
 
 needed work   matrix products of CLIP's forward pass and of the language model's forward and backward pass, at
               the rows' real lengths; the last feed-forward and the vocabulary only where something is learnt
-share         needed work / time of a step / speed of the matrix product of 2048 x 2048 of the same dtype,
-              measured between the steps; medians, as the machine may have other work
+share         needed work / time of the step / speed of a 2048 x 2048 matrix product of the same dtype, taken
+              just before it; medians of interleaved steps, as the machine may have other work
 """
 import argparse
 import contextlib
@@ -34,11 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from llava import to_llava, to_llava_ids  # noqa: E402
-from roofline import matmul_speed, needed_flops, read_speed, row_lengths  # noqa: E402
-from synthetic import (  # noqa: E402
+from transformers import CLIPVisionConfig, CLIPVisionModel  # noqa: E402
+
+import model.model as network  # noqa: E402
+from benchmarks.llava import to_llava, to_llava_ids  # noqa: E402
+from benchmarks.roofline import matmul_speed, needed_flops, read_speed, row_lengths  # noqa: E402
+from benchmarks.synthetic import (  # noqa: E402
     PRETRAIN_SHAPE,
     SFT_SHAPE,
     TWO_IMAGES_SHAPE,
@@ -46,9 +49,6 @@ from synthetic import (  # noqa: E402
     save_data,
     save_tokenizer,
 )
-from transformers import CLIPVisionConfig, CLIPVisionModel  # noqa: E402
-
-import model.model as network  # noqa: E402
 from model.dataset import PRETRAIN, SFT, SFT_MULTI, DatasetSpec, VLMDataset, collate  # noqa: E402
 from model.feature_store import FeatureStore, picture_key  # noqa: E402
 from model.LMConfig import LMConfig  # noqa: E402
@@ -99,7 +99,7 @@ class Bench:
     """Model, data and batches of one stage, and the step of any variant on them."""
 
     def __init__(self, folder: Path, shape: Shape, spec: DatasetSpec, config: LMConfig, clip: CLIPVisionModel,
-                 batch_size: int, num_batches: int = 6):
+                 batch_size: int, num_batches: int = 4):
         self.config, self.vision, self.batch_size, self.num_batches = (
             config, clip.config, batch_size, num_batches)
         half = CLIPVisionModel(clip.config).eval().requires_grad_(False).to(torch.bfloat16)
@@ -148,6 +148,12 @@ class Bench:
             self.optimizers[key] = torch.optim.AdamW(trained_parameters(model), lr=1e-5, weight_decay=0.0,
                                                      fused=variant.fused, foreach=False)
         return self.optimizers[key]
+
+    def flops_per_sample(self, variant: Variant) -> float:
+        """Needed work of an average row."""
+        batches = self.batches[False, variant.cached]
+        return (sum(needed_flops(batch, self.config, self.vision, not variant.cached) for batch in batches)
+                / sum(len(batch["input_ids"]) for batch in batches))
 
     def step(self, variant: Variant, number: int) -> dict[str, float]:
         """One optimizer step on one batch: seconds, in all and by part."""
@@ -234,38 +240,44 @@ def to_llava_batch(batch: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 def measure(bench: Bench, variants: dict[str, Variant], repetitions: int,
             peaks: dict[str, list[float]]) -> dict:
-    """Medians over interleaved steps; the slow ones are taken every other time."""
+    """Medians over interleaved steps; the slow ones are taken every other time.
+
+    Batches differ in length, so speed is counted in needed work per second, and told in average samples.
+    """
     taken: dict[str, list[dict]] = {name: [] for name in variants}
     for number in range(-1, repetitions):
         for name, variant in variants.items():
             slow = bool(variant.pad_to) or variant.llava
-            if slow and number % 2 == 0:
+            if slow and (number < 0 or number % 2 == 0):
                 continue
-            for dtype in {variant.dtype} & set(peaks):
-                peaks[dtype].append(matmul_speed(DTYPES[dtype]))
-            step = bench.step(variant, number)
-            if number >= 0 or slow:       # the first round warms up
+            peaks[variant.dtype].append(matmul_speed(DTYPES[variant.dtype]))
+            step = bench.step(variant, number) | {"peak": peaks[variant.dtype][-1]}
+            if number >= 0:       # the first round warms up
                 taken[name].append(step)
+
+    def middle(steps: list[dict], value) -> float:
+        return statistics.median(value(step) for step in steps)
     results = {}
     for name, steps in taken.items():
-        speed = statistics.median(peaks[variants[name].dtype])
-        middle = {part: statistics.median(step[part] for step in steps) for part in (*PARTS, "data", "step")}
+        per_sample = bench.flops_per_sample(variants[name])
         results[name] = {
-            "samples_per_s": statistics.median(step["samples"] / step["step"] for step in steps),
-            "share": statistics.median(step["flops"] / step["step"] for step in steps) / speed,
-            **{f"{part}_ms": 1e3 * seconds for part, seconds in middle.items()},
-            "gflop_per_sample": statistics.median(step["flops"] / step["samples"] for step in steps) / 1e9}
+            "samples_per_s": middle(steps, lambda step: step["flops"] / step["step"]) / per_sample,
+            "share": middle(steps, lambda step: step["flops"] / step["step"] / step["peak"]),
+            "gflop_per_sample": per_sample / 1e9, "steps": len(steps),
+            **{f"{part}_share": middle(steps, lambda step, part=part: step[part] / step["step"])
+               for part in PARTS},
+            "data_ms_per_sample": 1e3 * middle(steps, lambda step: step["data"] / step["samples"])}
     return results
 
 
 def peak_memory(name: str, quick: bool) -> float:
-    """GB that a process needs which does nothing but three steps of a variant."""
+    """GB that a process needs which does nothing but two steps of a variant."""
     command = [sys.executable, __file__, "--memory_of", name] + ["--quick"] * quick
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def use_memory(variant: Variant, config: LMConfig, vision: CLIPVisionConfig, batch_size: int) -> float:
-    """Three steps on rows of 89 tokens, as trainer.loop takes them (or LLaVA would); the peak in GB."""
+    """Two steps on rows of 89 tokens, as trainer.loop takes them (or LLaVA would); the peak in GB."""
     keep_freed_memory()
     T, N = (variant.pad_to or 89), config.num_image_tokens
     ids, labels = torch.full((batch_size, T), 99), torch.full((batch_size, T), IGNORE_INDEX)
@@ -287,7 +299,7 @@ def use_memory(variant: Variant, config: LMConfig, vision: CLIPVisionConfig, bat
         bench.llava.model.language_model.requires_grad_(True)
         bench.model, bench.towers = None, {}
     bench.batches = {(variant.bucket, variant.cached): [batch]}
-    for number in range(3):
+    for number in range(2):
         bench.step(variant, number)
     # Not ru_maxrss, which a process inherits from the one that started it.
     return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
@@ -341,13 +353,13 @@ def tables(results: dict) -> str:
                   "|---|---|---|---|---|---|---|---|"]
         for name in [name for name in (*OURS, *LLAVA) if name in rows]:
             row = rows[name]
-            parts = " / ".join(f"{100 * row[f'{part}_ms'] / row['step_ms']:.0f} %" for part in PARTS)
+            parts = " / ".join(f"{100 * row[f'{part}_share']:.0f} %" for part in PARTS)
             known = name in results["peak_gb"] and stage == "pretrain"
             memory = f"{results['peak_gb'][name]:.2f} GB" if known else ""
             speed = row["samples_per_s"]
             lines.append(f"| {name} | {speed:.1f} | {speed / rows[off]['samples_per_s']:.1f} "
                          f"| {100 * row['share']:.0f} % | {row['gflop_per_sample']:.1f} | {parts} "
-                         f"| {row['data_ms'] / size:.2f} ms per sample | {memory} |")
+                         f"| {row['data_ms_per_sample']:.2f} ms per sample | {memory} |")
     rows = results["pretrain"]
     lines += ["", "| one gain switched off | samples/s | slower than with it |", "|---|---|---|"]
     for name in ABLATION:
