@@ -85,6 +85,16 @@ def model(config) -> Transformer:
 
 
 @pytest.fixture
+def lively(model) -> Transformer:
+    """Untrained weights with loud layers: with quiet ones greedy decoding repeats one token for ever."""
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(15)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
 def workplace(tmp_path, tokenizer, tokenizer_path, clip_path) -> Path:
     """A folder from which the numbered scripts can run: out/32_llm.pth, data.json, pictures, and a recipe
     `args`."""

@@ -112,6 +112,11 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
                             "stop after so many in a row")
     group.add_argument("--timeout", type=float, default=50,
                        help="seconds after which a process of the run that does not answer is given up")
+    add_saving_flags(parser)
+
+
+def add_saving_flags(parser: Parser) -> None:
+    """What a training stage keeps, and how it goes on."""
     group = parser.add_argument_group("interruption")
     group.add_argument("--resume", action="store_true",
                        help="go on with an unfinished run, to the same bits; begin if there is none")
