@@ -76,14 +76,17 @@ class Variant:
     logits_everywhere: bool = False
     sdpa: bool = False              # in bf16 too
     fused: bool = True
+    lean: bool = True               # norms and SwiGLU with a backward pass of their own
     llava: bool = False
 
 
 FP32, BF16, CACHED = Variant(), Variant("bfloat16"), Variant("bfloat16", cached=True)
-OFF = Variant(bucket=False, pad_to=512, clip_one_by_one=True, logits_everywhere=True, fused=False)
+OFF = Variant(bucket=False, pad_to=512, clip_one_by_one=True, logits_everywhere=True, fused=False, lean=False)
 OURS = {"fp32": FP32, "bf16": BF16, "bf16, cached features": CACHED, "everything off": OFF}
 LLAVA = {"transformers' LLaVA, fp32": Variant(bucket=False, llava=True),
-         "transformers' LLaVA, bf16": Variant("bfloat16", bucket=False, llava=True)}
+         "transformers' LLaVA, bf16": Variant("bfloat16", bucket=False, llava=True),
+         "LLaVA padded to 512, fp32": Variant(bucket=False, pad_to=512, llava=True),
+         "LLaVA padded to 512, bf16": Variant("bfloat16", bucket=False, pad_to=512, llava=True)}
 ABLATION = {        # one gain at a time switched off again
     "bf16, CLIP picture by picture": replace(BF16, clip_one_by_one=True),
     "cached, padded to 512": replace(CACHED, bucket=False, pad_to=512),
@@ -91,6 +94,7 @@ ABLATION = {        # one gain at a time switched off again
     "cached, logits everywhere": replace(CACHED, logits_everywhere=True),
     "cached, SDPA in bf16": replace(CACHED, sdpa=True),
     "cached, optimizer not fused": replace(CACHED, fused=False),
+    "cached, norms and SwiGLU left to autograd": replace(CACHED, lean=False),
     "cached, fp32": replace(CACHED, dtype="float32"),
 }
 
@@ -161,7 +165,7 @@ class Bench:
         batch = batches[number % len(batches)]
         padded = pad_batch(batch, variant.pad_to) if variant.pad_to else batch
         optimizer, times = self.optimizer(variant), [time.perf_counter()]
-        with plain_attention() if variant.sdpa else contextlib.nullcontext():
+        with switched_off(variant):
             features = self.image_features(batch, variant)
             times.append(time.perf_counter())
             with torch.autocast("cpu", DTYPES[variant.dtype], enabled=variant.dtype != "float32"):
@@ -169,7 +173,7 @@ class Bench:
             times.append(time.perf_counter())
             loss.backward()
             times.append(time.perf_counter())
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0, foreach=True)
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0, foreach=variant.fused)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter())
@@ -212,12 +216,31 @@ class Bench:
 
 
 @contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
-    """SDPA in bf16 too."""
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    with mock.patch.object(network, "causal_attention", attend):
+def switched_off(variant: Variant) -> Iterator[None]:
+    """The network without the gains that the variant does without."""
+    with contextlib.ExitStack() as stack:
+        if variant.sdpa:
+            stack.enter_context(mock.patch.object(network, "causal_attention", plain_attention))
+        if not variant.lean:
+            stack.enter_context(mock.patch.object(network.RMSNorm, "forward", plain_norm))
+            stack.enter_context(mock.patch.object(network, "SwiGLU", PlainSwiGLU))
         yield
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA in bf16 too."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def plain_norm(norm: network.RMSNorm, x: Tensor) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+class PlainSwiGLU:
+    @staticmethod
+    def apply(a: Tensor, b: Tensor) -> Tensor:
+        return F.silu(a) * b
 
 
 def pad_batch(batch: dict, T: int) -> dict:
@@ -351,7 +374,7 @@ def tables(results: dict) -> str:
                   "| needed GFLOP per sample | CLIP / forward / backward / optimizer "
                   "| loading, one core | peak memory |",
                   "|---|---|---|---|---|---|---|---|"]
-        for name in [name for name in (*OURS, *LLAVA) if name in rows]:
+        for name in filter(rows.__contains__, (*OURS, *LLAVA)):
             row = rows[name]
             parts = " / ".join(f"{100 * row[f'{part}_share']:.0f} %" for part in PARTS)
             known = name in results["peak_gb"] and stage == "pretrain"
@@ -366,9 +389,10 @@ def tables(results: dict) -> str:
         base = rows["bf16" if name.startswith("bf16") else "bf16, cached features"]["samples_per_s"]
         speed = rows[name]["samples_per_s"]
         lines.append(f"| {name} | {speed:.1f} | {base / speed:.2f} x |")
-    for dtype in ("fp32", "bf16"):
-        ratio = rows[dtype]["samples_per_s"] / rows[f"transformers' LLaVA, {dtype}"]["samples_per_s"]
-        lines.append(f"\n{dtype} without the cache: {ratio:.1f} times transformers' LLaVA")
+    for name, variant in LLAVA.items():
+        dtype = "bf16" if variant.dtype == "bfloat16" else "fp32"
+        ratio = rows[dtype]["samples_per_s"] / rows[name]["samples_per_s"]
+        lines.append(f"\n{dtype} without the cache: {ratio:.1f} times {name}")
     return "\n".join(lines)
 
 
