@@ -1,11 +1,12 @@
 """Look at what was learnt: describe pictures, chat in the terminal, or score questions with known answers.
 
-reads    out/512_vlm_sft.pth (or --stage, or --load FILE), pictures, question files
+reads    out/512_vlm_sft.pth (or --stage, or --load_from FILE or FOLDER), pictures, question files
 writes   --report FILE: accuracies as JSON, and every answer beside it (.answers.jsonl)
 
     python 3-eval_chat.py                                        # describe dataset/eval_images/*
     python 3-eval_chat.py --image_dir my_pictures --prompt "What is this?"
     python 3-eval_chat.py --chat my_pictures/cat.jpg             # ask about one picture, as often as you like
+    python 3-eval_chat.py --load_from model/minimind-v-v1        # v1's own weights
     python 3-eval_chat.py @dataset/demo/eval.args --questions dataset/demo/questions_unseen.jsonl \\
         --control real blank
     torchrun --standalone --nproc_per_node 2 3-eval_chat.py      # the same answers, shared out over processes
@@ -41,7 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("what to load")
     group.add_argument("--stage", default="vlm_sft", choices=STAGES[1:],
                        help="weights of this stage in --out_dir")
-    group.add_argument("--load", type=Path, help="weight file, instead of --out_dir, --dim and --stage")
+    group.add_argument("--load_from", "--load", type=Path, metavar="PATH",
+                       help="weight file (also v1's own) or Hugging Face folder, "
+                            "instead of --out_dir, --dim and --stage")
     group = parser.add_argument_group("what to do")
     group.add_argument("--image_dir", type=Path, default=Path("dataset/eval_images"),
                        help="describe all pictures in it")
@@ -235,7 +238,8 @@ def find_weights(args: argparse.Namespace) -> Path:
     weights = weights_path(args.out_dir, LMConfig(dim=args.dim), args.stage)
     others = ", ".join(sorted(path.name for path in weights.parent.glob("*_vlm_*.pth")))
     if not weights.is_file() and others:
-        raise FileNotFoundError(f"{weights} not found, but {others}: choose by --dim and --stage, or --load")
+        raise FileNotFoundError(f"{weights} not found, but {others}: "
+                                "choose by --dim and --stage, or --load_from")
     return weights
 
 
@@ -243,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     make_sampling(args)         # wrong settings are told before anything is loaded
     with start_run(args.device) as run:
-        weights = args.load or find_weights(args)
+        weights = args.load_from or find_weights(args)
         chat = load_chat(weights, args.tokenizer_path, args.clip_path, run.device,
                          choose_dtype(args.dtype, run.device), args.batch_size if args.questions else 1)
         run.print(str(chat.report))

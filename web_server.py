@@ -1,14 +1,16 @@
 """The chat behind a web page: a picture, a question, a streaming answer.
 
-reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth; --load
-         names others), the tokenizer and CLIP that the .json beside them names, and example pictures
+reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth;
+         --load_from names others), the tokenizer and CLIP that the .json beside them names, and
+         example pictures
 serves   http://127.0.0.1:7860, to this computer alone (--host can name another address, with a warning);
          needs no network
 keeps    nothing: what a visitor sends is seen by that visitor only, and deleted after a day or at the end
 
     python web_server.py
     python web_server.py @dataset/demo/eval.args              # the demo world, on any laptop
-    python web_server.py --load out/768_vlm_sft.pth --port 8080
+    python web_server.py --load_from out/768_vlm_sft.pth --port 8080
+    python web_server.py --load_from model/minimind-v-v1      # v1's own weights
 """
 import argparse
 import html
@@ -90,7 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     fromfile_prefix_chars="@", allow_abbrev=False)
     add = parser.add_argument
-    add("--load", type=Path, help="weight file (default: the best in --out_dir)")
+    add("--load_from", "--load", type=Path, metavar="PATH",
+        help="weight file (also v1's own) or Hugging Face folder (default: the best file in --out_dir)")
     add("--out_dir", default="out", help="folder to look for weights in (default: %(default)s)")
     add("--dim", type=int, default=0, help="look only for weights of this width (0 = any)")
     add("--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})")
@@ -115,7 +118,7 @@ def find_weights(out_dir: str | Path, dim: int = 0) -> Path:
         if found:
             return max(found, key=lambda path: path.stat().st_mtime)
     raise FileNotFoundError(f"no *_vlm_*.pth in {out_dir}: train them (README, 'Stages'), download them "
-                            "(README, 'Weights'), or name a file with --load")
+                            "(README, 'Weights'), or name a file with --load_from")
 
 
 # ---- a conversation: [{"role": "user" or "assistant", "content": [{"path": picture}, ..., text]}, ...] -----
@@ -309,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     Sampling(args.temperature, max_new_tokens=args.max_new_tokens)      # complains now
-    weights = args.load or find_weights(args.out_dir, args.dim)
+    weights = args.load_from or find_weights(args.out_dir, args.dim)
     chat = load_chat(weights, args.tokenizer_path, args.clip_path, device, choose_dtype(args.dtype, device))
     print(chat.report, flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -65,22 +65,30 @@ class Chat:
 def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
               clip_path: str | Path | None = None, device: torch.device | str = "cpu",
               dtype: torch.dtype = torch.float32, batch_size: int = 1) -> Chat:
-    """Load a weight file with its tokenizer and CLIP, laid out for about batch_size conversations at once.
+    """Load a weight file or a Hugging Face folder with its tokenizer and CLIP, laid out for about batch_size
+    conversations at once.
 
-    Paths that are None are taken from the .json beside the weights (what they were trained with), else v1's
-    places. Raises FileNotFoundError or ValueError, naming the file and the cure.
+    Paths that are None are taken from the .json beside the weights (what they were trained with) or are the
+    folder itself (if it holds a tokenizer), else v1's places. Raises FileNotFoundError or ValueError, naming
+    the file and the cure.
     """
     cure = "train it (README, 'Stages') or download it (README, 'Weights')"
     config, description = config_of(weights, read_state_dict(weights, cure)), read_description(weights)
     if not config.vision_dim:
-        raise ValueError(f"{weights} is a language model without a vision projection: "
+        raise ValueError(f"{weights} is a language model without a vision projection, so it cannot see: "
                          "train it with 1-pretrain_vlm.py first")
-    tokenizer = load_tokenizer(tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH))
+    tokenizer_path = tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH)
+    tokenizer = load_tokenizer(tokenizer_path)
     clip_path = clip_path or description.get("clip_path", CLIP_PATH)
     # On the meta device the model costs nothing; the decoder's layout is then the only copy of its weights.
     with torch.device("meta"):
         model = Transformer(config)
     report = load_weights(model, weights, cure=cure)
+    report.details += [f"{config.dim} wide, {config.n_layers} layers, {config.n_heads} heads "
+                       f"({config.n_kv_heads} key/value), {config.vocab_size} tokens, "
+                       f"context {config.max_seq_len}; projection from {config.vision_dim}"
+                       f"{' with a bias' if config.vision_proj_bias else ''}",
+                       f"tokenizer {tokenizer_path}, CLIP {clip_path}"]
     decoder = Decoder(model.to(device, dtype), batch_size)
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)

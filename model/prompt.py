@@ -45,7 +45,8 @@ def load_tokenizer(path: str | Path):
     if not (path / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"no tokenizer at {path}: {TOKENIZER_CURE}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # Said, not left out: transformers would ask at the terminal whether to run the code of a folder.
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:      # a broken tokenizer.json surfaces as any of half a dozen types
         raise ValueError(f"cannot read the tokenizer at {path} ({type(error).__name__}: {error}); "
                          f"{TOKENIZER_CURE}") from None

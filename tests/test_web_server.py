@@ -67,8 +67,9 @@ def server(pictures, tokenizer, tokenizer_path, clip_path):
     environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "")
     process = subprocess.Popen(
-        [sys.executable, "web_server.py", "--load", str(weights), "--image_dir", str(pictures / "examples"),
-         "--port", str(free_port()), "--device", "cpu", "--max_new_tokens", "40"],
+        [sys.executable, "web_server.py", "--load_from", str(weights),
+         "--image_dir", str(pictures / "examples"), "--port", str(free_port()),
+         "--device", "cpu", "--max_new_tokens", "40"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         yield re.search(r"http://127\.0\.0\.1:\d+", read_until(process, r"http://\S+  \(")).group()
