@@ -25,7 +25,7 @@ from model.dataset import image_names
 from model.device import choose_dtype
 from model.generate import Sampling
 from model.LMConfig import LMConfig
-from model.prompt import put_marks
+from model.prompt import Round, put_marks
 from model.rows import Rows
 from model.vision_utils import open_image
 from trainer.args import Parser, add_model_flags, check_args, clean_exit
@@ -52,6 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="what to ask about each (default: %(default)s)")
     group.add_argument("--chat", type=Path, metavar="PICTURE",
                        help="ask questions about one picture, typed line by line")
+    group.add_argument("--max_rounds", type=int, default=0,
+                       help="rounds of a chat that the model sees, the question included "
+                            "(0 = all that fit its context, 1 = each question stands alone)")
     group.add_argument("--questions", type=Path, nargs="+", metavar="FILE",
                        help='score question files: rows of {"image", "question", "answer", "kind"}, '
                             "pictures beside the file")
@@ -91,7 +94,7 @@ def describe_folder(run: Run, args: argparse.Namespace, chat: Chat) -> None:
     if run.world_size == 1:
         for position, picture in enumerate(pictures):
             print(f"\n[{picture}] {args.prompt}")
-            stream_answer(chat, picture, args.prompt, make_sampling(args, position))
+            stream_answer(chat, ask(args.prompt), [picture], make_sampling(args, position))
         return
     mine = {position: "".join(chat.stream(ask(args.prompt), [open_image(pictures[position])],
                                           make_sampling(args, position)))
@@ -100,10 +103,14 @@ def describe_folder(run: Run, args: argparse.Namespace, chat: Chat) -> None:
         print(f"\n[{pictures[position]}] {args.prompt}\n{answer}")
 
 
-def stream_answer(chat: Chat, picture: Path, prompt: str, sampling: Sampling) -> None:
-    for text in chat.stream(ask(prompt), [open_image(picture)], sampling):
+def stream_answer(chat: Chat, turns: list[dict], pictures: list[Path], sampling: Sampling) -> str:
+    """Print an answer as it is made; returns it."""
+    answer = ""
+    for text in chat.stream(turns, [open_image(picture) for picture in pictures], sampling):
         print(text, end="", flush=True)
+        answer += text
     print()
+    return answer
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -127,8 +134,11 @@ def chat_about(run: Run, args: argparse.Namespace, chat: Chat) -> None:
         raise ValueError("--chat reads the terminal: start it with plain python, in one process")
     open_image(args.chat)       # complain before the first question, not after it
     print(f"Ask about {args.chat}; an empty line ends the chat.")
+    rounds: list[Round] = []
     while question := read_line():
-        stream_answer(chat, args.chat, question, make_sampling(args))
+        rounds.append(Round(question, [] if rounds else [args.chat]))
+        turns, pictures = chat.recall(rounds, args.max_new_tokens, args.max_rounds)
+        rounds[-1].answer = stream_answer(chat, turns, pictures, make_sampling(args))
 
 
 def read_line() -> str:

@@ -16,7 +16,7 @@ from model.checkpoint import LoadReport, config_of, load_weights, read_descripti
 from model.decode import Decoder, pack_linears
 from model.generate import Sampling, TextStreamer, generate
 from model.model import Transformer
-from model.prompt import Prompt, load_tokenizer, render_conversation
+from model.prompt import Prompt, Round, load_tokenizer, recent_turns, render_conversation
 from model.vision_utils import get_img_embedding, get_img_process, get_vision_model, num_image_tokens
 
 TOKENIZER_PATH = "model/minimind_tokenizer"
@@ -49,6 +49,14 @@ class Chat:
         for token, in ids:
             yield streamer.push(token)
         yield streamer.finish()
+
+    def recall(self, rounds: list[Round], max_new_tokens: int,
+               max_rounds: int = 0) -> tuple[list[dict], list]:
+        """What stream() is to be given for the last question of a chat: recent_turns() that leave room for an
+        answer of max_new_tokens, or for half a context of answer."""
+        context = self.decoder.config.max_seq_len
+        limit = context - min(max_new_tokens, context // 2)
+        return recent_turns(rounds, lambda turns: len(self.render(turns).input_ids) <= limit, max_rounds)
 
     def answer_batch(self, conversations: list[list[dict]], image_features: Tensor,
                      sampling: Sampling | None = None) -> list[str]:
