@@ -198,18 +198,21 @@ def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
-    """The sizes that a state dict's names and shapes reveal; the number of heads is not among them."""
+    """The sizes that a state dict's names and shapes reveal; the number of heads is not among them, nor how
+    many experts a token chooses."""
     sizes = {"n_layers": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")),
                                  default=-1)}
     if "tok_embeddings.weight" in state:
         sizes["vocab_size"], sizes["dim"] = state["tok_embeddings.weight"].shape
     feed_forward = "layers.0.feed_forward."
-    if experts := {name.split(".")[4] for name in state if name.startswith(f"{feed_forward}experts.")}:
-        sizes |= {"use_moe": True, "n_routed_experts": len(experts),
+    num_experts = sum(bool(re.fullmatch(rf"{re.escape(feed_forward)}experts\.\d+\.w1\.weight", name))
+                      for name in state)
+    if num_experts:
+        sizes |= {"use_moe": True, "n_routed_experts": num_experts,
                   "n_shared_experts": int(f"{feed_forward}shared_experts.w1.weight" in state)}
-    for w1 in (f"{feed_forward}w1.weight", f"{feed_forward}experts.0.w1.weight"):
-        if w1 in state:
-            sizes["hidden_dim"] = state[w1].shape[0]
+        feed_forward += "experts.0."
+    if f"{feed_forward}w1.weight" in state:
+        sizes["hidden_dim"] = state[f"{feed_forward}w1.weight"].shape[0]
     if "vision_proj.weight" in state:
         sizes["vision_dim"] = state["vision_proj.weight"].shape[1]
     return sizes
