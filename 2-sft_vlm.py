@@ -14,6 +14,7 @@ trains   the projection and the language model; CLIP stays frozen
 """
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 from model.dataset import SFT, SFT_MULTI
 from trainer.args import Parser, add_model_flags, add_training_flags, check_args, clean_exit, true_or_false
@@ -22,7 +23,8 @@ from trainer.loop import train_stage
 
 ONE_IMAGE = {"data_path": "dataset/LLaVA-Instruct/llava_instruct_230k.json",
              "image_dir": "dataset/sft_images"}
-MULTI = {"data_path": "dataset/sft_multi_images/output.json", "image_dir": "dataset/sft_multi_images"}
+MULTI = {"data_path": "dataset/sft_multi_images/output.json", "image_dir": "dataset/sft_multi_images",
+         "max_rounds": SFT_MULTI.max_rounds or 0}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,6 +32,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--multi", type=true_or_false, nargs="?", const=True, default=False,
                         metavar="True|False",
                         help="tune on rows of several pictures, starting from the one-picture weights")
+    parser.add_argument("--max_rounds", type=int, default=SFT.max_rounds or 0,
+                        help="rounds of a conversation to learn from, every answer of them "
+                             "(0 = all; default: 1, as v1; with --multi 0)")
     add_model_flags(parser)
     add_training_flags(parser, **ONE_IMAGE, learning_rate=1e-6)
     if parser.parse_args(argv).multi:
@@ -40,11 +45,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None, do: Callable = train_stage) -> None:
     """do: what becomes of the stage; trainer.check looks at it instead of training."""
     args = parse_args(argv)
+    spec = replace(SFT_MULTI if args.multi else SFT, max_rounds=args.max_rounds or None)
     with start_run(args.device, args.timeout) as run:
         if args.multi:
-            do(run, args, SFT_MULTI, weights_in="vlm_sft", weights_out="vlm_sft_multi")
+            do(run, args, spec, weights_in="vlm_sft", weights_out="vlm_sft_multi")
         else:
-            do(run, args, SFT, weights_in="vlm_pretrain", weights_out="vlm_sft")
+            do(run, args, spec, weights_in="vlm_pretrain", weights_out="vlm_sft")
 
 
 if __name__ == "__main__":

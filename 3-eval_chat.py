@@ -1,11 +1,12 @@
 """Look at what was learnt: describe pictures, chat in the terminal, or score questions with known answers.
 
-reads    out/512_vlm_sft.pth (or --stage, or --load FILE), pictures, question files
+reads    out/512_vlm_sft.pth (or --stage, or --load_from FILE or FOLDER), pictures, question files
 writes   --report FILE: accuracies as JSON, and every answer beside it (.answers.jsonl)
 
     python 3-eval_chat.py                                        # describe dataset/eval_images/*
     python 3-eval_chat.py --image_dir my_pictures --prompt "What is this?"
     python 3-eval_chat.py --chat my_pictures/cat.jpg             # ask about one picture, as often as you like
+    python 3-eval_chat.py --load_from model/minimind-v-v1        # v1's own weights
     python 3-eval_chat.py @dataset/demo/eval.args --questions dataset/demo/questions_unseen.jsonl \\
         --control real blank
     torchrun --standalone --nproc_per_node 2 3-eval_chat.py      # the same answers, shared out over processes
@@ -24,7 +25,7 @@ from model.dataset import image_names
 from model.device import choose_dtype
 from model.generate import Sampling
 from model.LMConfig import LMConfig
-from model.prompt import put_marks
+from model.prompt import Round, put_marks
 from model.rows import Rows
 from model.vision_utils import open_image
 from trainer.args import Parser, add_model_flags, check_args, clean_exit
@@ -41,7 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("what to load")
     group.add_argument("--stage", default="vlm_sft", choices=STAGES[1:],
                        help="weights of this stage in --out_dir")
-    group.add_argument("--load", type=Path, help="weight file, instead of --out_dir, --dim and --stage")
+    group.add_argument("--load_from", "--load", type=Path, metavar="PATH",
+                       help="weight file (also v1's own) or Hugging Face folder, "
+                            "instead of --out_dir, --dim and --stage")
     group = parser.add_argument_group("what to do")
     group.add_argument("--image_dir", type=Path, default=Path("dataset/eval_images"),
                        help="describe all pictures in it")
@@ -49,6 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="what to ask about each (default: %(default)s)")
     group.add_argument("--chat", type=Path, metavar="PICTURE",
                        help="ask questions about one picture, typed line by line")
+    group.add_argument("--max_rounds", type=int, default=0,
+                       help="rounds of a chat that the model sees, the question included "
+                            "(0 = all that fit its context, 1 = each question stands alone)")
     group.add_argument("--questions", type=Path, nargs="+", metavar="FILE",
                        help='score question files: rows of {"image", "question", "answer", "kind"}, '
                             "pictures beside the file")
@@ -88,7 +94,7 @@ def describe_folder(run: Run, args: argparse.Namespace, chat: Chat) -> None:
     if run.world_size == 1:
         for position, picture in enumerate(pictures):
             print(f"\n[{picture}] {args.prompt}")
-            stream_answer(chat, picture, args.prompt, make_sampling(args, position))
+            stream_answer(chat, ask(args.prompt), [picture], make_sampling(args, position))
         return
     mine = {position: "".join(chat.stream(ask(args.prompt), [open_image(pictures[position])],
                                           make_sampling(args, position)))
@@ -97,10 +103,14 @@ def describe_folder(run: Run, args: argparse.Namespace, chat: Chat) -> None:
         print(f"\n[{pictures[position]}] {args.prompt}\n{answer}")
 
 
-def stream_answer(chat: Chat, picture: Path, prompt: str, sampling: Sampling) -> None:
-    for text in chat.stream(ask(prompt), [open_image(picture)], sampling):
+def stream_answer(chat: Chat, turns: list[dict], pictures: list[Path], sampling: Sampling) -> str:
+    """Print an answer as it is made; returns it."""
+    answer = ""
+    for text in chat.stream(turns, [open_image(picture) for picture in pictures], sampling):
         print(text, end="", flush=True)
+        answer += text
     print()
+    return answer
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -124,8 +134,11 @@ def chat_about(run: Run, args: argparse.Namespace, chat: Chat) -> None:
         raise ValueError("--chat reads the terminal: start it with plain python, in one process")
     open_image(args.chat)       # complain before the first question, not after it
     print(f"Ask about {args.chat}; an empty line ends the chat.")
+    rounds: list[Round] = []
     while question := read_line():
-        stream_answer(chat, args.chat, question, make_sampling(args))
+        rounds.append(Round(question, [] if rounds else [args.chat]))
+        turns, pictures = chat.recall(rounds, args.max_new_tokens, args.max_rounds)
+        rounds[-1].answer = stream_answer(chat, turns, pictures, make_sampling(args))
 
 
 def read_line() -> str:
@@ -235,7 +248,8 @@ def find_weights(args: argparse.Namespace) -> Path:
     weights = weights_path(args.out_dir, LMConfig(dim=args.dim), args.stage)
     others = ", ".join(sorted(path.name for path in weights.parent.glob("*_vlm_*.pth")))
     if not weights.is_file() and others:
-        raise FileNotFoundError(f"{weights} not found, but {others}: choose by --dim and --stage, or --load")
+        raise FileNotFoundError(f"{weights} not found, but {others}: "
+                                "choose by --dim and --stage, or --load_from")
     return weights
 
 
@@ -243,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     make_sampling(args)         # wrong settings are told before anything is loaded
     with start_run(args.device) as run:
-        weights = args.load or find_weights(args)
+        weights = args.load_from or find_weights(args)
         chat = load_chat(weights, args.tokenizer_path, args.clip_path, run.device,
                          choose_dtype(args.dtype, run.device), args.batch_size if args.questions else 1)
         run.print(str(chat.report))

@@ -1,14 +1,16 @@
 """The chat behind a web page: a picture, a question, a streaming answer.
 
-reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth; --load
-         names others), the tokenizer and CLIP that the .json beside them names, and example pictures
+reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth;
+         --load_from names others), the tokenizer and CLIP that the .json beside them names, and
+         example pictures
 serves   http://127.0.0.1:7860, to this computer alone (--host can name another address, with a warning);
          needs no network
 keeps    nothing: what a visitor sends is seen by that visitor only, and deleted after a day or at the end
 
     python web_server.py
     python web_server.py @dataset/demo/eval.args              # the demo world, on any laptop
-    python web_server.py --load out/768_vlm_sft.pth --port 8080
+    python web_server.py --load_from out/768_vlm_sft.pth --port 8080
+    python web_server.py --load_from model/minimind-v-v1      # v1's own weights
 """
 import argparse
 import html
@@ -26,7 +28,7 @@ import gradio as gr
 from model.chat import CLIP_PATH, TOKENIZER_PATH, Chat, load_chat
 from model.device import DTYPES, choose_device, choose_dtype
 from model.generate import Sampling
-from model.prompt import IMAGE_MARK, put_marks
+from model.prompt import Round
 from model.vision_utils import open_image
 
 DEFAULT_QUESTION = "这个图片描述的是什么内容？"
@@ -36,10 +38,13 @@ BAD_PICTURE = "这个文件不能作为图片读取，请换一张。\nThis file
 NOT_POSSIBLE = "请缩短问题或修改设置。\nShorten the question or change the settings:\n"
 NO_ANSWER = "（模型没有给出回答 / the model gave no answer）"
 HINT = "提问 / Ask about a picture"
+NOTICES = (NO_PICTURE, BAD_PICTURE, NOT_POSSIBLE, NO_ANSWER)        # what the page says, not the model
 WELCOME = """## 看图问答 · Ask about a picture
-用回形针添加图片并提问；不写问题则描述图片。每次只看最近的图片，不记前文。
+用回形针添加图片并提问；不写问题则描述图片。{}
 
-Add a picture with the paper clip and ask. Each question stands alone and is about your latest picture."""
+Add a picture with the paper clip and ask. {}"""
+MEMORY = ("只记得最近几轮和最近的图片。", "The latest rounds and your latest picture are remembered.")
+NO_MEMORY = ("每次只看最近的图片，不记前文。", "Each question stands alone and is about your latest picture.")
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
          "sans-serif"]
 CSS = """
@@ -90,7 +95,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     fromfile_prefix_chars="@", allow_abbrev=False)
     add = parser.add_argument
-    add("--load", type=Path, help="weight file (default: the best in --out_dir)")
+    add("--load_from", "--load", type=Path, metavar="PATH",
+        help="weight file (also v1's own) or Hugging Face folder (default: the best file in --out_dir)")
     add("--out_dir", default="out", help="folder to look for weights in (default: %(default)s)")
     add("--dim", type=int, default=0, help="look only for weights of this width (0 = any)")
     add("--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})")
@@ -102,6 +108,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address of this computer to serve on; any but the default lets "
         "others in, without password or encryption (default: %(default)s)")
     add("--port", type=int, default=7860, help="TCP port (default: %(default)s)")
+    add("--max_rounds", type=int, default=0, help="rounds of a chat that the model sees, the question "
+        "included (0 = all that fit its context, 1 = each question stands alone)")
     add("--max_new_tokens", type=int, default=256, help="longest answer, at first (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="at first; 0 = always the likeliest word")
     add("--seed", type=int, default=0, help="at first; the same seed gives the same answer")
@@ -115,7 +123,7 @@ def find_weights(out_dir: str | Path, dim: int = 0) -> Path:
         if found:
             return max(found, key=lambda path: path.stat().st_mtime)
     raise FileNotFoundError(f"no *_vlm_*.pth in {out_dir}: train them (README, 'Stages'), download them "
-                            "(README, 'Weights'), or name a file with --load")
+                            "(README, 'Weights'), or name a file with --load_from")
 
 
 # ---- a conversation: [{"role": "user" or "assistant", "content": [{"path": picture}, ..., text]}, ...] -----
@@ -127,39 +135,33 @@ def ask(text: str, pictures: list[str], messages: list[dict]) -> list[dict]:
     return [*messages, {"role": "user", "content": content}]
 
 
-def last_question(messages: list[dict]) -> tuple[str, list[str]]:
-    """The text of the last question, and the pictures of the last message that has any.
-
-    The models trained here answer single questions: of earlier rounds only the picture counts.
-    """
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    pictures = [[part["path"] for part in content[:-1]] for content in asked]
-    return asked[-1][-1], next((paths for paths in reversed(pictures) if paths), [])
-
-
-def mark_pictures(text: str, num_pictures: int) -> str:
-    """Put the marks into a typed question. A typed `<image>` is one only if every picture has its own."""
-    if text.count(IMAGE_MARK) != num_pictures:
-        while IMAGE_MARK in text:       # again: "<ima<image>ge>" leaves a new mark behind
-            text = text.replace(IMAGE_MARK, "")
-    return put_marks(text, num_pictures)
+def rounds_of(messages: list[dict]) -> list[Round]:
+    """The conversation as the model may see it: what the page itself said is no answer."""
+    rounds = []
+    for message in messages:
+        *pictures, text = message["content"]
+        if message["role"] == "user":
+            rounds.append(Round(text, [part["path"] for part in pictures]))
+        elif not text.startswith(NOTICES):
+            rounds[-1].answer = text
+    return rounds
 
 
-def reply(chat: Chat, messages: list[dict], settings: dict) -> Iterator[str]:
+def reply(chat: Chat, messages: list[dict], settings: dict, max_rounds: int) -> Iterator[str]:
     """The answer to the last question, growing; or one friendly line about what is missing."""
-    text, paths = last_question(messages)
-    if not paths:
-        yield NO_PICTURE
-        return
-    try:
-        pictures = [open_image(path) for path in paths]
-    except Exception:       # on damaged files the decoders raise anything, struct.error and EOFError included
-        yield BAD_PICTURE
-        return
     answer = ""
     try:
-        turns = [{"from": "human", "value": mark_pictures(text, len(pictures))}]
-        for piece in chat.stream(turns, pictures, Sampling(**settings)):
+        sampling = Sampling(**settings)
+        turns, paths = chat.recall(rounds_of(messages), sampling.max_new_tokens, max_rounds)
+        if not paths:
+            yield NO_PICTURE
+            return
+        try:
+            pictures = [open_image(path) for path in paths]
+        except Exception:       # on damaged files the decoders raise anything, struct.error and EOFError too
+            yield BAD_PICTURE
+            return
+        for piece in chat.stream(turns, pictures, sampling):
             if piece:
                 answer += piece
                 yield answer
@@ -223,22 +225,24 @@ def add_settings(args: argparse.Namespace, max_seq_len: int) -> list[gr.componen
 
 def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks:
     several = weights.stem.endswith("multi")
+    memory = NO_MEMORY if args.max_rounds == 1 else MEMORY
     with gr.Blocks(title="MiniMind-V", delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(describe(chat, weights), elem_id="head")
         chatbot = gr.Chatbot(
-            render_markdown=False, latex_delimiters=[], placeholder=WELCOME, buttons=["copy"], elem_id="chat",
-            show_label=False, allow_file_downloads=False, height="calc(100dvh - 224px)",
-            examples=find_examples(args.image_dir, several))
+            render_markdown=False, latex_delimiters=[], placeholder=WELCOME.format(*memory),
+            buttons=["copy"], elem_id="chat", show_label=False, allow_file_downloads=False,
+            height="calc(100dvh - 224px)", examples=find_examples(args.image_dir, several))
         chatbot.keep_in_cache.update(chatbot.temp_files)        # delete_cache must spare the examples
         box = gr.MultimodalTextbox(
             file_types=["image"], file_count="multiple" if several else "single", placeholder=HINT,
             show_label=False, autofocus=True, max_plain_text_length=100_000, elem_id="box")
         settings = add_settings(args, chat.decoder.config.max_seq_len)
-        connect(chat, chatbot, box, settings)
+        connect(chat, args.max_rounds, chatbot, box, settings)
     return page
 
 
-def connect(chat: Chat, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings: list) -> None:
+def connect(chat: Chat, max_rounds: int, chatbot: gr.Chatbot, box: gr.MultimodalTextbox,
+            settings: list) -> None:
     """What happens when. A visitor's conversation lies in a gr.State: one per visitor, on the server.
 
     Not gr.ChatInterface, and nothing but an example's number is taken back from the browser: a forged
@@ -264,7 +268,7 @@ def connect(chat: Chat, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings
     def answer(messages: list[dict], *values):
         names = [field.name for field in fields(Sampling)]      # a value is None where its box was emptied
         chosen = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-        for text in reply(chat, messages, chosen):
+        for text in reply(chat, messages, chosen, max_rounds):
             grown = [*messages, {"role": "assistant", "content": [text]}]
             yield shown(grown), grown
 
@@ -309,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     Sampling(args.temperature, max_new_tokens=args.max_new_tokens)      # complains now
-    weights = args.load or find_weights(args.out_dir, args.dim)
+    weights = args.load_from or find_weights(args.out_dir, args.dim)
     chat = load_chat(weights, args.tokenizer_path, args.clip_path, device, choose_dtype(args.dtype, device))
     print(chat.report, flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

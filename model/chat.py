@@ -16,7 +16,7 @@ from model.checkpoint import LoadReport, config_of, load_weights, read_descripti
 from model.decode import Decoder, pack_linears
 from model.generate import Sampling, TextStreamer, generate
 from model.model import Transformer
-from model.prompt import Prompt, load_tokenizer, render_conversation
+from model.prompt import Prompt, Round, load_tokenizer, recent_turns, render_conversation
 from model.vision_utils import get_img_embedding, get_img_process, get_vision_model, num_image_tokens
 
 TOKENIZER_PATH = "model/minimind_tokenizer"
@@ -50,6 +50,14 @@ class Chat:
             yield streamer.push(token)
         yield streamer.finish()
 
+    def recall(self, rounds: list[Round], max_new_tokens: int,
+               max_rounds: int = 0) -> tuple[list[dict], list]:
+        """What stream() is to be given for the last question of a chat: recent_turns() that leave room for an
+        answer of max_new_tokens, or for half a context of answer."""
+        context = self.decoder.config.max_seq_len
+        limit = context - min(max_new_tokens, context // 2)
+        return recent_turns(rounds, lambda turns: len(self.render(turns).input_ids) <= limit, max_rounds)
+
     def answer_batch(self, conversations: list[list[dict]], image_features: Tensor,
                      sampling: Sampling | None = None) -> list[str]:
         """The answers to many conversations at once; image_features (M, N, vision_dim) in reading order."""
@@ -65,22 +73,30 @@ class Chat:
 def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
               clip_path: str | Path | None = None, device: torch.device | str = "cpu",
               dtype: torch.dtype = torch.float32, batch_size: int = 1) -> Chat:
-    """Load a weight file with its tokenizer and CLIP, laid out for about batch_size conversations at once.
+    """Load a weight file or a Hugging Face folder with its tokenizer and CLIP, laid out for about batch_size
+    conversations at once.
 
-    Paths that are None are taken from the .json beside the weights (what they were trained with), else v1's
-    places. Raises FileNotFoundError or ValueError, naming the file and the cure.
+    Paths that are None are taken from the .json beside the weights (what they were trained with) or are the
+    folder itself (if it holds a tokenizer), else v1's places. Raises FileNotFoundError or ValueError, naming
+    the file and the cure.
     """
     cure = "train it (README, 'Stages') or download it (README, 'Weights')"
     config, description = config_of(weights, read_state_dict(weights, cure)), read_description(weights)
     if not config.vision_dim:
-        raise ValueError(f"{weights} is a language model without a vision projection: "
+        raise ValueError(f"{weights} is a language model without a vision projection, so it cannot see: "
                          "train it with 1-pretrain_vlm.py first")
-    tokenizer = load_tokenizer(tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH))
+    tokenizer_path = tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH)
+    tokenizer = load_tokenizer(tokenizer_path)
     clip_path = clip_path or description.get("clip_path", CLIP_PATH)
     # On the meta device the model costs nothing; the decoder's layout is then the only copy of its weights.
     with torch.device("meta"):
         model = Transformer(config)
     report = load_weights(model, weights, cure=cure)
+    report.details += [f"{config.dim} wide, {config.n_layers} layers, {config.n_heads} heads "
+                       f"({config.n_kv_heads} key/value), {config.vocab_size} tokens, "
+                       f"context {config.max_seq_len}; projection from {config.vision_dim}"
+                       f"{' with a bias' if config.vision_proj_bias else ''}",
+                       f"tokenizer {tokenizer_path}, CLIP {clip_path}"]
     decoder = Decoder(model.to(device, dtype), batch_size)
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)

@@ -1,21 +1,27 @@
 """Weight files: their names, atomic saving, and loading that never fails in silence.
 
-A file is a plain state dict, as in MiniMind v1; beside it lies a .json that says in words what it holds.
+A file is a plain state dict, as in MiniMind v1; beside it lies a .json that says in words what it holds. A
+Hugging Face folder (config.json, model.safetensors or pytorch_model.bin, tokenizer) is read like one: its
+tensors and sizes, never its code.
 """
 import contextlib
 import json
 import os
 import re
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.LMConfig import LMConfig
 
 STAGES = ("llm", "vlm_pretrain", "vlm_sft", "vlm_sft_multi")
+# Copies of the frozen CLIP that other programs save with the model: CLIP is read from its own folder.
+VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
 
 
 def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:
@@ -94,9 +100,26 @@ def is_finished(path: str | Path) -> bool:
 
 
 def read_description(path: str | Path) -> dict:
-    """What save_weights wrote beside the weights; empty where there is none (v1's own files)."""
-    beside = Path(path).with_suffix(".json")
-    return json.loads(beside.read_text()) if beside.is_file() else {}
+    """What save_weights wrote beside the weights; empty where there is none (v1's own files). Of a Hugging
+    Face folder: the sizes in its config.json, and itself as tokenizer_path if it holds a tokenizer."""
+    path = Path(path)
+    if not path.is_dir():
+        beside = path.with_suffix(".json")
+        return read_json(beside) if beside.is_file() else {}
+    description = {"config": read_json(path / "config.json")} if (path / "config.json").is_file() else {}
+    if (path / "tokenizer_config.json").is_file():
+        description["tokenizer_path"] = str(path)
+    return description
+
+
+def read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:     # not JSON, or not even text
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}: download it again")
+    return values
 
 
 def check_weight_file(path: str | Path, cure: str) -> None:
@@ -119,56 +142,94 @@ def find_substitute(path: str | Path) -> str:
 
 
 def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[str, Tensor]:
-    """Tensors of a .pth file under today's names. Runs no code from the file. Raises FileNotFoundError or
-    ValueError."""
+    """Tensors of a .pth file or a Hugging Face folder under today's names. Runs no code from there. Raises
+    FileNotFoundError or ValueError."""
+    state = {}
+    for file in weight_files(Path(path), cure):
+        state |= read_tensors(file, cure)
+    return rename_v1(state)
+
+
+def weight_files(path: Path, cure: str) -> list[Path]:
+    """The files that hold the tensors: `path` itself, or those of a folder, where they may be in parts."""
+    if not path.is_dir():
+        return [path]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        if (index := path / f"{name}.index.json").is_file():
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not places:
+                raise ValueError(f"{index} names no files in a weight_map: {cure}")
+            # Path.name: an index must not reach outside its folder.
+            return [path / part for part in sorted({Path(str(place)).name for place in places.values()})]
+    raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin: {cure}")
+
+
+def read_tensors(path: Path, cure: str) -> dict[str, Tensor]:
+    """One file, under its own names."""
     check_weight_file(path, cure)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         # Mapped, not read: tensors that are only looked at, or converted one by one, take no memory.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen different types here, all meaning the same to the user
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): {cure}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no plain state dict of tensors: {cure}")
-    return rename_v1(state)
+    return state
 
 
 def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """v1's names to ours: wrapper prefixes off, its nested projection flattened, its buffers (rebuilt here)
-    dropped."""
+    """v1's names to ours: wrappers off (also "model.", which transformers puts in front), its nested
+    projection flattened, its buffers (rebuilt here) dropped."""
     renamed = {}
     for name, tensor in state.items():
-        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name).replace(
+        name = re.sub(r"(?<![^.])(_orig_mod|module|model)\.", "", name).replace(
             "vision_proj.vision_proj.0.", "vision_proj.")
         if name != "pos_cis" and not name.endswith(".mask"):
             renamed[name] = tensor
-    if "tok_embeddings.weight" in renamed:      # tied: some formats store the shared matrix once
-        renamed.setdefault("output.weight", renamed["tok_embeddings.weight"])
+    tied = ("tok_embeddings.weight", "output.weight")
+    for name, other in (tied, tied[::-1]):      # some formats store the shared matrix once, under either name
+        if other in renamed:
+            renamed.setdefault(name, renamed[other])
     return renamed
 
 
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
-    """The sizes that a state dict's shapes reveal; the number of heads is not among them."""
+    """The sizes that a state dict's names and shapes reveal; the number of heads is not among them, nor how
+    many experts a token chooses."""
     sizes = {"n_layers": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")),
                                  default=-1)}
     if "tok_embeddings.weight" in state:
         sizes["vocab_size"], sizes["dim"] = state["tok_embeddings.weight"].shape
-    if "layers.0.feed_forward.w1.weight" in state:
-        sizes["hidden_dim"] = state["layers.0.feed_forward.w1.weight"].shape[0]
+    feed_forward = "layers.0.feed_forward."
+    num_experts = sum(bool(re.fullmatch(rf"{re.escape(feed_forward)}experts\.\d+\.w1\.weight", name))
+                      for name in state)
+    if num_experts:
+        sizes |= {"use_moe": True, "n_routed_experts": num_experts,
+                  "n_shared_experts": int(f"{feed_forward}shared_experts.w1.weight" in state)}
+        feed_forward += "experts.0."
+    if f"{feed_forward}w1.weight" in state:
+        sizes["hidden_dim"] = state[f"{feed_forward}w1.weight"].shape[0]
     if "vision_proj.weight" in state:
         sizes["vision_dim"] = state["vision_proj.weight"].shape[1]
     return sizes
 
 
 def config_of(path: str | Path, state: dict[str, Tensor]) -> LMConfig:
-    """The config of a weight file: from the .json beside it, or from its shapes and v1's number of heads."""
-    described = read_description(path).get("config")
-    if described:
-        return LMConfig.from_dict(described)
-    sizes = {"vision_dim": 0, **sizes_of(state)}
+    """The config of a weight file or folder: from the .json beside it or the config.json in it, else from its
+    shapes and v1's number of heads. What is said nowhere about the projection, the tensors tell."""
+    sizes = sizes_of(state)
     if "dim" not in sizes or not sizes["n_layers"]:
         raise ValueError(f"{path} is not a MiniMind model: "
                          f"its first tensors are {', '.join(list(state)[:3])}")
-    return LMConfig(**sizes, vision_proj_bias="vision_proj.bias" in state)
+    eyes = {"vision_dim": sizes.get("vision_dim", 0), "vision_proj_bias": "vision_proj.bias" in state}
+    try:
+        return LMConfig.from_dict(eyes | (read_description(path).get("config") or sizes))
+    except TypeError:       # a word where a number should be
+        raise ValueError(f"the sizes in the config of {path} are no numbers: download it again") from None
 
 
 @dataclass
@@ -179,17 +240,25 @@ class LoadReport:
     num_loaded: int
     missing: list[str] = field(default_factory=list)      # kept their initial values, as allowed by may_miss
     ignored: list[str] = field(default_factory=list)      # in the file, without a place in the model
+    details: list[str] = field(default_factory=list)      # more lines, about what else was loaded
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.num_loaded} tensors loaded"
         if self.missing:
             text += f"; new, not in the file: {', '.join(self.missing)}"
         if self.ignored:
-            text += f"; in the file, not used: {', '.join(self.ignored)}"
+            text += f"; in the file, not used: {', '.join(summarise(self.ignored))}"
         described = read_description(self.path)
         if described.get("step", 0) < described.get("total_steps", 0):
             text += f"; of an unfinished run (step {described['step']} of {described['total_steps']})"
-        return text
+        return "\n".join([text, *self.details])
+
+
+def summarise(names: list[str]) -> list[str]:
+    """Names of tensors, those of a whole tower as one."""
+    towers = Counter(name.split(".")[0] for name in names if name.startswith(VISION_TOWERS))
+    return [*(name for name in names if not name.startswith(VISION_TOWERS)),
+            *(f"{tower}.* ({count} tensors, a copy of CLIP)" for tower, count in towers.items())]
 
 
 def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, ...] = (),
@@ -199,7 +268,7 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
 
     may_miss    prefixes of parameters that may be absent from the file ("vision_proj." when a language model
                 gains eyes)
-    may_ignore  prefixes of tensors in the file that the model need not have
+    may_ignore  prefixes of tensors in the file that the model need not have, besides VISION_TOWERS
     raises      FileNotFoundError, or ValueError with the first differences and the sizes that would fit
     """
     state, wanted = read_state_dict(path, cure), model.state_dict()
@@ -227,8 +296,8 @@ def check_state_dict(model: nn.Module, path: str | Path, state: dict[str, Tensor
               for name, tensor in wanted.items() if name in state and state[name].shape != tensor.shape]
     bad_missing = [name for name in missing
                    if not name.startswith(tuple([may_miss] if isinstance(may_miss, str) else may_miss))]
-    bad_surplus = [name for name in surplus
-                   if not name.startswith(tuple([may_ignore] if isinstance(may_ignore, str) else may_ignore))]
+    may_ignore = VISION_TOWERS + tuple([may_ignore] if isinstance(may_ignore, str) else may_ignore)
+    bad_surplus = [name for name in surplus if not name.startswith(may_ignore)]
     if bad_missing or bad_surplus or shapes:
         raise ValueError(explain_mismatch(path, state, model, bad_missing, bad_surplus, shapes))
     bad = [name for name in wanted if name in state and not torch.isfinite(state[name]).all()]

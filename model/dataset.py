@@ -108,6 +108,8 @@ class VLMDataset(Dataset):
         self.held: Tensor | None = None
         if spec.max_images and not self.image_dir.is_dir():
             raise FileNotFoundError(f"picture folder not found: {image_dir} (name it with --image_dir)")
+        if tokenizer:       # trainer.check reads rows without one, too
+            check_context(spec, tokenizer, num_image_tokens, max_seq_len)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -199,6 +201,18 @@ class VLMDataset(Dataset):
             return path
         prefixed = path.with_name(self.spec.image_prefix + path.name)
         return prefixed if os.path.exists(prefixed) else path
+
+
+def check_context(spec: DatasetSpec, tokenizer, num_image_tokens: int, max_seq_len: int) -> None:
+    """Raise ValueError if not even a row without words, of as many pictures as the spec allows, has room for
+    an answer."""
+    wordless = [{"from": "human", "value": IMAGE_MARK * spec.max_images}]
+    needed = len(render_conversation(wordless, tokenizer, num_image_tokens).input_ids) + 1
+    if needed > max_seq_len:
+        raise ValueError(f"max_seq_len {max_seq_len} cannot hold {spec.max_images} picture(s) of "
+                         f"{num_image_tokens} tokens each: with an answer of one word that takes {needed}; "
+                         f"raise --max_seq_len to that and the length of the texts, or name an encoder of "
+                         "fewer tokens with --clip_path")
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -6,6 +6,7 @@ template:
 Training, terminal, web page and evaluation all render here, so a prompt cannot drift.
 """
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def load_tokenizer(path: str | Path):
     if not (path / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"no tokenizer at {path}: {TOKENIZER_CURE}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # Said, not left out: transformers would ask at the terminal whether to run the code of a folder.
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:      # a broken tokenizer.json surfaces as any of half a dozen types
         raise ValueError(f"cannot read the tokenizer at {path} ({type(error).__name__}: {error}); "
                          f"{TOKENIZER_CURE}") from None
@@ -121,6 +123,60 @@ def put_marks(text: str, num_images: int) -> str:
     if missing < 0:
         raise ValueError(f"the question marks {text.count(IMAGE_MARK)} image(s) but {num_images} were given")
     return f"{IMAGE_MARK}\n" * missing + text
+
+
+def mark_pictures(text: str, num_images: int) -> str:
+    """Put the marks into a typed question. A typed `<image>` is one only if every picture has its own."""
+    if text.count(IMAGE_MARK) != num_images:
+        while IMAGE_MARK in text:       # again: "<ima<image>ge>" leaves a new mark behind
+            text = text.replace(IMAGE_MARK, "")
+    return put_marks(text, num_images)
+
+
+@dataclass
+class Round:
+    """One round of a chat: the question as typed, the pictures shown with it (files or pictures), the answer
+    ("" if there is none, or none yet)."""
+
+    question: str
+    images: list = field(default_factory=list)
+    answer: str = ""
+
+
+def recent_turns(rounds: list[Round], fits: Callable[[list[dict]], bool],
+                 max_rounds: int = 0) -> tuple[list[dict], list]:
+    """What of a chat the model is shown: the newest rounds, as many as fit; if none do, the question alone.
+
+    rounds      the last one asks; others without an answer are left out
+    fits        may a prompt be made of these turns?
+    max_rounds  the most to show, the question included (0 = all that fit)
+    returns     turns for render_conversation(), and the images of their marks in reading order
+
+    A question without pictures is about those shown last. So they stay when their round goes: their marks
+    then stand in front of the oldest question shown.
+    """
+    kept, in_view, new = [], [], []
+    for asked in rounds:
+        if asked.images:
+            in_view = new = asked.images
+        if asked.answer or asked is rounds[-1]:
+            kept.append((asked, in_view, new))
+            new = []
+
+    def join(start: int) -> tuple[list[dict], list]:
+        turns, images = [], []
+        for number, (asked, in_view, new) in enumerate(kept[start:]):
+            seen = new if number else in_view
+            images += seen
+            turns.append({"from": "human", "value": mark_pictures(asked.question, len(seen))})
+            turns.append({"from": "gpt", "value": asked.answer})
+        return turns[:-1], images
+
+    start = len(kept) - 1
+    oldest = max(0, len(kept) - max_rounds) if max_rounds else 0
+    while start > oldest and fits(join(start - 1)[0]):      # an older round never makes a prompt shorter
+        start -= 1
+    return join(start)
 
 
 def check_length(prompt: Prompt, max_seq_len: int) -> int:

@@ -1,6 +1,8 @@
 """From a picture file to CLIP features: decode, RGB, squash to 224 x 224, the frozen vision tower.
 
-Letters: M images, N tokens per image (50), V CLIP width (768), S side in pixels (224).
+Any CLIP vision tower in the format of transformers will do, or a SigLIP one: sizes follow from its config.
+
+Letters: M images, N tokens per image (50), V CLIP width (768), S side in pixels (224), for ViT-B/32.
 """
 import contextlib
 import json
@@ -13,13 +15,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
-from model.checkpoint import check_weight_file, find_substitute
+from model.checkpoint import check_weight_file, find_substitute, read_json
 
 CLIP_CURE = ("download it with: hf download openai/clip-vit-base-patch32 config.json "
              "preprocessor_config.json pytorch_model.bin --local-dir model/clip_model/clip-vit-base-patch32")
+# model_type in config.json -> the class that reads it, and what of its config is set: SigLIP's pooling head,
+# which makes one vector of a picture, is not used here.
+ENCODERS = {"clip": (CLIPVisionModel, {}), "siglip": (SiglipVisionModel, {"vision_use_head": False})}
+UNUSED_WEIGHTS = ("text_", "visual_projection", "logit_", "head.", "vision_model.head.")
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -34,28 +40,32 @@ class ImageProcessor:
     jpeg_draft: bool = False        # decode large JPEGs at a half, quarter or eighth of their size: faster
 
 
-def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel, ImageProcessor]:
-    """Load the vision tower of a CLIP folder in the format of openai/clip-vit-base-patch32, frozen, in fp32.
+def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel | SiglipVisionModel, ImageProcessor]:
+    """Load the vision tower of a folder in the format of openai/clip-vit-base-patch32, frozen, in fp32.
 
-    The folder may hold the whole CLIP (its text tower is skipped) or the vision tower alone,
+    The folder may hold the whole CLIP or SigLIP (its text tower is skipped) or the vision tower alone,
     as pytorch_model.bin or model.safetensors.
     Raises FileNotFoundError or ValueError, naming the file and the cure.
     """
     path = Path(path)
     check_clip_folder(path)
+    kind = str(read_json(path / "config.json").get("model_type", "clip"))
+    if kind.removesuffix("_vision_model") not in ENCODERS:
+        raise ValueError(f"{path} holds a model of type {kind}, but pictures are encoded by "
+                         f"{' or '.join(ENCODERS)}: {CLIP_CURE}, or name yours with --clip_path")
+    encoder, settings = ENCODERS[kind.removesuffix("_vision_model")]
     with quiet_transformers():
         # The stock class under its own name: a subclass would match no key and keep random weights.
         # dtype: otherwise the checkpoint's own type decides. local_files_only: never wait for a network.
         try:
-            vision_model, report = CLIPVisionModel.from_pretrained(
-                path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+            vision_model, report = encoder.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **settings)
         except Exception as error:      # half a dozen types, all meaning the same to the user
             raise ValueError(f"cannot read the CLIP at {path} ({type(error).__name__}: {error}); "
                              f"{CLIP_CURE}") from None
     missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
     foreign = [name for name in report["unexpected_keys"]
-               if not name.startswith(("text_", "visual_projection", "logit_scale"))
-               and "position_ids" not in name]
+               if not name.startswith(UNUSED_WEIGHTS) and "position_ids" not in name]
     if missing or foreign:
         raise ValueError(f"{path} does not fit its own config.json: {len(missing)} weights missing "
                          f"({', '.join(sorted(missing)[:3])}), {len(foreign)} unknown; {CLIP_CURE}")
@@ -102,9 +112,11 @@ def read_image_processor(path: Path, size: int) -> ImageProcessor:
                             f"{CLIP_CURE}")
 
 
-def num_image_tokens(vision_model: CLIPVisionModel) -> int:
-    """Tokens per image: one per patch and the class token; 7 * 7 + 1 = 50 for ViT-B/32."""
-    return (vision_model.config.image_size // vision_model.config.patch_size) ** 2 + 1
+def num_image_tokens(vision_model: CLIPVisionModel | SiglipVisionModel) -> int:
+    """Tokens per image: one per patch, and CLIP's class token, which SigLIP lacks; 7 * 7 + 1 = 50 for
+    ViT-B/32."""
+    config = vision_model.config
+    return (config.image_size // config.patch_size) ** 2 + isinstance(vision_model, CLIPVisionModel)
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -188,12 +200,12 @@ def load_pixels(path: str | Path, image_processor: ImageProcessor) -> Tensor:
 
 
 @torch.no_grad()
-def get_img_embedding(pixel_values: Tensor, vision_model: CLIPVisionModel) -> Tensor:
-    """Encode images with the frozen CLIP tower, all in one call, in the tower's own dtype.
+def get_img_embedding(pixel_values: Tensor, vision_model: CLIPVisionModel | SiglipVisionModel) -> Tensor:
+    """Encode images with the frozen vision tower, all in one call, in the tower's own dtype.
 
     pixel_values  (M, 3, S, S) float32, from get_img_process; M may be 0
-    returns       (M, N, V): the class token and the patch tokens, before CLIP's final layer norm, because v1
-                  took them there
+    returns       (M, N, V): of CLIP the class token and the patch tokens, before its final layer norm,
+                  because v1 took them there; of SigLIP the patch tokens
     """
     if not len(pixel_values):
         config = vision_model.config

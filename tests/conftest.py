@@ -94,6 +94,35 @@ def lively(model) -> Transformer:
     return model.requires_grad_(False)
 
 
+def v1_state_dict(config: LMConfig, bias: bool = False, experts: int = 0) -> dict[str, torch.Tensor]:
+    """A state dict as MiniMind-V v1 saved it: its key names, its buffers, its nested projection; with
+    experts, and one more that is shared."""
+    def matrix(*shape):
+        return 0.2 * torch.randn(shape)
+
+    dim, hidden, kv_dim = config.dim, config.hidden_dim, config.n_kv_heads * config.head_dim
+    state = {"tok_embeddings.weight": matrix(config.vocab_size, dim), "norm.weight": 1 + matrix(dim),
+             "pos_cis": torch.randn(config.max_seq_len, config.head_dim // 2, dtype=torch.complex64),
+             "vision_proj.vision_proj.0.weight": matrix(dim, config.vision_dim)}
+    state["output.weight"] = state["tok_embeddings.weight"]
+    if bias:
+        state["vision_proj.vision_proj.0.bias"] = matrix(dim)
+    for n in range(config.n_layers):
+        block = {f"{name}.weight": 1 + matrix(dim) for name in ("attention_norm", "ffn_norm")}
+        block |= {f"attention.{name}.weight": matrix(width, dim)
+                  for name, width in (("wq", dim), ("wk", kv_dim), ("wv", kv_dim), ("wo", dim))}
+        parts = [f"experts.{number}." for number in range(experts)] + ["shared_experts."] if experts else [""]
+        for part in parts:
+            block |= {f"feed_forward.{part}w1.weight": matrix(hidden, dim),
+                      f"feed_forward.{part}w2.weight": matrix(dim, hidden),
+                      f"feed_forward.{part}w3.weight": matrix(hidden, dim)}
+        if experts:
+            block["feed_forward.gate.weight"] = matrix(experts, dim)
+        state |= {f"layers.{n}.{name}": tensor for name, tensor in block.items()}
+        state[f"layers.{n}.attention.mask"] = torch.zeros(1, 1, 8, 8)
+    return state
+
+
 @pytest.fixture
 def workplace(tmp_path, tokenizer, tokenizer_path, clip_path) -> Path:
     """A folder from which the numbered scripts can run: out/32_llm.pth, data.json, pictures, and a recipe

@@ -83,7 +83,7 @@ def wrong_rows(workplace, text):
      ["no CLIP folder at nowhere", "hf download openai/clip-vit-base-patch32"]),
     (lambda w: None, ["--tokenizer_path=nowhere"], ["no tokenizer at nowhere", "--tokenizer_path"]),
     (lambda w: None, ["--max_seq_len=64"], ["row", "max_seq_len 64"]),
-    (lambda w: None, ["--max_seq_len=40"], ["row", "would be cut at max_seq_len 40"]),
+    (lambda w: None, ["--max_seq_len=40"], ["max_seq_len 40 cannot hold 1 picture(s) of 50 tokens each"]),
     (damage_weights, [], ["32_llm.pth is a git-lfs pointer"]),
     (other_size, [], ["tok_embeddings.weight (581, 64) in the file", "--dim 64", "--n_layers 3"]),
     (lambda w: (w / "out" / "32_llm.pth").unlink(), [], ["32_llm.pth not found", "README"]),

@@ -156,7 +156,7 @@ def break_clip(place):
     (remove_picture, [], ["row 3 (id 2)", "picture not found", "2.png", "--on_bad_sample skip"]),
     (break_picture, [], ["row 3 (id 2)", "cannot read picture", "2.png"]),
     (break_row, [], ["row 7 (id 6)", 'no "conversations"']),
-    (lambda w: None, ["--max_seq_len=40"], ["would be cut at max_seq_len 40"]),
+    (lambda w: None, ["--max_seq_len=40"], ["max_seq_len 40 cannot hold 1 picture(s)"]),
     (break_tokenizer, [], ['gives "<" and ">" the ids', "--tokenizer_path"]),
     (lambda w: None, ["--tokenizer_path=nowhere"], ["no tokenizer at nowhere", "--tokenizer_path"]),
     (lambda w: None, ["--clip_path=nowhere"], ["no CLIP folder at nowhere", "hf download"]),

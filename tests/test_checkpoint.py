@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SIZES
+from conftest import ROOT, SIZES, v1_state_dict
 
 from model.checkpoint import (
     atomic_write,
@@ -27,28 +27,6 @@ def perturbed(model: Transformer) -> Transformer:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
     return model
-
-
-def v1_state_dict(config: LMConfig, bias: bool = False) -> dict[str, torch.Tensor]:
-    """A state dict as MiniMind-V v1 saved it: its key names, its buffers, its nested projection."""
-    state = {"tok_embeddings.weight": torch.randn(config.vocab_size, config.dim),
-             "norm.weight": torch.randn(config.dim),
-             "pos_cis": torch.randn(config.max_seq_len, config.head_dim // 2, dtype=torch.complex64),
-             "vision_proj.vision_proj.0.weight": torch.randn(config.dim, config.vision_dim)}
-    state["output.weight"] = state["tok_embeddings.weight"]
-    if bias:
-        state["vision_proj.vision_proj.0.bias"] = torch.randn(config.dim)
-    kv_dim = config.n_kv_heads * config.head_dim
-    for n in range(config.n_layers):
-        shapes = {"attention.wq": (config.dim, config.dim), "attention.wk": (kv_dim, config.dim),
-                  "attention.wv": (kv_dim, config.dim), "attention.wo": (config.dim, config.dim),
-                  "attention_norm": (config.dim,), "ffn_norm": (config.dim,),
-                  "feed_forward.w1": (config.hidden_dim, config.dim),
-                  "feed_forward.w2": (config.dim, config.hidden_dim),
-                  "feed_forward.w3": (config.hidden_dim, config.dim)}
-        state |= {f"layers.{n}.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
-        state[f"layers.{n}.attention.mask"] = torch.zeros(1, 1, 8, 8)
-    return state
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])

@@ -17,10 +17,15 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SIZES, check_refused, run_script, save_picture
+from test_structure import load_script
 
+from model.chat import load_chat
 from model.checkpoint import save_weights
+from model.generate import Sampling
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.prompt import Round
+from model.vision_utils import open_image
 
 TYPED = 'Describe <b>this</b> <s>picture</s>.\n  <<< <image> &lt; <!-- x --> <img src=x onerror=alert(1)> "\''
 QUESTION = "图形是什么颜色？"
@@ -67,8 +72,9 @@ def server(pictures, tokenizer, tokenizer_path, clip_path):
     environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "")
     process = subprocess.Popen(
-        [sys.executable, "web_server.py", "--load", str(weights), "--image_dir", str(pictures / "examples"),
-         "--port", str(free_port()), "--device", "cpu", "--max_new_tokens", "40"],
+        [sys.executable, "web_server.py", "--load_from", str(weights),
+         "--image_dir", str(pictures / "examples"), "--port", str(free_port()),
+         "--device", "cpu", "--max_new_tokens", "40"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         yield re.search(r"http://127\.0\.0\.1:\d+", read_until(process, r"http://\S+  \(")).group()
@@ -120,8 +126,13 @@ def test_an_answer_streams_and_every_visitor_has_a_picture_of_his_own(visitor, p
 
     other = texts(put(second, QUESTION, pictures / "first.png")[-1], "assistant")
     assert other != answers[-1:], "the answer does not depend on the picture"
-    again = texts(put(first, QUESTION)[-1], "assistant")        # his own picture still, not the latest one
-    assert again == answers[-1:] * 2
+    again = texts(put(first, QUESTION)[-1], "assistant")
+    # His own picture still, not the latest one, and what was said about it.
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answers[-1]},
+             {"from": "human", "value": QUESTION}]
+    remembered = load_chat(pictures / "32_vlm_sft.pth").stream(
+        turns, [open_image(pictures / "second.png")], Sampling(max_new_tokens=40))
+    assert again == [answers[-1], "".join(remembered)]
     assert "添加一张图片" in texts(put(third, QUESTION)[-1], "assistant")[0]      # and nobody else's
 
 
@@ -135,6 +146,20 @@ def test_what_is_missing_is_said_kindly(visitor, pictures):
     messages = put(client, "", pictures / "first.png")[-1]      # and the conversation goes on
     assert texts(messages, "user")[-1] == "这个图片描述的是什么内容？"
     assert texts(messages, "assistant")[-1]
+
+
+def test_what_the_page_says_is_no_answer_of_the_model():
+    page = load_script("web_server.py")
+    messages = []
+    for text, files, answer in (("a", [], page.NO_PICTURE), ("b", ["1.png"], "a cat"), ("c", ["2.png"], None),
+                                ("", [], f"{page.NOT_POSSIBLE}too long"), ("d", [], page.NO_ANSWER)):
+        messages = page.ask(text, files, messages)
+        if answer:
+            messages = [*messages, {"role": "assistant", "content": [answer]}]
+    assert page.rounds_of(messages) == [
+        Round("a"), Round("b", ["1.png"], "a cat"), Round("c", ["2.png"]), Round(page.DEFAULT_QUESTION),
+        Round("d")]
+    assert page.parse_args([]).max_rounds == 0
 
 
 def test_html_arrives_as_typed(visitor, pictures):

@@ -309,6 +309,7 @@ def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset:
              "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft", "bucket")
     return {"processes": run.world_size, "total_steps": batches.total_steps, "rows": len(dataset),
             "features": args.feature_dtype if args.feature_cache else None,
+            "max_rounds": dataset.spec.max_rounds,
             "data": dataset.rows.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),
             **{name: getattr(args, name) for name in named},
             **{f"model.{name}": value for name, value in model.config.to_dict().items()}}

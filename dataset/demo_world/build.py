@@ -170,8 +170,10 @@ class World:
                      f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
                      "--num_workers=0", MIXED_STEPS] + ["--multi=True"] * (name == "sft_multi")
             write_recipe(self.folder / f"{name}.args", flags)
+        # Its conversations have one round: a chat with this model asks every question by itself.
         write_recipe(self.folder / "eval.args",
-                     [*model, f"--dim={self.preset.dim}", f"--image_dir={self.folder}/eval_images"])
+                     [*model, f"--dim={self.preset.dim}", f"--image_dir={self.folder}/eval_images",
+                      "--max_rounds=1"])
 
 
 def read_json(path: Path) -> dict:
