@@ -14,6 +14,15 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from model.prompt import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    expand_films,
+    find_marks,
+    frames_that_fit,
+    normalise_turns,
+    render_conversation,
+)
 from model.vision_utils import (
     ImageProcessor,
     check_is_file,
@@ -63,6 +72,27 @@ def find_frames(path: str | Path, max_frames: int = 8, frames_per_second: float 
         count = max(1, min(max_frames, round(length * Fraction(frames_per_second))))
         return [Frame(Path(path), int(length * MICRO * (2 * number + 1) / (2 * count)))
                 for number in range(count)]
+
+
+def lay_out(turns: list[dict], files: list[Path], tokenizer, num_image_tokens: int, max_seq_len: int,
+            max_frames: int, frames_per_second: float) -> tuple[list[list[Path | Frame]], list[dict]]:
+    """What a conversation shows, and how it is rendered.
+
+    files    pictures and films, in the order of their marks
+    returns  for each mark a picture or the frames of a film, and turns with one image mark for each of these;
+             films bring fewer frames where else the prompt would not fit max_seq_len
+    raises   FileNotFoundError or ValueError, naming the film, if one cannot be read
+    """
+    marks = find_marks(normalise_turns(turns))
+    num_films = len(files) - marks.count(IMAGE_MARK)
+    if not num_films:       # "<video>" is then a word like any other
+        return [[path] for path in files], turns
+    shortest = render_conversation(expand_films(turns, [1] * num_films), tokenizer, num_image_tokens)
+    most = frames_that_fit(shortest, num_films, max_seq_len, max_frames)
+    parts = [[path] if mark == IMAGE_MARK else find_frames(path, most, frames_per_second)
+             for path, mark in zip(files, marks, strict=True)]
+    counts = [len(part) for part, mark in zip(parts, marks, strict=True) if mark == VIDEO_MARK]
+    return parts, expand_films(turns, counts)
 
 
 def open_pictures(pictures: Iterable[Path | Frame]) -> Iterator[Image.Image]:

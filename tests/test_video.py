@@ -31,7 +31,8 @@ def greys(images: list[Image.Image]) -> list[int]:
 
 @pytest.mark.parametrize(("name", "codec", "more"), [
     ("a.mp4", "mpeg4", {}), ("a.mkv", "mpeg4", {}), ("a.avi", "mpeg4", {}),
-    ("a.mov", "mjpeg", {"pix_fmt": "yuvj420p"}), ("a.gif", "gif", {"pix_fmt": "rgb8"}), ("a.webm", "libvpx", {}),
+    ("a.mov", "mjpeg", {"pix_fmt": "yuvj420p"}), ("a.gif", "gif", {"pix_fmt": "rgb8"}),
+    ("a.webm", "libvpx", {}),
     ("b.mp4", "libx264", {"options": {"bf": "2"}}),         # frames that are stored out of order
     ("a.ts", "mpeg2video", {}),                             # a clock that does not begin at 0
     ("a.m4v", "mpeg4", {}),                                 # a bare stream: neither times nor length
