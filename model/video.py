@@ -134,8 +134,6 @@ def open_film(path: str | Path) -> Iterator[tuple]:
 
     check_is_file(path, "film")
     try:
-        if not os.path.getsize(path):
-            raise ValueError("the file is empty")
         # "file:", or a name with a colon would be taken for an address.
         with av.open(f"file:{os.fspath(path)}", metadata_errors="replace",
                      options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as container:
@@ -182,7 +180,7 @@ def film_length(container, stream) -> Fraction:
 
 
 def rate_of(stream) -> Fraction:
-    return Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
+    return Fraction(stream.guessed_rate or stream.average_rate or DEFAULT_RATE)
 
 
 def decode_frames(wanted: list[Frame]) -> Iterator[Image.Image]:
