@@ -41,7 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("what to load")
     group.add_argument("--stage", default="vlm_sft", choices=STAGES[1:],
                        help="weights of this stage in --out_dir")
-    group.add_argument("--load", type=Path, help="weight file, instead of --out_dir, --dim and --stage")
+    group.add_argument("--load", type=Path,
+                       help="weight file, instead of --out_dir, --dim, --use_moe and --stage")
     group = parser.add_argument_group("what to do")
     group.add_argument("--image_dir", type=Path, default=Path("dataset/eval_images"),
                        help="describe all pictures in it")
@@ -232,10 +233,11 @@ def report_scores(records: list[dict], report_path: Path | None) -> None:
 
 def find_weights(args: argparse.Namespace) -> Path:
     """The weights that the flags name. Raises FileNotFoundError that lists what is there instead."""
-    weights = weights_path(args.out_dir, LMConfig(dim=args.dim), args.stage)
+    weights = weights_path(args.out_dir, LMConfig(dim=args.dim, use_moe=args.use_moe), args.stage)
     others = ", ".join(sorted(path.name for path in weights.parent.glob("*_vlm_*.pth")))
     if not weights.is_file() and others:
-        raise FileNotFoundError(f"{weights} not found, but {others}: choose by --dim and --stage, or --load")
+        raise FileNotFoundError(f"{weights} not found, but {others}: "
+                                "choose by --dim, --use_moe and --stage, or --load")
     return weights
 
 

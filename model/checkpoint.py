@@ -19,9 +19,9 @@ STAGES = ("llm", "vlm_pretrain", "vlm_sft", "vlm_sft_multi")
 
 
 def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:
-    """Where a stage's weights lie, with v1's names: out/512_vlm_sft.pth."""
+    """Where a stage's weights lie, with v1's names: out/512_vlm_sft.pth, out/512_moe_vlm_sft.pth."""
     assert stage in STAGES, stage
-    return Path(out_dir) / f"{config.dim}_{stage}.pth"
+    return Path(out_dir) / f"{config.dim}{'_moe' if config.use_moe else ''}_{stage}.pth"
 
 
 def atomic_write(path: str | Path, write) -> None:
@@ -147,13 +147,21 @@ def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
-    """The sizes that a state dict's shapes reveal; the number of heads is not among them."""
+    """The sizes that a state dict's names and shapes reveal; the number of heads is not among them, nor how
+    many experts a token chooses."""
     sizes = {"n_layers": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")),
                                  default=-1)}
     if "tok_embeddings.weight" in state:
         sizes["vocab_size"], sizes["dim"] = state["tok_embeddings.weight"].shape
-    if "layers.0.feed_forward.w1.weight" in state:
-        sizes["hidden_dim"] = state["layers.0.feed_forward.w1.weight"].shape[0]
+    feed_forward = "layers.0.feed_forward."
+    num_experts = sum(bool(re.fullmatch(rf"{re.escape(feed_forward)}experts\.\d+\.w1\.weight", name))
+                      for name in state)
+    if num_experts:
+        sizes |= {"use_moe": True, "n_routed_experts": num_experts,
+                  "n_shared_experts": int(f"{feed_forward}shared_experts.w1.weight" in state)}
+        feed_forward += "experts.0."
+    if f"{feed_forward}w1.weight" in state:
+        sizes["hidden_dim"] = state[f"{feed_forward}w1.weight"].shape[0]
     if "vision_proj.weight" in state:
         sizes["vision_dim"] = state["vision_proj.weight"].shape[1]
     return sizes
@@ -243,8 +251,11 @@ def explain_mismatch(path, state, model, missing: list[str], surplus: list[str],
     parts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
              for what, names in (("of other shape", shapes), ("missing", missing), ("unknown", surplus))
              if names]
-    sizes = sizes_of(state)
-    fitting = " ".join(f"--{name} {sizes[name]}" for name in ("dim", "n_layers", "vocab_size")
-                       if sizes.get(name) not in (None, 0, getattr(model.config, name)))
+    sizes = {"use_moe": False, **sizes_of(state)}
+    fitting = " ".join(f"--{name} {sizes[name]}"
+                       for name in ("dim", "n_layers", "vocab_size", "use_moe", "n_routed_experts",
+                                    "n_shared_experts")
+                       if sizes["n_layers"] and sizes.get(name, getattr(model.config, name))
+                       != getattr(model.config, name))
     cure = f"; the file would fit {fitting}" if fitting else ""
     return f"{path} does not fit the model: {'; '.join(parts)}{cure}"
