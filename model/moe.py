@@ -98,36 +98,6 @@ class MixtureOfExperts(nn.Module):
         return out if keep is not None else out.view_as(x)
 
 
-class SortRows(torch.autograd.Function):
-    """Copies of the rows x (R, D) in the order of their experts, (R * K, D): the i-th copy is row order[i] //
-    K. Both ways are gathers: autograd would add up the gradient row by row."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, K: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.K = K
-        return x.index_select(0, order // K)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        inverse, = ctx.saved_tensors
-        return grad.index_select(0, inverse).unflatten(0, (-1, ctx.K)).sum(1), None, None, None
-
-
-class UnsortRows(torch.autograd.Function):
-    """The way back of SortRows: (R * K, D) in the order of the experts to (R, K, D)."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, order: Tensor, inverse: Tensor, K: int) -> Tensor:
-        ctx.save_for_backward(order)
-        return y.index_select(0, inverse).unflatten(0, (-1, K))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        order, = ctx.saved_tensors
-        return grad.flatten(0, 1).index_select(0, order), None, None, None
-
-
 def mix(rows: Tensor, weights: Tensor, chosen: Tensor, experts: Experts,
         compute: Callable[[Experts, Tensor, Tensor], Tensor]) -> Tensor:
     """The weighted sum of what the chosen experts say of each row.
@@ -140,11 +110,11 @@ def mix(rows: Tensor, weights: Tensor, chosen: Tensor, experts: Experts,
     """
     E, K = len(experts), chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)                                                 # (R * K,)
-    inverse = order.argsort()
     counts = (chosen.reshape(-1, 1) == torch.arange(E, device=chosen.device)).sum(0)              # (E,)
-    said = compute(experts, SortRows.apply(rows, order, inverse, K), counts)                      # (R * K, D)
-    said = UnsortRows.apply(said, order, inverse, K)                                              # (R, K, D)
-    return (said * weights.unsqueeze(-1).type_as(said)).sum(1)
+    row = order // K
+    said = compute(experts, rows.index_select(0, row), counts)                                    # (R * K, D)
+    said = said * weights.flatten()[order].unsqueeze(1).type_as(said)
+    return said.new_zeros(rows.shape).index_add(0, row, said)
 
 
 def one_by_one(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def test_a_run_learns_starves_no_expert_and_tells_the_load(moe_workplace, capsys
         assert 0.05 < record["expert_load_least"] <= record["expert_load_most"] < 0.5
         assert 0.02 <= record["balance_loss"] < 0.03        # 0.01 per layer, at even use
     assert re.search(r"of a layer's choices an expert received \d+% to \d+%; metrics", output)
-    assert re.search(r"parameters \(0\.0\d M of all active per token\)", output)
+    assert re.search(r"parameters \(0\.\d\d M of all active per token\)", output)
 
 
 def test_one_process_accumulation_and_two_processes_train_the_same_model(moe_workplace):
