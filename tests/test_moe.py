@@ -384,3 +384,4 @@ def test_the_recipes_of_a_demo_world_with_experts_say_so(tmp_path):
         assert len(recipes) >= 4
         assert all(("--use_moe=True" in path.read_text()) == use_moe for path in recipes)
         assert world.identity.get("use_moe", False) == use_moe
+        assert f"--max_steps={240 if use_moe else 160}" in (world.folder / "sft.args").read_text()

@@ -41,6 +41,9 @@ NUM_EVAL_IMAGES = 8
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
 MIXED_STEPS = "--bucket=False"
 MAX_SEQ_LEN = 256
+# An expert learns from the tokens that choose it. Measured on the tiny world, two seeds: at equal steps a
+# mixture is up to 17 points less accurate than a dense model is; with half as many more, at most 2 points.
+MOE_STEPS = 1.5
 
 
 class World:
@@ -154,6 +157,9 @@ class World:
                 f"--n_kv_heads={preset.n_kv_heads}", f"--max_seq_len={MAX_SEQ_LEN}",
                 *self.kind()]
 
+    def num_steps(self, stage: scenes.Stage) -> int:
+        return round(stage.steps * MOE_STEPS) if self.use_moe else stage.steps
+
     def kind(self) -> list[str]:
         return ["--use_moe=True"] * self.use_moe
 
@@ -170,7 +176,7 @@ class World:
             stage = {"pretrain": self.preset.pretrain, "sft": self.preset.sft,
                      "sft_multi": self.preset.multi}[name]
             flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json",
-                     f"--image_dir={self.folder}/images", f"--max_steps={stage.steps}",
+                     f"--image_dir={self.folder}/images", f"--max_steps={self.num_steps(stage)}",
                      f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
                      "--num_workers=0", MIXED_STEPS] + ["--multi=True"] * (name == "sft_multi")
             write_recipe(self.folder / f"{name}.args", flags)
