@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             "--multi or --video)")
     group.add_argument("--load_from", "--load", type=Path, metavar="PATH",
                        help="weight file (also v1's own) or Hugging Face folder, "
-                            "instead of --out_dir, --dim and --stage")
+                            "instead of --out_dir, --dim, --use_moe and --stage")
     group = parser.add_argument_group("what to do")
     group.add_argument("--image_dir", type=Path, default=Path("dataset/eval_images"),
                        help="describe all pictures in it")
@@ -216,11 +216,11 @@ def read_line() -> str:
 
 def find_weights(args: argparse.Namespace) -> Path:
     """The weights that the flags name. Raises FileNotFoundError that lists what is there instead."""
-    weights = weights_path(args.out_dir, LMConfig(dim=args.dim), args.stage)
+    weights = weights_path(args.out_dir, LMConfig(dim=args.dim, use_moe=args.use_moe), args.stage)
     others = ", ".join(sorted(path.name for path in weights.parent.glob("*_vlm_*.pth")))
     if not weights.is_file() and others:
         raise FileNotFoundError(f"{weights} not found, but {others}: "
-                                "choose by --dim and --stage, or --load_from")
+                                "choose by --dim, --use_moe and --stage, or --load_from")
     return weights
 
 

@@ -99,6 +99,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="weight file (also v1's own) or Hugging Face folder (default: the best file in --out_dir)")
     add("--out_dir", default="out", help="folder to look for weights in (default: %(default)s)")
     add("--dim", type=int, default=0, help="look only for weights of this width (0 = any)")
+    add("--use_moe", nargs="?", const="True", choices=["True", "False"],
+        help="look only for weights of a mixture of experts, or (False) only for others")
     add("--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})")
     add("--clip_path", help=f"CLIP folder (default: what the weights name, else {CLIP_PATH})")
     add("--image_dir", default="dataset/eval_images", help="example pictures, if any (default: %(default)s)")
@@ -116,10 +118,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_weights(out_dir: str | Path, dim: int = 0) -> Path:
+def find_weights(out_dir: str | Path, dim: int = 0, use_moe: str | None = None) -> Path:
     """The furthest stage that has weights in out_dir, and of several sizes the newest file."""
     for stage in ("vlm_sft_multi", "vlm_sft", "vlm_pretrain"):
-        found = list(Path(out_dir).glob(f"{dim or ''}*_{stage}.pth"))
+        found = [path for path in Path(out_dir).glob(f"{dim or ''}*_{stage}.pth")
+                 if use_moe in (None, str("_moe_" in path.name))]
         if found:
             return max(found, key=lambda path: path.stat().st_mtime)
     raise FileNotFoundError(f"no *_vlm_*.pth in {out_dir}: train them (README, 'Stages'), download them "
@@ -198,7 +201,8 @@ def find_examples(image_dir: str | Path, several: bool) -> list[dict]:
 def describe(chat: Chat, weights: Path) -> str:
     """The head of the page, as HTML: which model answers here."""
     decoder = chat.decoder
-    facts = [weights.name, f"{decoder.num_parameters / 1e6:.1f} M 参数 / params",
+    active = f" ({decoder.num_active / 1e6:.1f} M 活跃 / active)" if decoder.config.use_moe else ""
+    facts = [weights.name, f"{decoder.num_parameters / 1e6:.1f} M 参数 / params{active}",
              f"{decoder.device} {str(decoder.dtype).removeprefix('torch.')}"]
     return f"<h1>MiniMind-V</h1><p>{html.escape(' · '.join(facts))}</p>"
 
@@ -313,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     Sampling(args.temperature, max_new_tokens=args.max_new_tokens)      # complains now
-    weights = args.load_from or find_weights(args.out_dir, args.dim)
+    weights = args.load_from or find_weights(args.out_dir, args.dim, args.use_moe)
     chat = load_chat(weights, args.tokenizer_path, args.clip_path, device, choose_dtype(args.dtype, device))
     print(chat.report, flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

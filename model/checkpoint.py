@@ -25,9 +25,9 @@ VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
 
 
 def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:
-    """Where a stage's weights lie, with v1's names: out/512_vlm_sft.pth."""
+    """Where a stage's weights lie, with v1's names: out/512_vlm_sft.pth, out/512_moe_vlm_sft.pth."""
     assert stage in STAGES, stage
-    return Path(out_dir) / f"{config.dim}_{stage}.pth"
+    return Path(out_dir) / f"{config.dim}{'_moe' if config.use_moe else ''}_{stage}.pth"
 
 
 def atomic_write(path: str | Path, write) -> None:
@@ -312,8 +312,11 @@ def explain_mismatch(path, state, model, missing: list[str], surplus: list[str],
     parts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
              for what, names in (("of other shape", shapes), ("missing", missing), ("unknown", surplus))
              if names]
-    sizes = sizes_of(state)
-    fitting = " ".join(f"--{name} {sizes[name]}" for name in ("dim", "n_layers", "vocab_size")
-                       if sizes.get(name) not in (None, 0, getattr(model.config, name)))
+    sizes = {"use_moe": False, **sizes_of(state)}
+    fitting = " ".join(f"--{name} {sizes[name]}"
+                       for name in ("dim", "n_layers", "vocab_size", "use_moe", "n_routed_experts",
+                                    "n_shared_experts")
+                       if sizes["n_layers"] and sizes.get(name, getattr(model.config, name))
+                       != getattr(model.config, name))
     cure = f"; the file would fit {fitting}" if fitting else ""
     return f"{path} does not fit the model: {'; '.join(parts)}{cure}"

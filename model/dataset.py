@@ -289,7 +289,7 @@ def join_pictures(pixels: list[Tensor]) -> Tensor:
 def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
     """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, learnt (L,)
     flat into B * T, pixel_values (M, 3, S, S) or image_features (M, N, V), num_images (B,); and as plain
-    numbers num_tokens, num_learnt (labels that count), bad_samples (why some were left out).
+    numbers num_rows, num_tokens, num_learnt (labels that count), bad_samples (why some were left out).
 
     A batch without any usable sample becomes one row with nothing to learn, so that every rank takes every
     step.
@@ -311,6 +311,7 @@ def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
         "learnt": learnt,
         images: join_pictures([sample[images] for sample in good]),
         "num_images": torch.tensor([len(sample["image_slots"]) for sample in good]),
+        "num_rows": len(samples) - len(bad),
         "num_tokens": sum(len(sample["input_ids"]) for sample in good),
         "num_learnt": len(learnt),
         "bad_samples": bad,

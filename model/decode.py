@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.LMConfig import LMConfig
-from model.model import Block, Transformer
+from model.model import Block, FeedForward, Transformer
+from model.moe import MixtureOfExperts, mix, route
 
 BLOCK = 32      # columns; measured: 16 to 32 read memory at its pace, 64 and more do not
 
@@ -100,6 +101,40 @@ class KVCache:
         self.positions, self.mask = self.positions[rows], self.mask[rows]
 
 
+class LaidOutFeedForward:
+    """A FeedForward, with the two matrices that multiply the same thing made one."""
+
+    def __init__(self, feed_forward: FeedForward, batch_size: int):
+        self.w13 = lay_out(feed_forward.w1.weight, feed_forward.w3.weight, batch_size=batch_size)
+        self.w2 = lay_out(feed_forward.w2.weight, batch_size=batch_size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class LaidOutExperts:
+    """A MixtureOfExperts. Of the experts only the chosen ones are read, so the host asks which these are."""
+
+    def __init__(self, mixture: MixtureOfExperts, batch_size: int):
+        self.config, self.gate = mixture.config, copy.deepcopy(mixture.gate)
+        expected = max(1, batch_size * self.config.num_experts_per_tok // self.config.n_routed_experts)
+        self.experts = [LaidOutFeedForward(expert, expected) for expert in mixture.experts]
+        self.shared = mixture.shared_experts and LaidOutFeedForward(mixture.shared_experts, batch_size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)                                                            # (B * T, D)
+        _, weights, chosen = route(rows, self.gate, self.config)
+        out = mix(rows, weights, chosen, self.experts, chosen_ones)
+        return (out + self.shared(rows) if self.shared else out).view_as(x)
+
+
+def chosen_ones(experts: list[LaidOutFeedForward], rows: Tensor, counts: Tensor) -> Tensor:
+    """As moe.one_by_one(), without those that nobody chose."""
+    parts = zip(experts, rows.split(counts.tolist()), strict=True)
+    return torch.cat([expert(part) for expert, part in parts if len(part)])
+
+
 class Layer:
     """One block's weights, with the matrices that multiply the same thing made one."""
 
@@ -109,8 +144,8 @@ class Layer:
         product = partial(lay_out, batch_size=batch_size)
         self.wqkv = product(attention.wq.weight, attention.wk.weight, attention.wv.weight)
         self.wo = product(attention.wo.weight)
-        self.w13 = product(feed_forward.w1.weight, feed_forward.w3.weight)
-        self.w2 = product(feed_forward.w2.weight)
+        lay_out_all = LaidOutExperts if isinstance(feed_forward, MixtureOfExperts) else LaidOutFeedForward
+        self.feed_forward = lay_out_all(feed_forward, batch_size)
 
 
 class Decoder:
@@ -123,6 +158,7 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: Transformer, batch_size: int = 1):
         self.config, self.num_parameters = model.config, model.num_parameters()
+        self.num_active = model.num_active_parameters()
         self.device, self.dtype = model.output.weight.device, model.output.weight.dtype
         # (positions, E / 2), one complex number per pair: a rotation is then one multiplication.
         self.rotations = torch.complex(*model.rope(self.config.max_seq_len, self.device))
@@ -191,5 +227,4 @@ class Decoder:
     def finish(self, layer: Layer, h: Tensor, attended: Tensor) -> Tensor:
         """The rest of a block after its attention, attended (B, H, T, E); h and the result are (B, T, D)."""
         h = h + layer.wo(attended.transpose(1, 2).flatten(2))
-        gate, up = layer.w13(layer.ffn_norm(h)).chunk(2, dim=-1)
-        return h + layer.w2(F.silu(gate) * up)
+        return h + layer.feed_forward(layer.ffn_norm(h))

@@ -1,5 +1,5 @@
-"""The MiniMind transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU; with eyes if the
-config says so.
+"""The MiniMind transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU; with eyes, and with
+experts (moe.py), if the config says so.
 
 Letters: B rows, T tokens, L learnt tokens, D model width, H query heads, K key/value heads, E head width,
 M images in the batch, N tokens per image, V vocabulary.
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.lean import LeanRMSNorm, SwiGLU
 from model.LMConfig import LMConfig
+from model.moe import MixtureOfExperts, Routing
 from model.vision_proj import check_image_slots, find_image_slots, make_vision_proj, overwrite_image_slots
 
 IGNORE_INDEX = -100     # the label of a token that is not learnt
@@ -136,10 +137,15 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = (MixtureOfExperts(config, FeedForward) if config.use_moe
+                             else FeedForward(config))
 
-    def forward(self, h: Tensor, rope: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: Tensor, keep: Tensor | None = None,
+                routing: Routing | None = None) -> Tensor:
         """h (B, T, D) to the next layer's; with `keep` (L,) only those positions of B * T, (L, D)."""
+        if routing is not None:     # which experts a token would choose counts where nothing is learnt too
+            h = h + self.attention(self.attention_norm(h), rope)
+            return take(h, keep) + self.feed_forward(self.ffn_norm(h), keep, routing)
         h = take(h, keep) + self.attention(self.attention_norm(h), rope, keep)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -199,20 +205,22 @@ class Transformer(nn.Module):
         return overwrite_image_slots(h, self.vision_proj(image_features), image_slots)
 
     def hidden_states(self, input_ids: Tensor, image_features: Tensor | None = None,
-                      image_slots: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+                      image_slots: Tensor | None = None, keep: Tensor | None = None,
+                      routing: Routing | None = None) -> Tensor:
         """The last layer's normalised states (B, T, D), or (L, D) at the positions `keep` of B * T; other
         arguments as for forward()."""
         h = self.embed(input_ids, image_features, image_slots)
         T = input_ids.shape[1]
         rope = self.rope(T, h.device)[:, :T]                                              # (2, T, E / 2)
         for layer in self.layers[:-1]:
-            h = layer(h, rope)
+            h = layer(h, rope, routing=routing)
         # What the last layer says of a position is read there only, so the rest of it need not be computed.
-        return self.norm(self.layers[-1](h, rope, keep))
+        return self.norm(self.layers[-1](h, rope, keep, routing))
 
     def forward(self, input_ids: Tensor, image_features: Tensor | None = None,
                 image_slots: Tensor | None = None, labels: Tensor | None = None,
-                learnt: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                learnt: Tensor | None = None,
+                routing: Routing | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next token at every position.
 
         input_ids       (B, T), padded on the right
@@ -222,6 +230,8 @@ class Transformer(nn.Module):
         labels          (B, T) already shifted, IGNORE_INDEX where nothing is learnt
         learnt          (L,) where labels are not IGNORE_INDEX, flat into B * T, if the caller knows: finding
                         them on a GPU makes the host wait
+        routing         to be filled, if the model has experts and labels are given: their balance loss is
+                        not part of the loss returned, because it is a mean over rows and not over tokens
         returns         (logits (B, T, V), None) without labels; with labels (logits (L, V), mean loss over
                         them): the last feed-forward and the vocabulary, the widest layer, are computed only
                         where something is learnt
@@ -231,10 +241,18 @@ class Transformer(nn.Module):
             return self.output(self.hidden_states(input_ids, image_features, image_slots)), None
         if learnt is None:
             learnt = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        logits = self.output(self.hidden_states(input_ids, image_features, image_slots, learnt))
+        if routing is not None:
+            routing.begin(labels != IGNORE_INDEX)
+        logits = self.output(self.hidden_states(input_ids, image_features, image_slots, learnt, routing))
         # A sum over nothing is 0 (a mean would be NaN): a batch with nothing to learn is harmless.
         loss = F.cross_entropy(logits.float(), labels.flatten()[learnt], reduction="sum")
         return logits, loss / max(1, len(learnt))
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """Those that one token uses: all of them, except for the experts that it does not choose."""
+        config = self.config
+        num_idle = config.n_routed_experts - config.num_experts_per_tok if config.use_moe else 0
+        return self.num_parameters() - config.n_layers * num_idle * 3 * config.dim * config.hidden_dim

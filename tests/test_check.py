@@ -289,10 +289,12 @@ def test_a_decoded_sample_shows_what_is_learnt_and_nothing_else(tokenizer, tmp_p
         decode_sample(sample, tokenizer)
 
 
-def test_the_estimate_counts_what_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_the_estimate_counts_what_is_kept_for_the_backward_pass(use_moe):
     """Against what autograd really saves, at a width where no constant matters."""
     torch.manual_seed(0)
-    config = LMConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=600, vision_dim=0)
+    config = LMConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=600, vision_dim=0,
+                      use_moe=use_moe)
     model, kept = Transformer(config), {}
 
     def note(tensor):

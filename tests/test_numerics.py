@@ -16,9 +16,9 @@ def spoil(monkeypatch, steps: set[int], value: float, at: str = "loss") -> None:
     """Let the loss, or only the gradient, of some steps (counted from 1) not be finite."""
     original, taken = Stepper.forward, []
 
-    def forward(self, batch, model=None):
+    def forward(self, *arguments, **settings):
         taken.append(1)
-        loss = original(self, batch, model)
+        loss = original(self, *arguments, **settings)
         if len(taken) in steps:
             if at == "loss":
                 return loss * value

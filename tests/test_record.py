@@ -26,8 +26,8 @@ def test_the_validation_loss_is_that_of_the_weights_on_all_rows(workplace, monke
     seen = []
     original = Stepper.forward
 
-    def forward(self, batch, model=None):
-        loss = original(self, batch, model)
+    def forward(self, batch, model=None, **settings):
+        loss = original(self, batch, model, **settings)
         if model is not None:
             seen.append((self.model.training, loss.requires_grad))
         return loss

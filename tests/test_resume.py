@@ -84,8 +84,8 @@ def test_random_numbers_go_on_too(workplace, monkeypatch):
     """MiniMind has no dropout; whoever adds it finds that every step and rank has a stream of its own."""
     original = Stepper.forward
 
-    def noisy(self, batch, model=None):
-        return original(self, batch, model) * (1 + torch.rand(()))
+    def noisy(self, *arguments, **settings):
+        return original(self, *arguments, **settings) * (1 + torch.rand(()))
     monkeypatch.setattr(Stepper, "forward", noisy)
     flags = [f"@{workplace}/args", "--max_steps=4"]
     run_inside(SCRIPT, *flags)

@@ -169,6 +169,17 @@ def test_html_arrives_as_typed(visitor, pictures):
     assert not re.search("[<>\"']", "".join(sent)), "the Chatbot was given something that could be HTML"
 
 
+def test_weights_are_found_by_stage_width_and_kind(tmp_path):
+    from web_server import find_weights  # gradio takes seconds
+    for name in ("32_vlm_pretrain", "32_vlm_sft", "64_moe_vlm_sft"):
+        (tmp_path / f"{name}.pth").touch()
+    assert find_weights(tmp_path, use_moe="True").name == "64_moe_vlm_sft.pth"
+    assert find_weights(tmp_path, use_moe="False").name == "32_vlm_sft.pth"
+    assert find_weights(tmp_path, 64).name == "64_moe_vlm_sft.pth"
+    with pytest.raises(FileNotFoundError):
+        find_weights(tmp_path, 32, "True")
+
+
 def test_a_wrong_start_is_one_line(pictures):
     check_refused(run_script("web_server.py", "--load", str(pictures / "none.pth"), timeout=60), "none.pth")
     assert "0.0.0.0" not in (ROOT / "web_server.py").read_text(), "people copy what they see"

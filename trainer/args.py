@@ -48,6 +48,8 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument("--tokenizer_path", help=f"tokenizer folder (default: {TOKENIZER_PATH})")
     group.add_argument("--clip_path", help=f"CLIP folder (default: {CLIP_PATH})")
     group.add_argument("--dim", type=int, default=512, help="model width: 512 with 8 layers, 768 with 16")
+    group.add_argument("--use_moe", type=true_or_false, nargs="?", const=True, default=False,
+                       metavar="True|False", help="a mixture of experts; its files are *_moe_*.pth")
     group.add_argument("--device", default="auto",
                        help="auto (CUDA if there is any, else CPU), cpu, cuda, cuda:N, mps")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
@@ -66,6 +68,15 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group.add_argument("--vocab_size", type=int, default=0,
                        help="rows of the embedding (0 = as many as the tokenizer has)")
     group.add_argument("--max_seq_len", type=int, default=512, help="tokens per sample, images included")
+    group = parser.add_argument_group("experts (--use_moe)")
+    group.add_argument("--n_routed_experts", type=int, default=4, help="experts per layer to choose from")
+    group.add_argument("--num_experts_per_tok", type=int, default=2, help="how many of them a token chooses")
+    group.add_argument("--n_shared_experts", type=int, default=1,
+                       help="one more that every token uses, or 0")
+    group.add_argument("--aux_loss_alpha", type=float, default=0.01,
+                       help="weight of the loss that keeps the experts evenly used (0 = without)")
+    group.add_argument("--norm_topk_prob", type=true_or_false, default=True, metavar="True|False",
+                       help="let the weights of a token's experts add up to 1 (default: %(default)s)")
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default=data_path,
                        help="json, jsonl or parquet file (default: %(default)s)")
@@ -140,7 +151,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
                 "num_workers": 0, "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulation_steps": 1,
                 "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "log_interval": 1, "save_interval": 0,
                 "max_bad_steps": 1, "val_fraction": 0, "seed": 0, "max_rounds": 0, "max_images": 1,
-                "max_frames": 0}
+                "max_frames": 0, "n_routed_experts": 1, "num_experts_per_tok": 1, "n_shared_experts": 0,
+                "aux_loss_alpha": 0}
     problems = [f"--{name} must be at least {low}, not {getattr(args, name)}"
                 for name, low in at_least.items() if hasattr(args, name) and not getattr(args, name) >= low]
     if not 0 < getattr(args, "learning_rate", 1) < math.inf:

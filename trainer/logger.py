@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +95,13 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+class StepSize(NamedTuple):
+    """What the global batch of one step holds: all ranks, all accumulation passes."""
+
+    num_learnt: int
+    num_rows: int
+
+
 class Meter:
     """Counts over all ranks: what a step holds, and loss and speed since the last line of the log."""
 
@@ -105,28 +113,28 @@ class Meter:
         self.num_bad, self.num_shown, self.seconds = 0, 0, 0.0
         self.started = self.since = time.perf_counter()
 
-    def count(self, passes: list[dict], wants_stop: bool) -> tuple[int, bool]:
-        """Agree with the other ranks on the step to come: the learnt tokens of its whole global batch, and
-        whether any rank was told to stop.
+    def count(self, passes: list[dict], wants_stop: bool) -> tuple[StepSize, bool]:
+        """Agree with the other ranks on the step to come: what its whole global batch holds, and whether any
+        rank was told to stop.
 
         Exchanged on the CPU, so no rank waits for its GPU. Raises AgreedError at a bad sample if
         --on_bad_sample is stop.
         """
         reasons = [reason for batch in passes for reason in batch["bad_samples"]]
-        mine = [sum(batch["num_learnt"] for batch in passes), sum(batch["num_tokens"] for batch in passes),
+        mine = [*(sum(batch[name] for batch in passes) for name in ("num_learnt", "num_rows", "num_tokens")),
                 len(reasons), wants_stop]
-        learnt, tokens, bad, stop = self.run.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
+        learnt, rows, tokens, bad, stop = self.run.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
         if bad and self.args.on_bad_sample == "stop":
             reasons = [reason for part in self.run.share(reasons) for reason in part]
             raise AgreedError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
         if stop:
-            return learnt, True
+            return StepSize(learnt, rows), True
         for reason in reasons[:max(0, self.NUM_SHOWN - self.num_shown)]:
             tqdm.write(f"skipped {reason}")
             self.num_shown += 1
         self.num_bad += bad
         self.num_tokens += tokens
-        return learnt, False
+        return StepSize(learnt, rows), False
 
     def add(self, loss: Tensor, bad_step: Tensor) -> None:
         """The global loss of one step; a skipped one does not count. Nothing is read off the device."""

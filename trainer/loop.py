@@ -18,16 +18,18 @@ from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
 from model.checkpoint import LoadReport, load_weights, read_state_dict, weights_path
 from model.dataset import DatasetSpec, VLMDataset
 from model.device import choose_dtype
-from model.LMConfig import LMConfig
+from model.LMConfig import EXPERT_FIELDS, LMConfig
 from model.model import Transformer
+from model.moe import Routing
 from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 from trainer.batches import GlobalBatches, by_step
 from trainer.distributed import AgreedError, Run
+from trainer.experts import ExpertRecord
 from trainer.features import fill_feature_cache
 from trainer.interrupt import Interruption
 from trainer.loader import Loader, WorkerDied
-from trainer.logger import Meter, MetricsLog, progress_bar
+from trainer.logger import Meter, MetricsLog, StepSize, progress_bar
 from trainer.optimizer import choose_trained, learning_rate, make_optimizer, trained_parameters
 from trainer.saves import Saves
 from trainer.validation import Validation, lengths_of, split_off
@@ -77,7 +79,8 @@ def make_config(args: argparse.Namespace, num_tokens: int, vision_dim: int,
     """The sizes that the flags, the tokenizer and CLIP give together."""
     return LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
                     vocab_size=args.vocab_size or num_tokens, max_seq_len=args.max_seq_len,
-                    vision_dim=vision_dim, num_image_tokens=num_image_tokens)
+                    vision_dim=vision_dim, num_image_tokens=num_image_tokens,
+                    **{name: getattr(args, name) for name in EXPERT_FIELDS})
 
 
 def load_model(config: LMConfig, source: Path, weights_in: str) -> tuple[Transformer, LoadReport]:
@@ -125,7 +128,7 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
             run.print(f"stopped and saved at step {step} of {batches.total_steps}: "
                       "--resume goes on from there")
             interruption.leave()
-    run.print(f"saved {weights_out} after {step} steps{meter.summary()}; "
+    run.print(f"saved {weights_out} after {step} steps{meter.summary()}{stepper.experts.summary()}; "
               f"metrics {log.path.name}, curve {log.curve.name}")
 
 
@@ -141,13 +144,13 @@ def run_steps(run: Run, args: argparse.Namespace, loader: Loader, batches: Globa
                        desc=keeper.saves.path.stem)
     try:
         for passes in by_step(loader, args.accumulation_steps):
-            num_learnt, stop = meter.count(passes, bool(interruption.number))
+            size, stop = meter.count(passes, bool(interruption.number))
             if stop:
                 break
             # ---- one optimizer step ---------------------------------------------------------------
             run.seed(args.seed, step)
             rate = learning_rate(step, total_steps, args)
-            loss, grad_norm, skipped = stepper.step(passes, num_learnt, rate)
+            loss, grad_norm, skipped = stepper.step(passes, size, rate)
             step += 1
             # ---------------------------------------------------------------------------------------
             bar.update()
@@ -223,18 +226,19 @@ class Stepper:
         self.learning_rate = 0.0
         # Counted on the device, so that no step waits for the host: bad steps in all, and in a row.
         self.bad_steps = torch.zeros(2, dtype=torch.long, device=run.device)
+        self.experts = ExpertRecord(run, self.model.config)
 
-    def step(self, passes: list[dict], num_learnt: int,
-             learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, passes: list[dict], size: StepSize, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step over the batches of all accumulation passes.
 
         The loss is the sum over the learnt tokens of the whole global batch (all ranks, all passes) divided
         by their number: one process with batch 8, two with batch 4, one with 4 x batch 2 take the same step.
-        A step whose loss or gradient is not finite changes nothing.
+        So it is with the balance loss of experts, which is added for the gradient: a mean over the rows of
+        the global batch. A step whose loss or gradient is not finite changes nothing.
 
-        num_learnt  learnt tokens of the global batch
-        returns     that loss, the gradient norm before clipping, and whether the step was skipped; all on the
-                    device
+        size     what the global batch holds
+        returns  that loss (without the balance), the gradient norm before clipping, and whether the step was
+                 skipped; all on the device
         """
         self.learning_rate = learning_rate
         for group in self.optimizer.param_groups:
@@ -243,11 +247,14 @@ class Stepper:
         for batch in passes:
             last = batch is passes[-1]      # ranks exchange gradients only once
             with contextlib.nullcontext() if last or self.trained is self.model else self.trained.no_sync():
-                loss = self.forward(batch) * batch["num_learnt"] / max(1, num_learnt)
+                routing = self.experts.new_routing()
+                loss = self.forward(batch, routing=routing) * batch["num_learnt"] / max(1, size.num_learnt)
+                balance = self.experts.balance_loss(routing, size.num_rows)
                 # Times world_size: DDP averages over ranks.
-                self.scaler.scale(loss * self.run.world_size).backward()
+                self.scaler.scale((loss + balance) * self.run.world_size).backward()
             total += loss.detach()
         total = self.run.sum(total)
+        self.experts.end_step()
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
         bad_step = ~(total.isfinite() & grad_norm.isfinite())
@@ -259,14 +266,14 @@ class Stepper:
         self.bad_steps = (self.bad_steps + bad_step) * torch.stack([torch.ones_like(bad_step), bad_step])
         return total, grad_norm, bad_step
 
-    def forward(self, batch: dict, model: nn.Module | None = None) -> Tensor:
+    def forward(self, batch: dict, model: nn.Module | None = None, routing: Routing | None = None) -> Tensor:
         """The mean loss over the learnt tokens of one batch; `model`: without the DDP wrapper."""
         batch = {name: value.to(self.run.device, non_blocking=True) if isinstance(value, Tensor) else value
                  for name, value in batch.items()}
         features = self.image_features(batch)
         with torch.autocast(self.run.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return (model or self.trained)(batch["input_ids"], features, batch["image_slots"],
-                                           batch["labels"], learnt=batch["learnt"])[1]
+                                           batch["labels"], learnt=batch["learnt"], routing=routing)[1]
 
     def image_features(self, batch: dict) -> Tensor | None:
         """(M, N, V) from the feature cache, or from CLIP; None for a language model's conversations."""
@@ -283,7 +290,7 @@ class Stepper:
         """What the log records of the last step; waits for the device."""
         norm, bad_steps = grad_norm.item(), int(self.bad_steps[0])
         return {"learning_rate": self.learning_rate, "grad_norm": norm if math.isfinite(norm) else None,
-                **({"bad_steps": bad_steps} if bad_steps else {})}
+                **({"bad_steps": bad_steps} if bad_steps else {}), **self.experts.read()}
 
     def check_bad_steps(self, most: int) -> None:
         in_row = int(self.bad_steps[1])
@@ -294,12 +301,14 @@ class Stepper:
 
     def state_dict(self) -> dict:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "bad_steps": self.bad_steps.cpu()}
+                "bad_steps": self.bad_steps.cpu(), "experts": self.experts.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.bad_steps = state["bad_steps"].to(self.run.device)
+        if "experts" in state:      # a save of an earlier version has none
+            self.experts.load_state_dict(state["experts"])
 
 
 def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
@@ -309,7 +318,6 @@ def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset:
              "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft", "bucket")
     return {"processes": run.world_size, "total_steps": batches.total_steps, "rows": len(dataset),
             "features": args.feature_dtype if args.feature_cache else None,
-            "max_rounds": dataset.spec.max_rounds,
             "data": dataset.rows.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),
             **{name: getattr(args, name) for name in named},
             **{f"rows.{name}": value for name, value in asdict(dataset.spec).items()},
@@ -322,7 +330,9 @@ def name_of(dtype: torch.dtype) -> str:
 
 def describe_step(values: dict) -> str:
     loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
-    return f"loss {loss}, lr {values['learning_rate']:.2e}, {values['tokens_per_s']:,.0f} tokens/s"
+    experts = (f", experts {values['expert_load_least']:.2f}-{values['expert_load_most']:.2f}"
+               if "expert_load" in values else "")
+    return f"loss {loss}, lr {values['learning_rate']:.2e}, {values['tokens_per_s']:,.0f} tokens/s{experts}"
 
 
 def describe_run(run: Run, args: argparse.Namespace, model: Transformer, vision_model: nn.Module | None,
@@ -335,8 +345,9 @@ def describe_run(run: Run, args: argparse.Namespace, model: Transformer, vision_
     still = [parameter for _, parameter in named if not parameter.requires_grad]
     projection = [parameter for name, parameter in named if name.startswith("vision_proj")]
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-    text = (f"trained ({args.train}): {millions(trained)} parameters, "
-            f"{millions(projection)} of them the projection; "
+    active = f" ({model.num_active_parameters() / 1e6:.2f} M of all active per token)"
+    text = (f"trained ({args.train}): {millions(trained)} parameters"
+            f"{active if model.config.use_moe else ''}, {millions(projection)} of them the projection; "
             f"frozen: {millions(vision_model.parameters() if vision_model else [])} (CLIP)"
             f"{f' and {millions(still)} (language model)' if still else ''}\n"
             f"{len(train_set)} samples, {batches.samples_per_step} per step "

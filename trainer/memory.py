@@ -19,14 +19,17 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
     moments      two numbers per trained parameter, Adam's
     activations  what the blocks keep for the backward pass, 8 dim + 3 hidden_dim numbers per token and block
                  as counted in float32 (half precision keeps less, and copies of the weights), and a
-                 fifth more for what is at work meanwhile
+                 fifth more for what is at work meanwhile; of experts the feed-forward width of each that a
+                 token uses, and its copies of the token
     logits       three numbers per learnt token and vocabulary entry: logits, probabilities, gradients
 
     num_tokens, num_learnt  tokens of one forward pass, padding included, and those of them that are learnt
     """
     config = model.config
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    kept = num_tokens * config.n_layers * (8 * config.dim + 3 * config.hidden_dim)
+    chosen, shared = ((config.num_experts_per_tok, config.n_shared_experts) if config.use_moe else (0, 1))
+    kept = num_tokens * config.n_layers * ((8 + 2 * chosen) * config.dim
+                                           + 3 * (chosen + shared) * config.hidden_dim)
     return {"gradients": FLOAT * trained, "moments": 2 * FLOAT * trained,
             "activations": FLOAT * kept * 6 // 5, "logits": 3 * FLOAT * num_learnt * config.vocab_size}
 
