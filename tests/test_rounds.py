@@ -132,5 +132,5 @@ def test_the_number_of_rounds_is_a_setting_of_the_run(workplace, lively):
     save_weights(lively, workplace / "out" / "32_vlm_pretrain.pth")
     flags = [f"@{workplace}/args", "--max_steps=1", "--resume"]
     run_inside("2-sft_vlm.py", *flags)
-    with pytest.raises(ValueError, match=r"other settings \(max_rounds 1 then, 2 now\)"):
+    with pytest.raises(ValueError, match=r"other settings \(rows.max_rounds 1 then, 2 now\)"):
         run_inside("2-sft_vlm.py", *flags, "--max_rounds=2")

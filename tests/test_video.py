@@ -225,7 +225,7 @@ def test_marks_decide_the_order_of_pictures_and_films(make, tmp_path):
     assert len(sample["image_slots"]) == 1 + 2 + 1 + 5
 
 
-@pytest.mark.parametrize(("max_seq_len", "frames"), [(512, 5), (300, 5), (260, 4), (170, 2), (100, 1)])
+@pytest.mark.parametrize(("max_seq_len", "frames"), [(512, 5), (300, 5), (260, 4), (170, 2), (120, 1)])
 def test_a_film_brings_no_more_frames_than_fit(make, max_seq_len, frames):
     dataset = make([row(video="a.mp4")], max_seq_len=max_seq_len)
     sample = dataset[0]
