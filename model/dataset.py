@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -265,9 +266,10 @@ def tokenize(turns: list[dict], tokenizer, num_image_tokens: int, max_seq_len: i
     }
 
 
-def pad_rows(rows: list[Tensor], value: int) -> Tensor:
-    """Ragged rows (t,) to one (B, T) tensor, padded on the right to the longest."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def pad_rows(rows: list[Tensor], value: int, multiple: int = 1) -> Tensor:
+    """Ragged rows (t,) to one (B, T) tensor, padded on the right to the longest, and on to a multiple."""
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    return F.pad(padded, (0, -padded.shape[1] % multiple), value=value)
 
 
 def flat_slots(image_slots: list[Tensor], T: int) -> Tensor:
@@ -286,7 +288,7 @@ def join_pictures(pixels: list[Tensor]) -> Tensor:
     return torch.cat(pixels, out=shared)
 
 
-def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
+def collate(samples: list[dict[str, Tensor] | BadSample], multiple: int = 1) -> dict:
     """Samples to one batch: input_ids (B, T), labels (B, T), image_slots (M, N) flat into B * T, learnt (L,)
     flat into B * T, pixel_values (M, 3, S, S) or image_features (M, N, V), num_images (B,); and as plain
     numbers num_rows, num_tokens, num_learnt (labels that count), bad_samples (why some were left out).
@@ -300,8 +302,8 @@ def collate(samples: list[dict[str, Tensor] | BadSample]) -> dict:
         good = [{"input_ids": torch.zeros(1, dtype=torch.long), "labels": torch.tensor([IGNORE_INDEX]),
                  "image_slots": torch.zeros(0, 1, dtype=torch.long), "pixel_values": torch.zeros(0, 3, 1, 1)}]
     # What stands in the padding is never seen.
-    input_ids = pad_rows([sample["input_ids"] for sample in good], 0)
-    labels = pad_rows([sample["labels"] for sample in good], IGNORE_INDEX)
+    input_ids = pad_rows([sample["input_ids"] for sample in good], 0, multiple)
+    labels = pad_rows([sample["labels"] for sample in good], IGNORE_INDEX, multiple)
     learnt = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
     images = "image_features" if "image_features" in good[0] else "pixel_values"
     return {

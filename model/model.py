@@ -25,6 +25,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def lean() -> bool:
+    """Use the written-out backward passes of lean.py? torch.compile fuses the plain forms itself."""
+    return not torch.compiler.is_compiling()
+
+
 class RMSNorm(nn.Module):
     """Divide by the root mean square, in fp32, then scale (Zhang & Sennrich 2019)."""
 
@@ -34,7 +39,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+        if lean() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
             normed = LeanRMSNorm.apply(x, self.weight, self.eps)
         else:
             normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
@@ -57,6 +62,10 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     x     (B, T, heads, E)
     rope  (2, T, E / 2)
     """
+    if not lean():      # torch.compile knows no complex numbers
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)        # (B, T, heads, E / 2)
+        cos, sin = rope.unsqueeze(-2)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
     # One complex product: a tenth of the time of its four real products on a CPU.
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))      # (B, T, heads, E / 2)
     turned = pairs * torch.complex(*rope).unsqueeze(-2)                  # rope: (..., T, 1, E / 2)
@@ -128,7 +137,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))
+        gate, up = self.w1(x), self.w3(x)
+        return self.w2(SwiGLU.apply(gate, up) if lean() else F.silu(gate) * up)
 
 
 class Block(nn.Module):

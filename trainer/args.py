@@ -17,6 +17,8 @@ from model.feature_store import FEATURE_DTYPES
 from trainer.distributed import AgreedError
 from trainer.optimizer import TRAIN_CHOICES
 
+AUTO = "auto"       # --batch_size, until the memory is known
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with @files whose lines hold flags and # comments, and with errors of one line."""
@@ -39,6 +41,14 @@ def true_or_false(text: str) -> bool:
     if text.lower() in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+
+
+def number_or_auto(text: str) -> int | str:
+    if text == AUTO:
+        return AUTO
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be at least 1, or auto, not {text}")
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -106,7 +116,9 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group.add_argument("--epochs", type=int, default=19)
     group.add_argument("--max_steps", type=int, default=0,
                        help="optimizer steps (0 = as many as --epochs takes)")
-    group.add_argument("--batch_size", type=int, default=32, help="samples per process and forward pass")
+    group.add_argument("--batch_size", type=number_or_auto, default=32, metavar="N|auto",
+                       help="samples per process and forward pass (default: %(default)s); auto: the largest "
+                            "power of two whose memory is there")
     group.add_argument("--bucket", type=true_or_false, default=True, metavar="True|False",
                        help="put samples of like length into one step, so that little is padded; still "
                             "shuffled every epoch (default: %(default)s)")
@@ -121,6 +133,11 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group.add_argument("--max_bad_steps", type=int, default=20,
                        help="a step whose loss or gradient is not finite is skipped; "
                             "stop after so many in a row")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the blocks (torch.compile): faster on a GPU after a minute or two; rows "
+                            "are then padded to a multiple of 64 tokens")
+    group.add_argument("--tf32", action="store_true",
+                       help="on a GPU, float32 products in TF32: several times faster, 10 bits of mantissa")
     group.add_argument("--timeout", type=float, default=50,
                        help="seconds after which a process of the run that does not answer is given up")
     add_saving_flags(parser)
@@ -154,7 +171,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
                 "max_frames": 0, "n_routed_experts": 1, "num_experts_per_tok": 1, "n_shared_experts": 0,
                 "aux_loss_alpha": 0}
     problems = [f"--{name} must be at least {low}, not {getattr(args, name)}"
-                for name, low in at_least.items() if hasattr(args, name) and not getattr(args, name) >= low]
+                for name, low in at_least.items()
+                if getattr(args, name, AUTO) != AUTO and not getattr(args, name) >= low]
     if not 0 < getattr(args, "learning_rate", 1) < math.inf:
         problems.append(f"--learning_rate must be above 0, not {args.learning_rate}")
     if getattr(args, "val_fraction", 0) >= 1:
@@ -166,6 +184,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     if getattr(args, "resume", False) and args.resume_weights_only:
         problems.append("--resume goes on with the old schedule, --resume_weights_only begins a new one: "
                         "give one of them")
+    if getattr(args, "compile", False) and args.use_moe:
+        problems.append("--compile does not go with --use_moe: experts choose their rows anew at every step")
     if not getattr(args, "timeout", 1) > 0:
         problems.append(f"--timeout must be above 0, not {args.timeout}")
     if not DEVICE_NAME.fullmatch(getattr(args, "device", "auto")):

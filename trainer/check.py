@@ -35,13 +35,28 @@ from model.LMConfig import LMConfig
 from model.model import IGNORE_INDEX, Transformer
 from model.prompt import load_tokenizer
 from model.vision_utils import ImageProcessor, get_vision_model, num_image_tokens
-from trainer.args import Parser, clean_exit
+from trainer.args import AUTO, Parser, clean_exit
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
-from trainer.loop import WEIGHTS_CURE, Stepper, describe_run, load_model, make_config, settings_of
-from trainer.memory import available_memory, estimate_loading, estimate_step, held_memory, size_in_memory
+from trainer.loop import (
+    WEIGHTS_CURE,
+    Stepper,
+    describe_run,
+    load_model,
+    make_config,
+    plan_memory,
+    settings_of,
+)
+from trainer.memory import (
+    available_memory,
+    estimate_loading,
+    estimate_step,
+    held_memory,
+    in_words,
+    size_in_memory,
+)
 from trainer.optimizer import choose_trained
 from trainer.saves import Saves
 from trainer.validation import answer_loss, split_off
@@ -204,6 +219,8 @@ class Check:
         args, model = self.args, self.model
         choose_trained(model, args.train)
         sets = self.dataset and self.attempt(split_off, self.dataset, self.val_dataset, args)
+        if sets and args.batch_size == AUTO:
+            plan_memory(self.run, args, model, self.vision_model, sets[0])
         batches = sets and GlobalBatches(len(sets[0]), args, self.run)
         if batches and self.vision_model:
             dtype = choose_dtype(args.dtype, self.run.device)
@@ -278,12 +295,6 @@ class Check:
 def tell(name: str, text: str) -> None:
     for number, line in enumerate(text.splitlines()):
         print(f"{'' if number else name:<12}{line}", flush=True)
-
-
-def in_words(num_bytes: int) -> str:
-    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
-                      if num_bytes >= pair[0] or pair[0] == 1)
-    return f"{num_bytes / unit:.3g} {name}"
 
 
 def size_of(path: str | Path) -> str:

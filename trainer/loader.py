@@ -2,6 +2,7 @@
 import contextlib
 import signal
 from collections.abc import Iterable, Iterator
+from functools import partial
 from multiprocessing import connection
 
 import torch
@@ -19,13 +20,16 @@ class WorkerDied(ValueError):
 class Loader:
     """Batches of a VLMDataset or a Subset of one, loaded by num_workers processes (0 = this one).
 
-    batches  lists of positions
-    raises   WorkerDied
+    batches   lists of positions
+    multiple  rows are padded to a multiple of so many tokens
+    raises    WorkerDied
     """
 
-    def __init__(self, dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False):
+    def __init__(self, dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False,
+                 multiple: int = 1):
         self.data: VLMDataset = dataset.dataset if isinstance(dataset, Subset) else dataset
-        self.loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
+        self.loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers,
+                                 collate_fn=partial(collate, multiple=multiple),
                                  pin_memory=pin_memory, worker_init_fn=ignore_interrupts)
 
     def __iter__(self) -> Iterator[dict]:
@@ -44,6 +48,38 @@ class Loader:
             except (RuntimeError, OSError, EOFError) as error:      # the last two: in the middle of a message
                 raise tell_of_death(self.data, held, batches) or error from None
             yield batch
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()}
+
+
+def prefetch(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
+    """The batches on the device. To a GPU each is copied on a stream of its own while the one before it is
+    computed with."""
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    stream, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied = to_device(batch, device), stream.record_event()
+        if ahead:
+            yield arrived(*ahead)
+        ahead = copied
+    if ahead:
+        yield arrived(*ahead)
+
+
+def arrived(batch: dict, event) -> dict:
+    """The batch, for work that is queued from now on; that work waits for the copy, the host does not."""
+    current = torch.cuda.current_stream()
+    current.wait_event(event)
+    for value in batch.values():
+        if isinstance(value, Tensor):
+            value.record_stream(current)        # or its memory could be given away when the batch is dropped
+    return batch
 
 
 def tell_of_death(data: VLMDataset, held: Tensor, batches: Iterator) -> WorkerDied | None:

@@ -13,27 +13,31 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
 from model.checkpoint import LoadReport, load_weights, read_state_dict, weights_path
-from model.dataset import DatasetSpec, VLMDataset
+from model.dataset import DatasetSpec, VLMDataset, collate
 from model.device import choose_dtype
 from model.LMConfig import EXPERT_FIELDS, LMConfig
 from model.model import Transformer
 from model.moe import Routing
 from model.prompt import load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
+from trainer.args import AUTO
 from trainer.batches import GlobalBatches, by_step
 from trainer.distributed import AgreedError, Run
 from trainer.experts import ExpertRecord
 from trainer.features import fill_feature_cache
 from trainer.interrupt import Interruption
-from trainer.loader import Loader, WorkerDied
+from trainer.loader import Loader, WorkerDied, prefetch, to_device
 from trainer.logger import Meter, MetricsLog, StepSize, progress_bar
+from trainer.memory import StepMemory, in_words, plan_step
 from trainer.optimizer import choose_trained, learning_rate, make_optimizer, trained_parameters
 from trainer.saves import Saves
 from trainer.validation import Validation, lengths_of, split_off
 
+COMPILED_MULTIPLE = 64      # tokens; every length is compiled by itself, so there had better be few
 WEIGHTS_CURE = {
     "llm": "download it (README, 'Weights'), or make the demo's with python -m dataset.demo_world",
     "vlm_pretrain": "run 1-pretrain_vlm.py first, or download it (README, 'Weights')",
@@ -105,6 +109,7 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
             data.check_rows()
     train_set, val_set = split_off(dataset, val_dataset, args)
     choose_trained(model, args.train)
+    memory = plan_memory(run, args, model, vision_model, train_set)
     batches = GlobalBatches(len(train_set), args, run, lengths_of(train_set) if args.bucket else None)
     settings = settings_of(run, args, model, dataset, batches)
     saves = Saves(run, args, weights_out, settings, description | {"data_path": str(args.data_path)})
@@ -114,13 +119,15 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
     resumed = saves.start(model)
     stepper, meter = Stepper(run, args, model, vision_model), Meter(run, args, batches)
     run.print(describe_run(run, args, model, vision_model, train_set, val_set, batches, stepper.dtype))
+    run.print(describe_memory(memory, args.batch_size, run.device))
     if resumed:
         stepper.load_state_dict(resumed["stepper"])
         meter.load_state_dict(resumed["meter"])
         batches.start_step = resumed["step"]
         run.print(f"going on from step {resumed['step']} of {batches.total_steps}")
     log = MetricsLog(weights_out, run, args, resumed and resumed["log"])
-    loader = Loader(train_set, batches, args.num_workers, pin_memory=run.device.type == "cuda")
+    loader = Loader(train_set, batches, args.num_workers, pin_memory=run.device.type == "cuda",
+                    multiple=COMPILED_MULTIPLE if args.compile else 1)
     keeper = Keeper(saves, stepper, meter, log, Validation(run, args, val_set), batches.total_steps)
     with Interruption() as interruption:
         step = run_steps(run, args, loader, batches, keeper, interruption)
@@ -130,6 +137,29 @@ def train(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDa
             interruption.leave()
     run.print(f"saved {weights_out} after {step} steps{meter.summary()}{stepper.experts.summary()}; "
               f"metrics {log.path.name}, curve {log.curve.name}")
+
+
+def plan_memory(run: Run, args: argparse.Namespace, model: Transformer, vision_model: nn.Module | None,
+                train_set: Dataset) -> StepMemory:
+    """What a step takes if its rows are as long as the longest; decides what --batch_size auto is."""
+    longest = int(lengths_of(train_set).argmax())
+    memory = plan_step(run.device, model, vision_model, collate([train_set[longest]]), args.num_workers)
+    if args.batch_size == AUTO:
+        sizes = run.share(memory.largest_batch())       # the ranks must agree
+        if None in sizes:
+            raise ValueError("this system does not say how much memory there is: give --batch_size a number")
+        if not min(sizes):
+            raise ValueError(f"not even one row fits: a step of it needs about {in_words(memory.needed(1))} "
+                             f"of {in_words(memory.available)}: lower --max_seq_len, or take a smaller model")
+        args.batch_size = min(sizes)
+    return memory
+
+
+def describe_memory(memory: StepMemory, batch_size: int, device: torch.device) -> str:
+    largest, available = memory.largest_batch(), ""
+    if largest is not None:
+        available = f" of {in_words(memory.available)}; the largest batch that fits: {largest or 'none'}"
+    return f"memory of a step: about {in_words(memory.needed(batch_size))} on {device}{available}"
 
 
 def run_steps(run: Run, args: argparse.Namespace, loader: Loader, batches: GlobalBatches,
@@ -143,7 +173,7 @@ def run_steps(run: Run, args: argparse.Namespace, loader: Loader, batches: Globa
     bar = progress_bar(total=total_steps, initial=step, disable=not run.is_main, unit="step",
                        desc=keeper.saves.path.stem)
     try:
-        for passes in by_step(loader, args.accumulation_steps):
+        for passes in by_step(prefetch(loader, run.device), args.accumulation_steps):
             size, stop = meter.count(passes, bool(interruption.number))
             if stop:
                 break
@@ -214,6 +244,10 @@ class Stepper:
                  vision_model: nn.Module | None):
         self.run, self.grad_clip = run, args.grad_clip or math.inf
         self.model = model.to(run.device).train()
+        if args.compile:
+            compile_blocks(self.model)
+        if args.tf32:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
         self.dtype = choose_dtype(args.dtype, run.device)
         # CLIP is in no optimizer and no DDP bucket; frozen, it needs no fp32 copy of its weights.
         self.vision_model = vision_model.to(run.device, self.dtype) if vision_model else None
@@ -268,8 +302,7 @@ class Stepper:
 
     def forward(self, batch: dict, model: nn.Module | None = None, routing: Routing | None = None) -> Tensor:
         """The mean loss over the learnt tokens of one batch; `model`: without the DDP wrapper."""
-        batch = {name: value.to(self.run.device, non_blocking=True) if isinstance(value, Tensor) else value
-                 for name, value in batch.items()}
+        batch = to_device(batch, self.run.device)
         features = self.image_features(batch)
         with torch.autocast(self.run.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return (model or self.trained)(batch["input_ids"], features, batch["image_slots"],
@@ -311,11 +344,22 @@ class Stepper:
             self.experts.load_state_dict(state["experts"])
 
 
+def compile_blocks(model: Transformer) -> None:
+    """Compile the blocks where they stand, so that names and weight files stay as they are. All blocks but
+    the last are one piece of code to the compiler; the last sees another number of learnt tokens every step.
+    """
+    torch._dynamo.config.recompile_limit = 64       # one for each length of rows, and for each last batch
+    for layer in model.layers[:-1]:
+        layer.compile(dynamic=False)
+    model.layers[-1].compile(dynamic=True)
+
+
 def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset,
                 batches: GlobalBatches) -> dict:
     """What decides the bits of a run: one that goes on must have the same."""
     named = ("batch_size", "accumulation_steps", "seed", "learning_rate", "warmup_steps", "weight_decay",
-             "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft", "bucket")
+             "grad_clip", "train", "max_seq_len", "val_fraction", "jpeg_draft", "bucket",
+             "compile", "tf32")
     return {"processes": run.world_size, "total_steps": batches.total_steps, "rows": len(dataset),
             "features": args.feature_dtype if args.feature_cache else None,
             "data": dataset.rows.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),

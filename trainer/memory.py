@@ -1,6 +1,7 @@
 """How much memory a run will take, from its sizes alone, and how much is there."""
 import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from model.model import Transformer
 
 FLOAT = 4               # bytes; weights, gradients and moments are float32 whatever --dtype computes in
 WORKER = 100 << 20      # what a loader worker's copy of this process comes to hold for itself
+SHARE = 0.8             # of what can be had; the rest is for what no estimate knows
+LARGEST_BATCH = 1024    # that --batch_size auto takes, whatever the memory
 
 
 def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[str, int]:
@@ -32,6 +35,58 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
                                            + 3 * (chosen + shared) * config.hidden_dim)
     return {"gradients": FLOAT * trained, "moments": 2 * FLOAT * trained,
             "activations": FLOAT * kept * 6 // 5, "logits": 3 * FLOAT * num_learnt * config.vocab_size}
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step takes, by batch size, and what can be had; bytes, None where the system does not say."""
+
+    fixed: int
+    per_sample: int
+    available: int | None
+
+    def needed(self, batch_size: int) -> int:
+        return self.fixed + batch_size * self.per_sample
+
+    def largest_batch(self) -> int | None:
+        """The largest power of two that fits with something to spare; 0 if none does."""
+        if self.available is None:
+            return None
+        sizes = [2 ** power for power in range(LARGEST_BATCH.bit_length())]
+        return max((size for size in sizes if self.needed(size) <= SHARE * self.available), default=0)
+
+
+def plan_step(device: torch.device, model: Transformer, vision_model: nn.Module | None, sample: dict,
+              num_workers: int) -> StepMemory:
+    """The memory of steps whose rows are as long as `sample`, which is a batch of one row."""
+    one, none = (sum(estimate_step(model, size * sample["input_ids"].shape[1],
+                                   size * sample["num_learnt"]).values()) for size in (1, 0))
+    num_bytes = sum(value.nbytes for value in sample.values() if isinstance(value, torch.Tensor))
+    clip = len(sample["image_slots"]) * clip_work(vision_model)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    available = available_memory(device)
+    if device.type == "cpu":
+        fixed = held_memory() + estimate_loading(num_workers, 0)
+        per_sample = estimate_loading(num_workers, num_bytes) - estimate_loading(num_workers, 0)
+    else:       # where two batches lie at a time
+        fixed, per_sample = size_in_memory(model) + size_in_memory(vision_model), 2 * num_bytes
+    return StepMemory(fixed + none, per_sample + one - none + clip,
+                      None if available is None else available // local)
+
+
+def clip_work(vision_model: nn.Module | None) -> int:
+    """Bytes at work per picture while CLIP looks at it; it keeps nothing."""
+    if vision_model is None:
+        return 0
+    config = vision_model.config
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    return FLOAT * tokens * (6 * config.hidden_size + 2 * config.intermediate_size)
+
+
+def in_words(num_bytes: int) -> str:
+    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+                      if num_bytes >= pair[0] or pair[0] == 1)
+    return f"{num_bytes / unit:.3g} {name}"
 
 
 def estimate_loading(num_workers: int, batch_bytes: int) -> int:
