@@ -1,12 +1,13 @@
 """Make the whole demo world on disk, in the formats of the real run:
 
     DIR/images/               all pictures
+    DIR/films/                and all films
     DIR/tokenizer/            instead of MiniMind's
     DIR/pretrain.json         instead of LLaVA-Pretrain
     DIR/clip/                 instead of openai/clip-vit-base-patch32
     DIR/sft.json              instead of LLaVA-Instruct
     DIR/128_llm.pth           instead of MiniMind's 512_llm.pth
-    DIR/sft_multi.json        two pictures a row
+    DIR/sft_multi.json        rows of two pictures, of a film, and a few of one picture
     DIR/*.args                recipes for the numbered scripts
     DIR/questions_*.jsonl     held-out questions with answers
     DIR/eval_images/          a few pictures never trained on
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dataset.demo_world import encoder, scenes, sentences
+from dataset.demo_world import encoder, films, scenes, sentences
 from model.checkpoint import atomic_write, weights_path
 from model.dataset import TEXT, VLMDataset
 from model.LMConfig import LMConfig
@@ -36,7 +37,7 @@ from trainer.distributed import start_run
 from trainer.logger import progress_bar
 from trainer.loop import train
 
-WORLD_VERSION = 1               # raised when a change of the recipe makes existing worlds outdated
+WORLD_VERSION = 2               # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
 MIXED_STEPS = "--bucket=False"
@@ -51,10 +52,15 @@ class World:
         self.preset, self.seed = scenes.PRESETS[preset_name], seed
         self.identity = {"version": WORLD_VERSION, "preset": preset_name, "seed": seed}
         self.splits = scenes.make_splits(self.preset, seed)
+        self.film_splits = films.make_films(self.preset, seed)
 
     def pictures(self, split: str) -> dict[str, scenes.Scene]:
         """File name -> scene."""
         return {f"{split}_{number:04d}.jpg": scene for number, scene in enumerate(self.splits[split])}
+
+    def films_of(self, split: str) -> dict[str, films.Film]:
+        """File name -> film."""
+        return {f"films/{split}_{n:04d}.mp4": film for n, film in enumerate(self.film_splits[split])}
 
     def rng(self, part: str) -> np.random.Generator:
         """A stream of its own for every part, so that a part made in a second call comes out the same."""
@@ -79,7 +85,7 @@ class World:
         os.rename(self.work, self.folder)
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        return {"pictures": self.draw_pictures, "sentences": self.write_rows,
+        return {"pictures": self.draw_pictures, "films": self.draw_films, "sentences": self.write_rows,
                 "tokenizer": self.make_tokenizer, "clip": self.make_clip, "llm": self.make_llm}
 
     def check_identity(self) -> None:
@@ -99,12 +105,20 @@ class World:
         for name in list(self.pictures("unseen"))[:NUM_EVAL_IMAGES]:
             shutil.copyfile(images / name, shown / name)
 
+    def draw_films(self) -> None:
+        (self.work / "films").mkdir(exist_ok=True)
+        everything = {name: film for split in films.FILM_SPLITS for name, film in self.films_of(split).items()}
+        for name, film in progress_bar(everything.items(), desc="films", unit=""):
+            films.save_film(film, self.work / name)
+
     def write_rows(self) -> None:
         train, preset = self.pictures("train"), self.preset
         write_json(self.work / "pretrain.json", sentences.pretrain_rows(train, self.rng("pretrain")))
         write_json(self.work / "sft.json", sentences.sft_rows(train, self.rng("sft")))
         write_json(self.work / "sft_multi.json",
-                   sentences.two_picture_rows(train, preset.two_picture_rows, self.rng("multi")))
+                   sentences.multi_rows({f"images/{name}": scene for name, scene in train.items()},
+                                        self.films_of("train"), preset.two_picture_rows,
+                                        preset.one_picture_rows, self.rng("multi")))
         write_json(self.work / "text.json", sentences.text_rows(list(train.values()), self.rng("text")))
         for split in scenes.TEST_SPLITS:
             pictures = {f"images/{name}": scene for name, scene in self.pictures(split).items()}
@@ -112,6 +126,8 @@ class World:
             write_lines(self.work / f"questions_{split}.jsonl", sentences.questions(pictures, rng))
             write_lines(self.work / f"questions_multi_{split}.jsonl",
                         sentences.two_picture_questions(pictures, preset.test_pictures, rng))
+        write_lines(self.work / "questions_films_unseen.jsonl",
+                    sentences.film_questions(self.films_of("unseen"), self.rng("questions films")))
 
     def make_tokenizer(self) -> None:
         sentences.train_tokenizer(self.work / "tokenizer")
@@ -165,8 +181,10 @@ class World:
         for name in ("pretrain", "sft", "sft_multi"):
             stage = {"pretrain": self.preset.pretrain, "sft": self.preset.sft,
                      "sft_multi": self.preset.multi}[name]
+            # The rows of the last stage say which folder: images/ or films/.
+            image_dir = self.folder if name == "sft_multi" else self.folder / "images"
             flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json",
-                     f"--image_dir={self.folder}/images", f"--max_steps={stage.steps}",
+                     f"--image_dir={image_dir}", f"--max_steps={stage.steps}",
                      f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
                      "--num_workers=0", MIXED_STEPS] + ["--multi=True"] * (name == "sft_multi")
             write_recipe(self.folder / f"{name}.args", flags)
