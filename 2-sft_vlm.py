@@ -14,6 +14,7 @@ trains   the projection and the language model; CLIP stays frozen
 """
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 from model.dataset import SFT, SFT_MULTI
 from trainer.args import Parser, add_model_flags, add_training_flags, check_args, clean_exit, true_or_false
@@ -22,7 +23,8 @@ from trainer.loop import train_stage
 
 ONE_IMAGE = {"data_path": "dataset/LLaVA-Instruct/llava_instruct_230k.json",
              "image_dir": "dataset/sft_images"}
-MULTI = {"data_path": "dataset/sft_multi_images/output.json", "image_dir": "dataset/sft_multi_images"}
+MULTI = {"data_path": "dataset/sft_multi_images/output.json", "image_dir": "dataset/sft_multi_images",
+         "max_images": SFT_MULTI.max_images, "max_frames": SFT_MULTI.max_frames}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,11 +32,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--multi", type=true_or_false, nargs="?", const=True, default=False,
                         metavar="True|False",
                         help="tune on rows of several pictures, starting from the one-picture weights")
+    parser.add_argument("--max_images", type=int, default=SFT.max_images,
+                        help=f"with --multi: pictures per row, at most (default: {SFT_MULTI.max_images})")
+    parser.add_argument("--max_frames", type=int, default=SFT.max_frames,
+                        help="with --multi: frames of each film, at most, one per second; 0 = no films "
+                             f"(default: {SFT_MULTI.max_frames})")
     add_model_flags(parser)
     add_training_flags(parser, **ONE_IMAGE, learning_rate=1e-6)
     if parser.parse_args(argv).multi:
         parser.set_defaults(**MULTI)
-    return check_args(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if not args.multi and (args.max_images, args.max_frames) != (SFT.max_images, SFT.max_frames):
+        raise ValueError("--max_images and --max_frames need --multi: without it, a row has one picture")
+    return check_args(args)
 
 
 def main(argv: list[str] | None = None, do: Callable = train_stage) -> None:
@@ -42,7 +52,8 @@ def main(argv: list[str] | None = None, do: Callable = train_stage) -> None:
     args = parse_args(argv)
     with start_run(args.device, args.timeout) as run:
         if args.multi:
-            do(run, args, SFT_MULTI, weights_in="vlm_sft", weights_out="vlm_sft_multi")
+            spec = replace(SFT_MULTI, max_images=args.max_images, max_frames=args.max_frames)
+            do(run, args, spec, weights_in="vlm_sft", weights_out="vlm_sft_multi")
         else:
             do(run, args, SFT, weights_in="vlm_pretrain", weights_out="vlm_sft")
 

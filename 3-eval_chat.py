@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.chat import Chat, load_chat
 from model.checkpoint import STAGES, atomic_write, weights_path
-from model.dataset import image_names
+from model.dataset import file_names
 from model.device import choose_dtype
 from model.generate import Sampling
 from model.LMConfig import LMConfig
@@ -174,7 +174,7 @@ def read_questions(path: Path) -> list[dict]:
                    if not (isinstance(row, dict) and row.get(key))]
         if missing:
             raise ValueError(f"{path}, row {number}: it has no {', '.join(missing)}")
-        row["paths"] = [path.parent / name for name in image_names(row)]
+        row["paths"] = [path.parent / name for name in file_names(row, "image")]
         row["turns"] = [{"from": "human", "value": put_marks(row["question"], len(row["paths"]))}]
     return questions
 

@@ -2,7 +2,11 @@
 spec.
 
     {"image": "a.jpg" | "a.jpg, b.jpg" | ["a.jpg", "b.jpg"],
+     "video": "a.mp4" | ..., in the same forms,
      "conversations": [{"from": "human", "value": "..."}, ...]}
+
+A film counts as so many pictures as it has key frames (video.py); pictures and films are shown in the order
+of the <image> and <video> marks in the text.
 
 Letters: B rows, T tokens, t tokens of one row, n images of one row, M images in the batch, N tokens per
 image, S pixels.
@@ -21,18 +25,30 @@ from torch.utils.data import Dataset, get_worker_info
 
 from model.feature_store import FeatureStore
 from model.model import IGNORE_INDEX
-from model.prompt import IMAGE_MARK, check_length, normalise_turns, render_conversation
+from model.prompt import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    check_length,
+    expand_films,
+    find_marks,
+    frames_that_fit,
+    normalise_turns,
+    render_conversation,
+)
 from model.rows import Rows
+from model.video import Frame, find_frames, load_pictures
 from model.vision_proj import placeholder_ids
-from model.vision_utils import ImageProcessor, load_pixels
+from model.vision_utils import ImageProcessor
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
     """How one stage's data differs from another's."""
 
-    min_images: int = 1              # pictures per row, at least and at most
-    max_images: int = 1
+    min_images: int = 1              # pictures and films per row, at least
+    max_images: int = 1              # pictures per row, at most
+    max_frames: int = 0              # of each film, at most; 0 = no films, and <video> is a word like others
+    frames_per_second: float = 1.0   # of a film that is short enough for it
     max_rounds: int | None = None    # question-answer rounds to keep; None = all
     image_prefix: str = ""           # tried in front of a file name that is not found as it stands
 
@@ -41,30 +57,31 @@ PRETRAIN = DatasetSpec()
 # v1 keeps the first round only, lest long texts drag a small model down. Its rows name 000000334872.jpg,
 # while the files of sft_images.zip are called COCO_train2014_000000334872.jpg.
 SFT = DatasetSpec(max_rounds=1, image_prefix="COCO_train2014_")
-SFT_MULTI = DatasetSpec(max_images=2)
+SFT_MULTI = DatasetSpec(max_images=2, max_frames=8)
 TEXT = DatasetSpec(min_images=0, max_images=0)      # a language model's conversations
 
 
-def image_names(row: dict) -> list[str]:
-    """The pictures of a row: a list, or one string with commas between the names. Raises ValueError."""
-    images = row.get("image")
-    if images is None:
+def file_names(row: dict, key: str) -> list[str]:
+    """The pictures ("image") or films ("video") of a row: a list, or one string with commas between the
+    names. Raises ValueError."""
+    given = row.get(key)
+    if given is None:
         return []
-    names = images.split(",") if isinstance(images, str) else images
+    names = given.split(",") if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'its "image" must be a file name or a list of them, not {str(images)[:80]}')
+        raise ValueError(f'its "{key}" must be a file name or a list of them, not {str(given)[:80]}')
     return [name.strip() for name in names if name.strip()]
 
 
 def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
-    """The picture names and turns of a row that can be trained on. Raises ValueError saying what is wrong
-    with it."""
+    """The names of pictures and films, in the order of their marks, and the turns of a row that can be
+    trained on. Raises ValueError saying what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"it is a {type(row).__name__}, not an object")
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise ValueError('it has no "conversations"')
-    names = image_names(row)
+    pictures, films = file_names(row, "image"), file_names(row, "video")
     texts = normalise_turns(turns)
     answers = [position for position, (role, _) in enumerate(texts) if role == "assistant"]
     if not answers or all(role != "user" for role, _ in texts):
@@ -74,14 +91,18 @@ def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
         turns, texts = turns[:end], texts[:end]
     if any(role == "assistant" and not text.strip() for role, text in texts):
         raise ValueError("it has an empty answer")
-    marks = sum(text.count(IMAGE_MARK) for role, text in texts if role == "user")
-    if len(names) < spec.min_images:
+    if len(pictures) + len(films) < spec.min_images:
         raise ValueError('it has no "image"')
-    if len(names) > spec.max_images:
-        raise ValueError(f"it has {len(names)} pictures, but this stage takes {spec.max_images or 'none'}")
-    if marks != len(names):
-        raise ValueError(f"it has {marks} {IMAGE_MARK} mark(s) for {len(names)} picture(s)")
-    return names, turns
+    if len(pictures) > spec.max_images:
+        raise ValueError(f"it has {len(pictures)} pictures, but this stage takes {spec.max_images or 'none'}")
+    if films and not spec.max_frames:
+        raise ValueError(f"it has {len(films)} film(s), but this stage takes none")
+    marks = [mark for mark in find_marks(texts) if mark == IMAGE_MARK or spec.max_frames]
+    for mark, names, what in ((IMAGE_MARK, pictures, "picture"), (VIDEO_MARK, films, "film")):
+        if marks.count(mark) != len(names):
+            raise ValueError(f"it has {marks.count(mark)} {mark} mark(s) for {len(names)} {what}(s)")
+    files = {IMAGE_MARK: iter(pictures), VIDEO_MARK: iter(films)}
+    return [next(files[mark]) for mark in marks], turns
 
 
 @dataclass
@@ -154,8 +175,11 @@ class VLMDataset(Dataset):
             names, turns = check_row(row, self.spec)
         except ValueError:
             return 0
+        # Films are not opened here: each counts as if it were long.
+        num_films = len(file_names(row, "video"))
+        num_images = len(names) + (self.spec.max_frames - 1) * num_films
         # A token is about three bytes, of Chinese as of English.
-        return (self.num_image_tokens * len(names)
+        return (self.num_image_tokens * num_images
                 + sum(len(text.encode(errors="replace")) for _, text in normalise_turns(turns)) // 3)
 
     def spec_key(self) -> str:
@@ -171,26 +195,45 @@ class VLMDataset(Dataset):
     def sample(self, position: int) -> dict[str, Tensor]:
         """input_ids (t,), labels (t,), image_slots (n, N), and pixel_values (n, 3, S, S), or image_features
         (n, N, V) if there is a feature store."""
-        names, turns = check_row(self.rows[position], self.spec)
+        pictures, turns = self.what_is_shown(*check_row(self.rows[position], self.spec))
         sample = tokenize(turns, self.tokenizer, self.num_image_tokens, self.max_seq_len)
-        return sample | self.images(names)
+        return sample | self.images(pictures)
 
-    def images(self, names: list[str]) -> dict[str, Tensor]:
-        paths = [self.find_image(name) for name in names]
-        if self.feature_store is not None and paths:
-            return {"image_features": torch.stack([self.read_features(path) for path in paths])}
+    def what_is_shown(self, names: list[str], turns: list[dict]) -> tuple[list[Path | Frame], list[dict]]:
+        """From what check_row() returns: the pictures and the frames of films, in reading order, and turns
+        with one image mark for each. Films bring fewer frames where else the row would not fit max_seq_len.
+
+        raises  FileNotFoundError or ValueError if a film cannot be read
+        """
+        marks = find_marks(normalise_turns(turns)) if self.spec.max_frames else []
+        num_films = marks.count(VIDEO_MARK)
+        if not num_films:
+            return [self.find_image(name) for name in names], turns
+        shortest = render_conversation(expand_films(turns, [1] * num_films), self.tokenizer,
+                                       self.num_image_tokens)
+        most = frames_that_fit(shortest, num_films, self.max_seq_len, self.spec.max_frames)
+        shown = [[self.find_image(name)] if mark == IMAGE_MARK else
+                 find_frames(self.find_image(name), most, self.spec.frames_per_second)
+                 for name, mark in zip(names, marks, strict=True)]
+        counts = [len(frames) for frames, mark in zip(shown, marks, strict=True) if mark == VIDEO_MARK]
+        return [picture for part in shown for picture in part], expand_films(turns, counts)
+
+    def images(self, pictures: list[Path | Frame]) -> dict[str, Tensor]:
+        if self.feature_store is not None and pictures:
+            return {"image_features": self.read_features(pictures)}
         side = self.image_processor.size if self.image_processor else 1
-        pixels = [load_pixels(path, self.image_processor) for path in paths]
+        pixels = load_pictures(pictures, self.image_processor)
         return {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)}
 
-    def read_features(self, path: Path) -> Tensor:
-        features = None
-        with contextlib.suppress(ValueError):
-            features = self.feature_store.read(path)
-        if features is None:
-            load_pixels(path, self.image_processor)     # raises, and says why, if the picture is at fault
-            raise ValueError(f"{path} was replaced after the pictures had been encoded: start again")
-        return features
+    def read_features(self, pictures: list[Path | Frame]) -> Tensor:
+        features: list[Tensor | None] = [None] * len(pictures)
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            features = self.feature_store.read_all(pictures)
+        lost = [picture for picture, found in zip(pictures, features, strict=True) if found is None]
+        if lost:
+            load_pictures(pictures, self.image_processor)       # raises, and says why, if a file is at fault
+            raise ValueError(f"{lost[0]} was replaced after the pictures had been encoded: start again")
+        return torch.stack(features)
 
     def find_image(self, name: str) -> Path:
         path = self.image_dir / name

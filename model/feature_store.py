@@ -7,33 +7,53 @@ A folder holds segments, each of them two files of numpy's own format:
                         not count
 
 A picture's key is a hash of its file's BYTES, so a picture that was replaced is a new one, and one that was
-moved, renamed or is named twice is not. Everything else that decides the features (CLIP's weights, size,
-normalisation, the way of reading) is in the name of the folder: see store_name().
+moved, renamed or is named twice is not. The key of a film's frame is made of its file's and of the moment.
+Everything else that decides the features (CLIP's weights, size, normalisation, the way of reading) is in the
+name of the folder: see store_name().
 
 Letters: R pictures of a segment, N tokens per image, V CLIP width.
 """
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model import video
 from model.checkpoint import atomic_write
+from model.video import Frame, file_of
 from model.vision_utils import ImageProcessor, check_is_file
 
 VERSION = 1     # of the way from a file to pixels; raise it when that changes, and no old feature is served
 FEATURE_DTYPES = {"float16": np.float16, "float32": np.float32}
 
 
-def picture_key(path: str | Path) -> np.ndarray:
-    """128 bits of the file's content, (2,) uint64. Raises FileNotFoundError or ValueError with its name."""
+def picture_key(picture: str | Path | Frame) -> np.ndarray:
+    """128 bits that tell a picture, (2,) uint64. Raises FileNotFoundError or ValueError with its name."""
+    return picture_keys([picture])[0]
+
+
+def picture_keys(pictures: Sequence[str | Path | Frame]) -> list[np.ndarray]:
+    """The keys of several pictures; each file is read once, however many frames of it there are."""
+    digests = {path: file_digest(path) for path in dict.fromkeys(map(file_of, pictures))}
+    return [np.frombuffer(frame_digest(digests[picture.film], picture.moment) if isinstance(picture, Frame)
+                          else digests[picture], np.uint64) for picture in pictures]
+
+
+def file_digest(path: str | Path) -> bytes:
+    """128 bits of a file's content."""
     check_is_file(path)
     try:
         with open(path, "rb") as file:
-            return np.frombuffer(hashlib.blake2b(file.read(), digest_size=16).digest(), np.uint64)
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
     except OSError as error:
         raise ValueError(f"cannot read picture {path}: {error.strerror}") from None
+
+
+def frame_digest(film: bytes, moment: int) -> bytes:
+    return hashlib.blake2b(film + repr((video.VERSION, moment)).encode(), digest_size=16).digest()
 
 
 @torch.no_grad()
@@ -89,13 +109,18 @@ class FeatureStore:
     def __contains__(self, key: np.ndarray) -> bool:
         return self.find(key) is not None
 
-    def read(self, path: str | Path) -> Tensor | None:
-        """The features (N, V) of the picture in a file, or None if they are not here.
+    def read(self, picture: str | Path | Frame) -> Tensor | None:
+        """The features (N, V) of a picture, or None if they are not here.
 
         Raises FileNotFoundError or ValueError, naming the file, if there is none to look at.
         """
-        place = self.find(picture_key(path))
-        return None if place is None else torch.from_numpy(np.array(self.segments[place[0]][place[1]]))
+        return self.read_all([picture])[0]
+
+    def read_all(self, pictures: Sequence[str | Path | Frame]) -> list[Tensor | None]:
+        """The same of several at once."""
+        places = [self.find(key) for key in picture_keys(pictures)]
+        return [None if place is None else torch.from_numpy(np.array(self.segments[place[0]][place[1]]))
+                for place in places]
 
     def add(self, keys: np.ndarray, features: np.ndarray) -> None:
         """Write a segment, keys (R, 2) and features (R, N, V): after any accident it is there whole, or not

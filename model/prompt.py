@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from model.vision_proj import CLOSE_ID, OPEN_ID, placeholder_ids
 
-IMAGE_MARK = "<image>"
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
+MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TOKENIZER_CURE = ("MiniMind's own lies in the model folders: hf download jingyaogong/minimind-v-v1-small "
                   "tokenizer.json tokenizer_config.json --local-dir model/minimind_tokenizer, "
@@ -115,12 +116,41 @@ def render_conversation(turns: list[dict], tokenizer, num_image_tokens: int = 50
     return prompt
 
 
-def put_marks(text: str, num_images: int) -> str:
-    """A question as a person types it: images that it does not mark itself go in front, one per line."""
-    missing = num_images - text.count(IMAGE_MARK)
-    if missing < 0:
-        raise ValueError(f"the question marks {text.count(IMAGE_MARK)} image(s) but {num_images} were given")
-    return f"{IMAGE_MARK}\n" * missing + text
+def find_marks(texts: list[tuple[str, str]]) -> list[str]:
+    """The marks in the users' texts, in reading order; texts: (role, text), from normalise_turns()."""
+    return [mark for role, text in texts if role == "user" for mark in MARK.findall(text)]
+
+
+def expand_films(turns: list[dict], num_frames: list[int]) -> list[dict]:
+    """The same turns with one image mark per frame in the place of each film's mark."""
+    counts = iter(num_frames)
+    return [{"from": role, "value": text if role != "user" else
+             re.sub(VIDEO_MARK, lambda _: IMAGE_MARK * next(counts), text)}
+            for role, text in normalise_turns(turns)]
+
+
+def put_marks(text: str, num_images: int, num_films: int = 0) -> str:
+    """A question as a person types it: images and films that it does not mark itself go in front, one per
+    line."""
+    for mark, what, given in ((VIDEO_MARK, "film", num_films), (IMAGE_MARK, "image", num_images)):
+        # Without films "<video>" is a word like any other.
+        missing = given - text.count(mark) if given or mark == IMAGE_MARK else 0
+        if missing < 0:
+            raise ValueError(f"the question marks {text.count(mark)} {what}(s) but {given} were given")
+        text = f"{mark}\n" * missing + text
+    return text
+
+
+def frames_that_fit(prompt: Prompt, num_films: int, max_seq_len: int, most: int) -> int:
+    """How many frames each film may bring, so that the prompt fits: at least 1, at most `most`.
+
+    prompt  rendered with one frame for each of the films; what must fit goes up to the last learnt token, or
+            where nothing is learnt, up to the end
+    """
+    learnt = [position for position, learn in enumerate(prompt.answer_mask) if learn]
+    room = max_seq_len - (learnt[-1] + 1 if learnt else len(prompt.input_ids))
+    num_image_tokens = len(prompt.image_slots[0])
+    return max(1, min(most, 1 + room // (num_films * num_image_tokens)))
 
 
 def check_length(prompt: Prompt, max_seq_len: int) -> int:

@@ -130,11 +130,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_is_file(path: str | Path) -> None:
+def check_is_file(path: str | Path, what: str = "picture") -> None:
     if not os.path.isfile(path):        # a pipe would be waited for, a name with NUL or too long is refused
         if os.path.exists(path):
-            raise ValueError(f"cannot read picture {path}: not a file")
-        raise FileNotFoundError(f"picture not found: {path}")
+            raise ValueError(f"cannot read {what} {path}: not a file")
+        raise FileNotFoundError(f"{what} not found: {path}")
 
 
 def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
@@ -158,7 +158,7 @@ def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
         raise ValueError(f"cannot read picture {path}: {explain_damage(path, error)}") from None
 
 
-def explain_damage(path: str | Path, error: Exception) -> str:
+def explain_damage(path: str | Path, error: Exception | str) -> str:
     with contextlib.suppress(OSError):
         if substitute := find_substitute(path):
             return f"it {substitute}"

@@ -7,8 +7,11 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -46,6 +49,23 @@ def save_clip(folder: Path, **vision) -> Path:
 
 def save_picture(path: Path, seed: int) -> None:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+
+
+def save_film(path: Path, frames: Iterable[int | Image.Image], rate: int | str = 1, codec: str = "mpeg4",
+              size: tuple[int, int] = (64, 64), rotation: int = 0, **more) -> Path:
+    """A film of grey frames, each given by its grey, or of pictures; more: attributes of the stream."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(rate), width=size[0], height=size[1], **more)
+        stream.pix_fmt = stream.codec_context.pix_fmt or "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number, frame in enumerate(frames):
+            image = frame if isinstance(frame, Image.Image) else Image.new("RGB", size, (frame,) * 3)
+            picture = av.VideoFrame.from_image(image)
+            picture.pts = number
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
 
 
 def make_rows(count: int) -> list[dict]:

@@ -175,7 +175,7 @@ def test_a_mistake_in_the_program_is_no_bad_sample(pictures, tokenizer, monkeypa
     for mistake in (TypeError, AttributeError, KeyError, RuntimeError, AssertionError):
         def fail(*_, mistake=mistake):
             raise mistake("a mistake")
-        for function in ("load_pixels", "render_conversation", "check_row"):
+        for function in ("load_pictures", "render_conversation", "check_row"):
             with monkeypatch.context() as patch, pytest.raises(mistake):
                 patch.setattr(dataset_module, function, fail)
                 dataset[0]
@@ -219,9 +219,9 @@ def test_training_leaves_out_every_bad_row_and_counts_it(workplace, pictures, pr
 
 def test_a_worker_that_dies_is_told_with_the_sample_it_held(workplace):
     """As the kernel ends a process that takes too much memory, on the one picture that does it."""
-    code = ("import os, sys, runpy, model.dataset as d; whole = d.load_pixels; "
-            "d.load_pixels = lambda p, *more: "
-            "os.kill(os.getpid(), 9) if str(p).endswith('huge.png') else whole(p, *more); "
+    code = ("import os, sys, runpy, model.dataset as d; whole = d.load_pictures; "
+            "d.load_pictures = lambda p, *more: "
+            "os.kill(os.getpid(), 9) if str(p[0]).endswith('huge.png') else whole(p, *more); "
             "script, *sys.argv[1:] = sys.argv[1:]; sys.argv[0] = script; "
             "runpy.run_path(script, run_name='__main__')")
     rows = make_rows(60)

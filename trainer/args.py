@@ -139,7 +139,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     at_least = {"dim": 1, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "vocab_size": 0, "max_seq_len": 2,
                 "num_workers": 0, "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulation_steps": 1,
                 "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "log_interval": 1, "save_interval": 0,
-                "max_bad_steps": 1, "val_fraction": 0, "seed": 0}
+                "max_bad_steps": 1, "val_fraction": 0, "seed": 0, "max_images": 1, "max_frames": 0}
     problems = [f"--{name} must be at least {low}, not {getattr(args, name)}"
                 for name, low in at_least.items() if hasattr(args, name) and not getattr(args, name) >= low]
     if not 0 < getattr(args, "learning_rate", 1) < math.inf:

@@ -2,6 +2,7 @@
 import argparse
 import shutil
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from model.dataset import VLMDataset, check_row
-from model.feature_store import FeatureStore, picture_key, store_name
-from model.vision_utils import ImageProcessor, get_img_embedding, load_pixels, num_image_tokens
+from model.feature_store import FeatureStore, picture_key, picture_keys, store_name
+from model.video import Frame, file_of, load_pictures
+from model.vision_utils import ImageProcessor, get_img_embedding, num_image_tokens
 from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
@@ -41,30 +43,32 @@ def fill_feature_cache(run: Run, args: argparse.Namespace, datasets: Iterable[VL
     return store
 
 
-def picture_paths(dataset: VLMDataset) -> set[Path]:
-    """The files of all rows that can be used."""
-    paths = set()
+def pictures_of(dataset: VLMDataset) -> set[Path | Frame]:
+    """The pictures and the frames of films of all rows that can be used."""
+    pictures = set()
     for row in dataset.rows:
         try:
-            paths.update(dataset.find_image(name) for name in check_row(row, dataset.spec)[0])
-        except ValueError:
+            pictures.update(dataset.what_is_shown(*check_row(row, dataset.spec))[0])
+        except (ValueError, FileNotFoundError):
             continue        # told by the dataset, with file and row
-    return paths
+    return pictures
 
 
-def find_missing(run: Run, store: FeatureStore, datasets: Iterable[VLMDataset]) -> list[tuple[bytes, Path]]:
-    """(key, path) of every distinct picture that the store lacks, in one order on all ranks. Each rank reads
-    its share of the files."""
-    paths = sorted(set().union(*(picture_paths(dataset) for dataset in datasets)))[run.rank::run.world_size]
+def find_missing(run: Run, store: FeatureStore,
+                 datasets: Iterable[VLMDataset]) -> list[tuple[bytes, Path | Frame]]:
+    """(key, picture) of every distinct picture that the store lacks, in one order on all ranks. Each rank
+    reads its share of the files."""
+    pictures = sorted(set().union(*(pictures_of(dataset) for dataset in datasets)), key=str)
+    files = [list(group) for _, group in groupby(pictures, key=file_of)][run.rank::run.world_size]
     missing = {}
-    for path in progress_bar(paths, disable=not run.is_main, unit="picture", desc="looking for features"):
+    for group in progress_bar(files, disable=not run.is_main, unit="picture", desc="looking for features"):
         try:
-            key = picture_key(path)
+            keys = picture_keys(group)
         except (FileNotFoundError, ValueError):
             continue
-        if key not in store:
-            missing[key.tobytes()] = path
-    everywhere = {key: path for part in run.share(missing) for key, path in part.items()}
+        missing |= {key.tobytes(): picture for key, picture in zip(keys, group, strict=True)
+                    if key not in store}
+    everywhere = {key: picture for part in run.share(missing) for key, picture in part.items()}
     return sorted(everywhere.items())
 
 
@@ -84,19 +88,19 @@ def tell_size(run: Run, args: argparse.Namespace, store: FeatureStore, count: in
 
 
 class Pictures(Dataset):
-    """Files to pixels; None for one that cannot be read, or is no longer what its key says."""
+    """Pictures to pixels; None for one that cannot be read, or is no longer what its key says."""
 
-    def __init__(self, wanted: list[tuple[bytes, Path]], image_processor: ImageProcessor):
+    def __init__(self, wanted: list[tuple[bytes, Path | Frame]], image_processor: ImageProcessor):
         self.wanted, self.image_processor = wanted, image_processor
 
     def __len__(self) -> int:
         return len(self.wanted)
 
     def __getitem__(self, position: int) -> tuple[bytes, Tensor] | None:
-        key, path = self.wanted[position]
+        key, picture = self.wanted[position]
         try:
-            pixels = load_pixels(path, self.image_processor)
-            return (key, pixels) if picture_key(path).tobytes() == key else None
+            pixels, = load_pictures([picture], self.image_processor)
+            return (key, pixels) if picture_key(picture).tobytes() == key else None
         except (ValueError, FileNotFoundError):
             return None
 
@@ -106,8 +110,9 @@ def only_good(samples: list[tuple[bytes, Tensor] | None]) -> tuple[list[bytes], 
     return [key for key, _ in good], torch.stack([pixels for _, pixels in good]) if good else None
 
 
-def encode_all(run: Run, args: argparse.Namespace, store: FeatureStore, wanted: list[tuple[bytes, Path]],
-               vision_model: nn.Module, image_processor: ImageProcessor) -> None:
+def encode_all(run: Run, args: argparse.Namespace, store: FeatureStore,
+               wanted: list[tuple[bytes, Path | Frame]], vision_model: nn.Module,
+               image_processor: ImageProcessor) -> None:
     """Encode this rank's share of the pictures and write it, segment by segment, all ranks in step."""
     share, most = wanted[run.rank::run.world_size], len(wanted[::run.world_size])
     # As many rounds on every rank, though the last shares may be smaller by one picture.

@@ -7,7 +7,7 @@
 import argparse
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -311,6 +311,7 @@ def settings_of(run: Run, args: argparse.Namespace, model: Transformer, dataset:
             "features": args.feature_dtype if args.feature_cache else None,
             "data": dataset.rows.fingerprint, "dtype": name_of(choose_dtype(args.dtype, run.device)),
             **{name: getattr(args, name) for name in named},
+            **{f"rows.{name}": value for name, value in asdict(dataset.spec).items()},
             **{f"model.{name}": value for name, value in model.config.to_dict().items()}}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from model.dataset import VLMDataset, collate, tokenize
-from model.prompt import IMAGE_MARK, normalise_turns
+from model.prompt import MARK, normalise_turns
 from trainer.distributed import AgreedError, Run
 from trainer.loader import Loader
 
@@ -72,7 +72,7 @@ def answer_loss(stepper, tokenizer, conversations: list[list[dict]]) -> float:
     itself."""
     config, samples = stepper.model.config, []
     for turns in conversations:
-        blind = [{"from": role, "value": text.replace(IMAGE_MARK, "")}
+        blind = [{"from": role, "value": MARK.sub("", text)}
                  for role, text in normalise_turns(turns)]
         samples.append(tokenize(blind, tokenizer, config.num_image_tokens, max_seq_len=sys.maxsize)
                        | {"pixel_values": torch.zeros(0, 3, 1, 1)})
