@@ -272,8 +272,8 @@ def spoken_triples(text: str) -> set[tuple]:
 
 def test_unseen_triples_are_never_named(rows):
     unseen = {triple(scene) for scene in make_splits(PRESETS["full"], seed=0)["unseen"]}
-    texts = [" ".join(turn["value"] for turn in row["conversations"]) for name in ("pretrain", "sft", "text", "films")
-             for row in rows[name]]
+    texts = [" ".join(turn["value"] for turn in row["conversations"])
+             for name in ("pretrain", "sft", "text", "films") for row in rows[name]]
     spoken = set().union(*map(spoken_triples, texts))
     assert len(spoken) > 200 and unseen.isdisjoint(spoken)
 
@@ -342,10 +342,9 @@ def test_test_questions_about_films_are_worded_as_in_training(rows):
 
 
 def test_what_a_sentence_says(pictures):
-    said = sentences.spoken("Picture one is a red star, picture two is a blue red.", COLOURS, sentences.ENGLISH)
-    assert said == ["red", "blue", "red"]
-    assert sentences.spoken("图一是大的红色圆形，图二是小的蓝色方形。", scenes.SHAPES, sentences.CHINESE
-                            ) == ["circle", "square"]
+    english, chinese = "A red star, then a blue red.", "图一是红色圆形，图二是蓝色方形。"
+    assert sentences.spoken(english, COLOURS, sentences.ENGLISH) == ["red", "blue", "red"]
+    assert sentences.spoken(chinese, scenes.SHAPES, sentences.CHINESE) == ["circle", "square"]
 
 
 # ---- the tokenizer ----

@@ -107,7 +107,7 @@ class World:
 
     def draw_films(self) -> None:
         (self.work / "films").mkdir(exist_ok=True)
-        everything = {name: film for split in films.FILM_SPLITS for name, film in self.films_of(split).items()}
+        everything = self.films_of("train") | self.films_of("unseen")
         for name, film in progress_bar(everything.items(), desc="films", unit=""):
             films.save_film(film, self.work / name)
 

@@ -137,8 +137,11 @@ def draw_frames(film: Film) -> Iterator[Image.Image]:
 
 def between(now: Scene, then: Scene, share: float) -> Scene:
     """A scene on its way from one to the next; share: how far, 0 to 1."""
-    x, y = ((1 - share) * np.array(now.centre) + share * np.array(then.centre)).tolist()
-    return replace(now, centre=(x, y), rgb=to_rgb((1 - share) * np.array(now.rgb) + share * np.array(then.rgb)))
+    def mix(first: tuple, second: tuple) -> np.ndarray:
+        return (1 - share) * np.array(first) + share * np.array(second)
+
+    x, y = mix(now.centre, then.centre).tolist()
+    return replace(now, centre=(x, y), rgb=to_rgb(mix(now.rgb, then.rgb)))
 
 
 def save_film(film: Film, path: Path) -> None:

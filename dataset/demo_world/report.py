@@ -118,16 +118,17 @@ def draw_answers(records: list[dict], path: Path) -> None:
         mark, colour = ("\u2713", "#1a7f37") if record["right"] else ("\u2717", "#c62828")
         axes.set_title(question, fontproperties=font, fontsize=15)
         axes.set_xlabel(f"{record['answer']}\n", fontproperties=font, fontsize=14)
-        axes.annotate(record["given"], (0.5, 0), (0, -24), xycoords="axes fraction", textcoords="offset points",
-                      ha="center", va="top", fontproperties=font, fontsize=14, color=colour)
-        axes.annotate(mark, (1, 0.5), (4, 0), xycoords="axes fraction", textcoords="offset points",
-                      va="center", fontsize=26, color=colour)
+        beside = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour}
+        axes.annotate(record["given"], (0.5, 0), (0, -24), **beside, ha="center", va="top", fontsize=14,
+                      fontproperties=font)
+        axes.annotate(mark, (1, 0.5), (4, 0), **beside, va="center", fontsize=26)
     figure.savefig(path, dpi=72)
 
 
 def closing_text(world: Path, out: Path, scores: dict, seconds: dict) -> str:
     rows = {(split, kind): values for split, kinds in scores.items() for kind, values in kinds.items()}
-    table = pandas.DataFrame.from_dict(rows, orient="index").to_string(float_format="{:.2f}".format, na_rep="")
+    table = pandas.DataFrame.from_dict(rows, orient="index")
+    table = table.to_string(float_format="{:.2f}".format, na_rep="")
     return f"""
 What was learnt (share of answers that are right to the letter; blank and shuffled: the model was shown \
 nothing, or
@@ -136,9 +137,9 @@ another picture, so these columns say what guessing gives):
 {table}
 
 known: new pictures of combinations seen in training; unseen: colour + shape + position never seen together;
-unseen_pairs: colour + shape never seen together. two_images and films: of unseen, after the third stage; swapped:
-the two pictures in reversed order, and the answer that fits them so; shuffled_frames: a film's frames in another
-order.
+unseen_pairs: colour + shape never seen together. two_images and films: of unseen, after the third stage;
+swapped: the two pictures in reversed order, and the answer that fits them so; shuffled_frames: a
+film in another order of its frames.
 
 time       {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}
 pictures   {out}/answers.png (what it says about pictures it never saw), {out}/*_vlm_*.png (loss curves)

@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from dataset.demo_world.films import CHANGES, COLOUR_CHANGE, MOVEMENT, Film, change_of
-from dataset.demo_world.scenes import COLOURS, SHAPES, Scene
+from dataset.demo_world.scenes import Scene
 from model.prompt import IMAGE_MARK, VIDEO_MARK
 
 ATTRIBUTES = ("colour", "shape", "position", "size")
