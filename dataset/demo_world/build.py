@@ -21,6 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,10 @@ class World:
     def draw_films(self) -> None:
         (self.work / "films").mkdir(exist_ok=True)
         everything = self.films_of("train") | self.films_of("unseen")
-        for name, film in progress_bar(everything.items(), desc="films", unit=""):
-            films.save_film(film, self.work / name)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:   # x264 lets other threads run
+            done = pool.map(lambda name: films.save_film(everything[name], self.work / name), everything)
+            for _ in progress_bar(done, total=len(everything), desc="films", unit=""):
+                pass
 
     def write_rows(self) -> None:
         train, preset = self.pictures("train"), self.preset

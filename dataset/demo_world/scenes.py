@@ -132,6 +132,7 @@ PRESETS = {
         two_picture_rows=400,
         train_films=100,
         one_picture_rows=100,
+        test_films=60,
         dim=96,
         n_layers=3,
         clip=Stage(steps=150, batch_size=48, lr=1.5e-3),
