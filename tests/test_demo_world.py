@@ -137,7 +137,7 @@ def test_no_training_film_shows_an_unseen_triple_and_every_test_film_begins_or_e
 
 
 def test_one_thing_changes_in_a_film_and_goes_straight(all_films):
-    for film in itertools.chain(*all_films.values()):
+    for film in itertools.chain(*(some[:200] for some in all_films.values())):
         assert len(film) == films.SECONDS
         assert len({(scene.shape, scene.size, scene.background, scene.radius) for scene in film}) == 1
         moves, colours = {scene.position for scene in film}, {scene.colour for scene in film}
@@ -147,7 +147,8 @@ def test_one_thing_changes_in_a_film_and_goes_straight(all_films):
         shares = [np.dot(scene.centre - start, end - start) for scene in film]
         assert shares == sorted(shares)     # never back
         for scene in film:
-            assert np.cross(scene.centre - start, end - start) == pytest.approx(0, abs=1e-6)
+            (x, y), (dx, dy) = scene.centre - start, end - start
+            assert x * dy == pytest.approx(y * dx, abs=1e-6)
             assert np.abs(np.array(scene.centre) - [scenes.GRID[i] for i in scenes.POSITIONS[scene.position]]
                           ).max() <= scenes.JITTER + 1e-6
 
