@@ -17,10 +17,12 @@ from model.decode import Decoder, pack_linears
 from model.generate import Sampling, TextStreamer, generate
 from model.model import Transformer
 from model.prompt import Prompt, load_tokenizer, render_conversation
+from model.video import Frame, lay_out
 from model.vision_utils import get_img_embedding, get_img_process, get_vision_model, num_image_tokens
 
 TOKENIZER_PATH = "model/minimind_tokenizer"
 CLIP_PATH = "model/clip_model/clip-vit-base-patch32"
+ANSWER_ROOM = 32        # tokens; a longer answer takes what the question leaves
 
 
 class Chat:
@@ -39,6 +41,14 @@ class Chat:
 
     def render(self, turns: list[dict]) -> Prompt:
         return render_conversation(turns, self.tokenizer, self.decoder.config.num_image_tokens)
+
+    def lay_out(self, turns: list[dict], files: list[Path],
+                max_frames: int = 8) -> tuple[list[list[Path | Frame]], list[dict]]:
+        """Pictures and films to what is encoded, and turns with a mark for each; see video.lay_out(). Films
+        leave room for an answer."""
+        config = self.decoder.config
+        return lay_out(turns, files, self.tokenizer, config.num_image_tokens,
+                       config.max_seq_len - ANSWER_ROOM, max_frames, frames_per_second=1.0)
 
     def stream(self, turns: list[dict], images: list[Image.Image],
                sampling: Sampling | None = None) -> Iterator[str]:

@@ -29,14 +29,12 @@ from model.prompt import (
     IMAGE_MARK,
     VIDEO_MARK,
     check_length,
-    expand_films,
     find_marks,
-    frames_that_fit,
     normalise_turns,
     render_conversation,
 )
 from model.rows import Rows
-from model.video import Frame, find_frames, load_pictures
+from model.video import Frame, lay_out, load_pictures
 from model.vision_proj import placeholder_ids
 from model.vision_utils import ImageProcessor
 
@@ -201,22 +199,13 @@ class VLMDataset(Dataset):
 
     def what_is_shown(self, names: list[str], turns: list[dict]) -> tuple[list[Path | Frame], list[dict]]:
         """From what check_row() returns: the pictures and the frames of films, in reading order, and turns
-        with one image mark for each. Films bring fewer frames where else the row would not fit max_seq_len.
-
-        raises  FileNotFoundError or ValueError if a film cannot be read
-        """
-        marks = find_marks(normalise_turns(turns)) if self.spec.max_frames else []
-        num_films = marks.count(VIDEO_MARK)
-        if not num_films:
-            return [self.find_image(name) for name in names], turns
-        shortest = render_conversation(expand_films(turns, [1] * num_films), self.tokenizer,
-                                       self.num_image_tokens)
-        most = frames_that_fit(shortest, num_films, self.max_seq_len, self.spec.max_frames)
-        shown = [[self.find_image(name)] if mark == IMAGE_MARK else
-                 find_frames(self.find_image(name), most, self.spec.frames_per_second)
-                 for name, mark in zip(names, marks, strict=True)]
-        counts = [len(frames) for frames, mark in zip(shown, marks, strict=True) if mark == VIDEO_MARK]
-        return [picture for part in shown for picture in part], expand_films(turns, counts)
+        with one image mark for each. Raises FileNotFoundError or ValueError if a film cannot be read."""
+        paths = [self.find_image(name) for name in names]
+        if not self.spec.max_frames:
+            return paths, turns
+        parts, turns = lay_out(turns, paths, self.tokenizer, self.num_image_tokens, self.max_seq_len,
+                               self.spec.max_frames, self.spec.frames_per_second)
+        return [picture for part in parts for picture in part], turns
 
     def images(self, pictures: list[Path | Frame]) -> dict[str, Tensor]:
         if self.feature_store is not None and pictures:

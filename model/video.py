@@ -14,6 +14,15 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from model.prompt import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    expand_films,
+    find_marks,
+    frames_that_fit,
+    normalise_turns,
+    render_conversation,
+)
 from model.vision_utils import (
     ImageProcessor,
     check_is_file,
@@ -65,6 +74,27 @@ def find_frames(path: str | Path, max_frames: int = 8, frames_per_second: float 
                 for number in range(count)]
 
 
+def lay_out(turns: list[dict], files: list[Path], tokenizer, num_image_tokens: int, max_seq_len: int,
+            max_frames: int, frames_per_second: float) -> tuple[list[list[Path | Frame]], list[dict]]:
+    """What a conversation shows, and how it is rendered.
+
+    files    pictures and films, in the order of their marks
+    returns  for each mark a picture or the frames of a film, and turns with one image mark for each of these;
+             films bring fewer frames where else the prompt would not fit max_seq_len
+    raises   FileNotFoundError or ValueError, naming the film, if one cannot be read
+    """
+    marks = find_marks(normalise_turns(turns))
+    num_films = len(files) - marks.count(IMAGE_MARK)
+    if not num_films:       # "<video>" is then a word like any other
+        return [[path] for path in files], turns
+    shortest = render_conversation(expand_films(turns, [1] * num_films), tokenizer, num_image_tokens)
+    most = frames_that_fit(shortest, num_films, max_seq_len, max_frames)
+    parts = [[path] if mark == IMAGE_MARK else find_frames(path, most, frames_per_second)
+             for path, mark in zip(files, marks, strict=True)]
+    counts = [len(part) for part, mark in zip(parts, marks, strict=True) if mark == VIDEO_MARK]
+    return parts, expand_films(turns, counts)
+
+
 def open_pictures(pictures: Iterable[Path | Frame]) -> Iterator[Image.Image]:
     """Picture files and frames of films as RGB images, one at a time; the successive frames of a film are
     decoded in one pass. Raises FileNotFoundError or ValueError, naming the file."""
@@ -104,8 +134,6 @@ def open_film(path: str | Path) -> Iterator[tuple]:
 
     check_is_file(path, "film")
     try:
-        if not os.path.getsize(path):
-            raise ValueError("the file is empty")
         # "file:", or a name with a colon would be taken for an address.
         with av.open(f"file:{os.fspath(path)}", metadata_errors="replace",
                      options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as container:
@@ -152,7 +180,7 @@ def film_length(container, stream) -> Fraction:
 
 
 def rate_of(stream) -> Fraction:
-    return Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
+    return Fraction(stream.guessed_rate or stream.average_rate or DEFAULT_RATE)
 
 
 def decode_frames(wanted: list[Frame]) -> Iterator[Image.Image]:

@@ -54,16 +54,14 @@ def save_picture(path: Path, seed: int) -> None:
 def save_film(path: Path, frames: Iterable[int | Image.Image], rate: int | str = 1, codec: str = "mpeg4",
               size: tuple[int, int] = (64, 64), rotation: int = 0, **more) -> Path:
     """A film of grey frames, each given by its grey, or of pictures; more: attributes of the stream."""
+    sizes = {"width": size[0], "height": size[1], "pix_fmt": "yuv420p"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(rate), width=size[0], height=size[1], **more)
-        stream.pix_fmt = stream.codec_context.pix_fmt or "yuv420p"
+        stream = container.add_stream(codec, rate=Fraction(rate), **(sizes | more))
         if rotation:
             stream.set_display_rotation(rotation)
-        for number, frame in enumerate(frames):
+        for frame in frames:
             image = frame if isinstance(frame, Image.Image) else Image.new("RGB", size, (frame,) * 3)
-            picture = av.VideoFrame.from_image(image)
-            picture.pts = number
-            container.mux(stream.encode(picture))
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
     return path
 

@@ -49,6 +49,12 @@ class Run:
         dist.gather_object(value, values)
         return values
 
+    def gather_in_order(self, mine: dict[int, object]) -> list:
+        """What all ranks found, by its number, in the order of the numbers, on rank 0; empty elsewhere."""
+        parts = self.gather(mine) or []
+        return [found for _, found in sorted((item for part in parts for item in part.items()),
+                                             key=lambda item: item[0])]
+
     def share(self, value) -> list:
         """The value of every rank, in rank order, on every rank."""
         if self.world_size == 1:
