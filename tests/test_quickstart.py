@@ -116,7 +116,7 @@ def test_the_recipes_run_all_scripts_and_later_flags_win(place, tmp_path):
 
 
 def test_pairs_and_films_are_scored_with_their_controls(place):
-    """Fifty steps teach this world the sentences, not yet what they say; the full one's scores are in README."""
+    """What fifty steps teach is not promised; the scores of the full world are in README."""
     report = json.loads((place / "out" / "report.json").read_text())
     assert set(report["two_images"]) == {"zh", "en", "colour", "shape"}
     assert all({"real", "blank", "shuffled", "swapped"} <= set(row) for row in report["two_images"].values())
