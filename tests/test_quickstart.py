@@ -120,6 +120,7 @@ def test_pairs_and_films_are_scored_with_their_controls(place):
     report = json.loads((place / "out" / "report.json").read_text())
     assert set(report["two_images"]) == {"zh", "en", "colour", "shape"}
     assert all({"real", "blank", "shuffled", "swapped"} <= set(row) for row in report["two_images"].values())
+    assert all("swapped_follows" in report["two_images"][language] for language in ("zh", "en"))
     assert set(report["films"]) == {"movement", "colour_change", "film"}
     assert all({"real", "blank", "shuffled", "shuffled_frames"} <= set(row)
                for row in report["films"].values())

@@ -88,7 +88,7 @@ def what_is_seen(record: dict) -> list[str]:
 def show(record: dict) -> Image.Image:
     """Its picture, its two pictures, or the frames of its film, side by side."""
     if "video" in record:
-        pictures = read_frames(Path(record["video"]), SECONDS)
+        pictures = read_frames(record["video"][0], SECONDS)
     else:
         pictures = [Image.open(path) for path in record["image"]]
     side, gap = pictures[0].width, 8
@@ -138,8 +138,8 @@ another picture, so these columns say what guessing gives):
 
 known: new pictures of combinations seen in training; unseen: colour + shape + position never seen together;
 unseen_pairs: colour + shape never seen together. two_images and films: of unseen, after the third stage;
-swapped: the two pictures in reversed order, and the answer that fits them so; shuffled_frames: a
-film in another order of its frames.
+swapped: the two pictures in reversed order; swapped_follows: answers that are right for that order;
+shuffled_frames: the frames of a film in another order.
 
 time       {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}
 pictures   {out}/answers.png (what it says about pictures it never saw), {out}/*_vlm_*.png (loss curves)
