@@ -46,12 +46,13 @@ def pictures() -> dict:
 @pytest.fixture(scope="module")
 def rows(pictures) -> dict[str, list[dict]]:
     rng = np.random.default_rng(0)
+    some_films = name_films(films.make_films(PRESETS["full"], seed=0)["train"])
     return {
         "pretrain": sentences.pretrain_rows(pictures, rng),
         "sft": sentences.sft_rows(pictures, rng),
-        "two_pictures": sentences.two_picture_rows(pictures, 300, rng),
-        "text": sentences.text_rows(list(pictures.values()), rng),
-        "films": sentences.film_rows(name_films(films.make_films(PRESETS["full"], seed=0)["train"]), rng),
+        "two_pictures": sentences.number_rows(sentences.ask_pairs(pictures, 300, rng)),
+        "films": sentences.number_rows(sentences.ask_films(some_films, rng)),
+        "text": sentences.text_rows(pictures, some_films, 4000, rng),
     }
 
 
@@ -237,6 +238,11 @@ def test_as_many_marks_as_pictures(rows):
     assert all(len({row["id"] for row in group}) == len(group) for group in rows.values())
 
 
+def test_text_has_words_for_every_picture_of_the_same_rows(rows):
+    brackets = [row["conversations"][0]["value"].count("[") for row in rows["text"]]
+    assert {count: brackets.count(count) for count in set(brackets)} == {1: 4000, 2: 2000, 4: 2000}
+
+
 def test_rows_are_json(rows):
     assert json.loads(json.dumps(rows, ensure_ascii=False)) == rows
 
@@ -272,9 +278,12 @@ def spoken_triples(text: str) -> set[tuple]:
 
 
 def test_unseen_triples_are_never_named(rows):
+    """In the rows of text, every picture stands in brackets of its own, before or behind the question."""
     unseen = {triple(scene) for scene in make_splits(PRESETS["full"], seed=0)["unseen"]}
-    texts = [" ".join(turn["value"] for turn in row["conversations"])
-             for name in ("pretrain", "sft", "text", "films") for row in rows[name]]
+    texts = [picture for row in rows["text"]
+             for picture in re.findall(r"\[.*?\]", row["conversations"][0]["value"])]
+    texts += [" ".join(turn["value"] for turn in row["conversations"])
+             for name in ("pretrain", "sft", "films") for row in rows[name]]
     spoken = set().union(*map(spoken_triples, texts))
     assert len(spoken) > 200 and unseen.isdisjoint(spoken)
 
@@ -302,7 +311,7 @@ def test_test_questions_are_worded_as_in_training(rows, pictures):
 
 
 def test_both_languages_in_their_shares(rows):
-    for name, expected in {"pretrain": 0.15, "sft": 0.15, "text": 0.15, "two_pictures": 0.4,
+    for name, expected in {"pretrain": 0.15, "sft": 0.15, "text": 0.26, "two_pictures": 0.4,
                            "films": 0.4}.items():
         english = [row["conversations"][1]["value"].isascii() for row in rows[name]]
         assert np.mean(english) == pytest.approx(expected, abs=0.06)
@@ -369,7 +378,7 @@ def test_running_text_is_cut_into_exactly_the_words_of_the_lexicon(rows, tokeniz
 
 def test_rows_are_short(rows, tokenizer):
     """The step times of the recipe hold for these lengths."""
-    for name, longest in {"pretrain": 76, "sft": 76, "two_pictures": 136, "text": 50, "films": 247}.items():
+    for name, longest in {"pretrain": 76, "sft": 76, "two_pictures": 136, "text": 105, "films": 247}.items():
         turns = [expand_films(row["conversations"], [films.SECONDS]) for row in rows[name]]
         assert max(len(render_conversation(turn, tokenizer).input_ids) for turn in turns) <= longest
 

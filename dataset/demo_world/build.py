@@ -122,7 +122,8 @@ class World:
                    sentences.multi_rows({f"images/{name}": scene for name, scene in train.items()},
                                         self.films_of("train"), preset.two_picture_rows,
                                         preset.one_picture_rows, self.rng("multi")))
-        write_json(self.work / "text.json", sentences.text_rows(list(train.values()), self.rng("text")))
+        write_json(self.work / "text.json",
+                   sentences.text_rows(train, self.films_of("train"), preset.text_rows, self.rng("text")))
         for split in scenes.TEST_SPLITS:
             pictures = {f"images/{name}": scene for name, scene in self.pictures(split).items()}
             rng = self.rng(f"questions {split}")

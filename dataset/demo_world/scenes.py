@@ -76,6 +76,7 @@ class Preset:
     sizes: tuple[str, ...]
     train_pictures: int
     held_out_pairs: int  # (colour, shape) pairs that training never brings together
+    text_rows: int  # about one picture; half as many about two, and two for each film
     # the rows of the last stage; each film makes two
     two_picture_rows: int
     train_films: int
@@ -112,13 +113,14 @@ PRESETS = {
         sizes=tuple(SIZES),
         train_pictures=4000,
         held_out_pairs=4,
+        text_rows=6000,
         two_picture_rows=4000,
         train_films=1000,
         one_picture_rows=500,
         dim=128,
         n_layers=4,
         clip=Stage(steps=600, batch_size=64, lr=1e-3),
-        llm=Stage(steps=150, batch_size=32, lr=1.5e-3),
+        llm=Stage(steps=200, batch_size=32, lr=1.5e-3),
         pretrain=Stage(steps=300, batch_size=32, lr=1.5e-3),
         sft=Stage(steps=300, batch_size=32, lr=1.5e-3),
         multi=Stage(steps=150, batch_size=32, lr=1e-3),
@@ -129,6 +131,7 @@ PRESETS = {
         sizes=("large",),
         train_pictures=1000,
         held_out_pairs=2,
+        text_rows=6000,
         two_picture_rows=400,
         train_films=100,
         one_picture_rows=100,

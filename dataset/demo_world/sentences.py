@@ -15,7 +15,7 @@ elsewhere as well (measured: exact descriptions fall from 1.00 to .92). Only the
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,17 +185,11 @@ def pick_language(english_share: float, rng: np.random.Generator) -> Language:
     return ENGLISH if rng.random() < english_share else CHINESE
 
 
-def ask_one(kind: str, scene: Scene, rng: np.random.Generator, as_text: bool = False) -> tuple[str, str]:
-    """A question about one picture, which stands before or after the words, and its answer.
-
-    as_text: words stand in for the picture. The language model is raised on such questions; later on,
-    pictures only have to be read as the same words.
-    """
-    language = pick_language(ENGLISH_SHARE, rng)
+def ask_one(kind: str, scene: Scene, language: Language, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about one picture, which stands before or after the words, and its answer."""
     question = fill(pick(language.questions[kind], rng))
-    picture = put_in_words(scene, language, rng) if as_text else IMAGE_MARK
-    place = pick(("{picture}\n{question}", "{question}\n{picture}"), rng)
-    return place.format(picture=picture, question=question), answer_one(kind, scene, language)
+    place = pick((f"{IMAGE_MARK}\n{{question}}", f"{{question}}\n{IMAGE_MARK}"), rng)
+    return place.format(question=question), answer_one(kind, scene, language)
 
 
 def put_in_words(scene: Scene, language: Language, rng: np.random.Generator) -> str:
@@ -204,17 +198,17 @@ def put_in_words(scene: Scene, language: Language, rng: np.random.Generator) -> 
     return "[" + "".join(words[i] for i in rng.permutation(len(words))) + "]"
 
 
-def ask_two(language: Language, rng: np.random.Generator) -> str:
-    """A question about two pictures, which stand before, behind or numbered before the words."""
+def ask_two(first: Scene, second: Scene, language: Language, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about two pictures, which stand before, behind or numbered before the words, and its
+    answer."""
     question = fill(pick(language.questions[TWO_IMAGES], rng))
     marks = f"{IMAGE_MARK}\n{IMAGE_MARK}"
     place = pick((f"{marks}\n{{question}}", f"{{question}}\n{marks}", language.numbered), rng)
-    return place.format(question=question)
+    return place.format(question=question), answer_two(first, second, language)
 
 
-def ask_film(kind: str, film: Film, rng: np.random.Generator) -> tuple[str, str]:
+def ask_film(kind: str, film: Film, language: Language, rng: np.random.Generator) -> tuple[str, str]:
     """A question about a film and its answer; kind: FILM, or the change that there is in it."""
-    language = pick_language(ENGLISH_SHARE_MULTI, rng)
     question = fill(pick(language.questions[kind], rng))
     place = pick((f"{VIDEO_MARK}\n{{question}}", f"{{question}}\n{VIDEO_MARK}"), rng)
     return place.format(question=question), answer_film(kind, film, language)
@@ -248,59 +242,94 @@ def turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question with its answer, before it becomes a row; scenes: what its pictures or frames show, in
+    order."""
+
+    shown: dict[str, str]  # the row's "image" or "video"
+    scenes: tuple[Scene, ...]
+    language: Language
+    question: str
+    answer: str
+
+    def row(self, number: int) -> dict:
+        return {"id": f"{number:06d}", **self.shown, "conversations": turns(self.question, self.answer)}
+
+    def text_row(self, number: int, rng: np.random.Generator) -> dict:
+        """The same with words in the place of the pictures, for a model that cannot see yet."""
+        words = [put_in_words(scene, self.language, rng) for scene in self.scenes]
+        question = self.question.replace(VIDEO_MARK, IMAGE_MARK * len(words))
+        for word in words:
+            question = question.replace(IMAGE_MARK, word, 1)
+        return {"id": f"{number:06d}", "conversations": turns(question, self.answer)}
+
+
+def ask_pictures(
+    pictures: Mapping[str, Scene], kinds: Callable[[Scene], Sequence[str]], rng: np.random.Generator
+) -> list[Asked]:
+    """All kinds of questions about every picture."""
+    asked = []
+    for image, scene in pictures.items():
+        for kind in kinds(scene):
+            language = pick_language(ENGLISH_SHARE, rng)
+            asked.append(Asked({"image": image}, (scene,), language, *ask_one(kind, scene, language, rng)))
+    return asked
+
+
+def ask_pairs(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[Asked]:
+    """`count` times: say how two pictures differ."""
+    asked = []
+    for names in choose_pairs(pictures, count, rng):
+        pair = tuple(pictures[name] for name in names)
+        language = pick_language(ENGLISH_SHARE_MULTI, rng)
+        asked.append(Asked({"image": ", ".join(names)}, pair, language, *ask_two(*pair, language, rng)))
+    return asked
+
+
+def ask_films(films: Mapping[str, Film], rng: np.random.Generator) -> list[Asked]:
+    """What happens in every film, and a description of it."""
+    asked = []
+    for video, film in films.items():
+        for kind in (change_of(film), FILM):
+            language = pick_language(ENGLISH_SHARE_MULTI, rng)
+            asked.append(Asked({"video": video}, film, language, *ask_film(kind, film, language, rng)))
+    return asked
+
+
+def number_rows(asked: Sequence[Asked]) -> list[dict]:
+    return [one.row(number) for number, one in enumerate(asked)]
+
+
 def pretrain_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
     """One description of every picture whose colour has a name."""
-    named = [(image, scene) for image, scene in pictures.items() if scene.colour is not None]
-    return [
-        {"id": f"{n:06d}", "image": image, "conversations": turns(*ask_one("description", scene, rng))}
-        for n, (image, scene) in enumerate(named)
-    ]
+    named = {image: scene for image, scene in pictures.items() if scene.colour is not None}
+    return number_rows(ask_pictures(named, lambda scene: ("description",), rng))
 
 
 def sft_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
     """All kinds of questions about every picture."""
-    asked = [(image, scene, kind) for image, scene in pictures.items() for kind in trained_kinds(scene)]
-    return [
-        {"id": f"{n:06d}", "image": image, "conversations": turns(*ask_one(kind, scene, rng))}
-        for n, (image, scene, kind) in enumerate(asked)
-    ]
-
-
-def two_picture_rows(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[dict]:
-    """`count` times: say how two pictures differ."""
-    rows = []
-    for n, (first, second) in enumerate(choose_pairs(pictures, count, rng)):
-        language = pick_language(ENGLISH_SHARE_MULTI, rng)
-        asked = ask_two(language, rng), answer_two(pictures[first], pictures[second], language)
-        rows.append({"id": f"two-{n:06d}", "image": f"{first}, {second}", "conversations": turns(*asked)})
-    return rows
-
-
-def film_rows(films: Mapping[str, Film], rng: np.random.Generator) -> list[dict]:
-    """What happens in every film, and a description of it."""
-    asked = [(video, film, kind) for video, film in films.items() for kind in (change_of(film), FILM)]
-    return [
-        {"id": f"film-{n:06d}", "video": video, "conversations": turns(*ask_film(kind, film, rng))}
-        for n, (video, film, kind) in enumerate(asked)
-    ]
+    return number_rows(ask_pictures(pictures, trained_kinds, rng))
 
 
 def multi_rows(
     pictures: Mapping[str, Scene], films: Mapping[str, Film], two: int, one: int, rng: np.random.Generator
 ) -> list[dict]:
     """The last stage: `two` pairs of pictures, all films, and `one` pictures, so that one is not unlearnt."""
-    single = sft_rows(pictures, rng)
-    return (two_picture_rows(pictures, two, rng) + film_rows(films, rng)
-            + [single[i] for i in rng.permutation(len(single))[:one]])
+    single = ask_pictures(pictures, trained_kinds, rng)
+    return number_rows(ask_pairs(pictures, two, rng) + ask_films(films, rng)
+                       + [single[i] for i in rng.permutation(len(single))[:one]])
 
 
-def text_rows(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
-    """The questions of `sft_rows` with words in the place of the picture, for a model that cannot see yet."""
-    asked = [(scene, kind) for scene in scenes for kind in trained_kinds(scene)]
-    return [
-        {"id": f"{n:06d}", "conversations": turns(*ask_one(kind, scene, rng, as_text=True))}
-        for n, (scene, kind) in enumerate(asked)
-    ]
+def text_rows(
+    pictures: Mapping[str, Scene], films: Mapping[str, Film], count: int, rng: np.random.Generator
+) -> list[dict]:
+    """The questions of all stages with words in the place of the pictures: `count` pictures' and half as many
+    pairs'. The language model is raised on them; later, pictures only have to be read as the same words."""
+    single = ask_pictures(pictures, trained_kinds, rng)
+    asked = [single[i] for i in rng.permutation(len(single))[:count]]
+    asked += ask_pairs(pictures, count // 2, rng) + ask_films(films, rng)
+    return [one.text_row(number, rng) for number, one in enumerate(asked)]
 
 
 # ---- questions for the test: {"id", "image", "kind", "question", "answer"}, marks as in the rows ----
@@ -315,7 +344,8 @@ def questions(
     """
     asked = [(kind, image, scene) for kind in kinds for image, scene in pictures.items()]
     return [
-        make_question(f"{kind}-{Path(image).stem}", image, kind, ask_one(kind, scene, rng))
+        make_question(f"{kind}-{Path(image).stem}", image, kind,
+                      ask_one(kind, scene, pick_language(ENGLISH_SHARE, rng), rng))
         for kind, image, scene in asked
     ]
 
@@ -329,9 +359,9 @@ def two_picture_questions(
     for name, language in LANGUAGES.items():
         for n, (first, second) in enumerate(choose_pairs(pictures, count, rng)):
             one, two = pictures[first], pictures[second]
-            pair = ask_two(language, rng), answer_two(one, two, language)
             kind = f"{TWO_IMAGES}_{name}"
-            asked.append(make_question(f"{kind}-{n:03d}", f"{first}, {second}", kind, pair)
+            asked.append(make_question(f"{kind}-{n:03d}", f"{first}, {second}", kind,
+                                       ask_two(one, two, language, rng))
                          | {"swapped_answer": answer_two(two, one, language)})
     return asked
 
@@ -343,7 +373,7 @@ def film_questions(films: Mapping[str, Film], rng: np.random.Generator) -> list[
     asked += [(FILM, video, film) for _, video, film in asked[::2]]
     rows = []
     for kind, video, film in asked:
-        question, answer = ask_film(kind, film, rng)
+        question, answer = ask_film(kind, film, pick_language(ENGLISH_SHARE_MULTI, rng), rng)
         rows.append({"id": f"{kind}-{Path(video).stem}", "video": video, "kind": kind,
                      "question": question, "answer": answer})
     return rows
