@@ -103,7 +103,7 @@ def draw_answers(records: list[dict], path: Path) -> None:
     font = chinese_font()
     figure = Figure(figsize=(4 * COLUMNS, 4.2 * ROWS + 3.2 * WIDE_ROWS))
     grid = figure.add_gridspec(ROWS + WIDE_ROWS, COLUMNS, height_ratios=[4.2] * ROWS + [2.7] * WIDE_ROWS,
-                               left=0.02, right=0.98, top=0.93, bottom=0.04, hspace=0.4, wspace=0.08)
+                               left=0.02, right=0.98, top=0.93, bottom=0.04, hspace=0.4, wspace=0.14)
     cells = [grid[row, column] for row in range(ROWS) for column in range(COLUMNS)]
     cells += [grid[ROWS + row, start:start + 2] for row in range(WIDE_ROWS) for start in (0, 2)]
     figure.text(0.5, 0.973, "Pictures of combinations that were never shown or named in training",
