@@ -240,7 +240,7 @@ def test_as_many_marks_as_pictures(rows):
 
 def test_text_has_words_for_every_picture_of_the_same_rows(rows):
     brackets = [row["conversations"][0]["value"].count("[") for row in rows["text"]]
-    assert {count: brackets.count(count) for count in set(brackets)} == {1: 4000, 2: 2000, 4: 2000}
+    assert {count: brackets.count(count) for count in set(brackets)} == {1: 4000, 2: 2000, 4: 3000}
 
 
 def test_rows_are_json(rows):
@@ -311,8 +311,8 @@ def test_test_questions_are_worded_as_in_training(rows, pictures):
 
 
 def test_both_languages_in_their_shares(rows):
-    for name, expected in {"pretrain": 0.15, "sft": 0.15, "text": 0.26, "two_pictures": 0.4,
-                           "films": 0.4}.items():
+    for name, expected in {"pretrain": 0.15, "sft": 0.15, "text": 0.34, "two_pictures": 0.5,
+                           "films": 0.5}.items():
         english = [row["conversations"][1]["value"].isascii() for row in rows[name]]
         assert np.mean(english) == pytest.approx(expected, abs=0.06)
 
@@ -334,7 +334,7 @@ def test_answers_about_films():
     zh, en = sentences.CHINESE, sentences.ENGLISH
     assert sentences.answer_film("movement", (start, moved), zh) == "它从左上角去了右侧。"
     assert (sentences.answer_film("movement", (start, moved), en)
-            == "It is at the top left first, then on the right.")
+            == "It goes from the top left to the right.")
     assert sentences.answer_film("colour_change", (start, turned), en) == "It turns from red to blue."
     assert sentences.answer_film("film", (start, moved), zh) == "一个小的红色星形从左上角去了右侧。"
     assert sentences.answer_film("film", (start, turned), zh) == "左上角有一个小的星形从红色变成蓝色。"

@@ -41,6 +41,7 @@ from trainer.loop import train
 WORLD_VERSION = 2               # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
+# (The last stage does without, see write_recipes.)
 MIXED_STEPS = "--bucket=False"
 MAX_SEQ_LEN = 256
 
@@ -190,7 +191,9 @@ class World:
             flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json",
                      f"--image_dir={image_dir}", f"--max_steps={stage.steps}",
                      f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
-                     "--num_workers=0", MIXED_STEPS] + ["--multi=True"] * (name == "sft_multi")
+                     "--num_workers=0", f"--feature_cache={self.folder}/features"]
+            # A film is twice as long as two pictures: side by side, half of a step would be padding.
+            flags.append("--multi=True" if name == "sft_multi" else MIXED_STEPS)
             write_recipe(self.folder / f"{name}.args", flags)
         write_recipe(self.folder / "eval.args",
                      [*model, f"--dim={self.preset.dim}", f"--image_dir={self.folder}/eval_images"])

@@ -33,7 +33,7 @@ TWO_IMAGES = "two_images"  # what is asked about two
 FILM = "film"  # the description of a film; besides, its MOVEMENT or COLOUR_CHANGE is asked for
 DESCRIPTIONS_PER_PICTURE = 3  # a description holds all four attributes, so it is asked three times as often
 ENGLISH_SHARE = 0.15
-ENGLISH_SHARE_MULTI = 0.4  # the last stage is short, and its English sentences are long and new
+ENGLISH_SHARE_MULTI = 0.5  # the last stage is short, and its English sentences are long and new
 
 
 # ---- the two languages ----
@@ -122,9 +122,9 @@ ENGLISH = Language(
         "size": "It is{size}.",
         "description": "A{size}{colour}{shape}{position}.",
         TWO_IMAGES: "Picture one is{first}, picture two is{second}.",
-        MOVEMENT: "It is{start} first, then{end}.",
+        MOVEMENT: "It goes from{start} to{end}.",
         COLOUR_CHANGE: "It turns from{start} to{end}.",
-        f"{FILM} {MOVEMENT}": "A{size}{colour}{shape} is{start} first, then{end}.",
+        f"{FILM} {MOVEMENT}": "A{size}{colour}{shape} goes from{start} to{end}.",
         f"{FILM} {COLOUR_CHANGE}": "A{size}{shape}{position} turns from{start} to{end}.",
     },
     object=" a{size}{colour}{shape}",
@@ -163,8 +163,10 @@ def answer_film(kind: str, film: Film, language: Language) -> str:
     change = change_of(film)
     attribute = {MOVEMENT: "position", COLOUR_CHANGE: "colour"}[change]
     first, last = (name_attributes(scene, language) for scene in (film[0], film[-1]))
+    # "at the top" is where it is, but it goes "from the top"
+    start, end = (re.sub("^ (at|on|in) ", " ", words[attribute]) for words in (first, last))
     pattern = language.answers[f"{FILM} {change}" if kind == FILM else kind]
-    return fill(pattern, **first, start=first[attribute], end=last[attribute])
+    return fill(pattern, **first, start=start, end=end)
 
 
 def spoken(text: str, names: Iterable[str], language: Language) -> list[str]:
@@ -288,10 +290,10 @@ def ask_pairs(pictures: Mapping[str, Scene], count: int, rng: np.random.Generato
 
 
 def ask_films(films: Mapping[str, Film], rng: np.random.Generator) -> list[Asked]:
-    """What happens in every film, and a description of it."""
+    """What happens in every film, and twice a description of it, which is harder."""
     asked = []
     for video, film in films.items():
-        for kind in (change_of(film), FILM):
+        for kind in (change_of(film), FILM, FILM):
             language = pick_language(ENGLISH_SHARE_MULTI, rng)
             asked.append(Asked({"video": video}, film, language, *ask_film(kind, film, language, rng)))
     return asked
