@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh machine with Python >= 3.11 to a vision-language model that answers about pictures it has never seen:
-#     bash quickstart.sh             set up, make the demo world, train both stages, score, show answers
+#     bash quickstart.sh             set up, make the demo world, train all stages, score, show answers
 #     bash quickstart.sh --setup     only the virtual environment and its packages
 # A second call goes on where the first one stopped. SEED=1 WORLD=dataset/demo1 OUT=out/demo1 bash quickstart.sh makes
 # another world beside it; PRESET=tiny makes a smaller one that learns colours and shapes in a minute.
@@ -66,6 +66,10 @@ stage world "$again" "$PYTHON" -m dataset.demo_world --out "$WORLD" --weights_di
     --preset "$PRESET" --seed "$SEED"
 stage pretrain "$again" "$PYTHON" 1-pretrain_vlm.py "@$WORLD/pretrain.args" --resume
 stage sft "$again" "$PYTHON" 2-sft_vlm.py "@$WORLD/sft.args" --resume
+stage multi "$again" "$PYTHON" 2-sft_vlm.py "@$WORLD/sft_multi.args" --resume
 stage evaluation "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --control real blank shuffled \
     --questions "$WORLD"/questions_{known,unseen,unseen_pairs}.jsonl --report "$OUT/scores.json"
+stage evaluation_multi "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --stage vlm_sft_multi \
+    --control real blank shuffled swapped shuffled_frames \
+    --questions "$WORLD"/questions_{multi,films}_unseen.jsonl --report "$OUT/scores_multi.json"
 run "$again" "$PYTHON" -m dataset.demo_world.report --world "$WORLD" --out "$OUT"

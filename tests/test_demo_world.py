@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPVisionModel
 
-from dataset.demo_world import encoder, scenes, sentences
+from dataset.demo_world import encoder, films, scenes, sentences
 from dataset.demo_world.scenes import COLOURS, PRESETS, TEST_SPLITS, draw, make_splits
-from model.prompt import IMAGE_MARK, encode_text, render_conversation
+from model.prompt import IMAGE_MARK, VIDEO_MARK, encode_text, expand_films, render_conversation
+from model.video import read_frames
 from model.vision_utils import get_img_embedding, get_vision_model
 
 NAMES = ("colour", "shape", "position")
@@ -45,12 +46,18 @@ def pictures() -> dict:
 @pytest.fixture(scope="module")
 def rows(pictures) -> dict[str, list[dict]]:
     rng = np.random.default_rng(0)
+    some_films = name_films(films.make_films(PRESETS["full"], seed=0)["train"])
     return {
         "pretrain": sentences.pretrain_rows(pictures, rng),
         "sft": sentences.sft_rows(pictures, rng),
-        "two_pictures": sentences.two_picture_rows(pictures, 300, rng),
-        "text": sentences.text_rows(list(pictures.values()), rng),
+        "two_pictures": sentences.number_rows(sentences.ask_pairs(pictures, 300, rng)),
+        "films": sentences.number_rows(sentences.ask_films(some_films, rng)),
+        "text": sentences.text_rows(pictures, some_films, 4000, rng),
     }
+
+
+def name_films(some: list[films.Film]) -> dict[str, films.Film]:
+    return {f"films/{number}.mp4": film for number, film in enumerate(some)}
 
 
 # ---- what is held out ----
@@ -106,6 +113,80 @@ def test_a_seed_is_a_world():
     assert {triple(scene) for scene in world["unseen"]} != {triple(scene) for scene in other["unseen"]}
 
 
+# ---- films ----
+
+
+@pytest.fixture(scope="module")
+def all_films(preset) -> dict[str, list[films.Film]]:
+    return films.make_films(preset, seed=0)
+
+
+def test_as_many_films_of_each_change_as_wanted(preset, all_films):
+    for split, count in {"train": preset.train_films, "unseen": preset.test_films}.items():
+        changes = [films.change_of(film) for film in all_films[split]]
+        assert [changes.count(change) for change in films.CHANGES] == [count // 2] * 2
+
+
+def test_no_training_film_shows_an_unseen_triple_and_every_test_film_begins_or_ends_with_one(
+        splits, preset, all_films):
+    triples = scenes.divide_triples(preset, np.random.default_rng(0))
+    assert {triple(scene) for scene in splits["unseen"]} <= set(triples["unseen"])
+    assert {triple(scene) for film in all_films["train"] for scene in film} <= set(triples["known"])
+    for film in all_films["unseen"]:
+        assert {triple(film[0]), triple(film[-1])} & set(triples["unseen"])
+        assert not {triple(scene) for scene in film} & set(triples["unseen_pairs"])
+
+
+def test_one_thing_changes_in_a_film_and_goes_straight(all_films):
+    for film in itertools.chain(*(some[:200] for some in all_films.values())):
+        assert len(film) == films.SECONDS
+        assert len({(scene.shape, scene.size, scene.background, scene.radius) for scene in film}) == 1
+        moves, colours = {scene.position for scene in film}, {scene.colour for scene in film}
+        assert len(moves) == 1 and len(colours) == 2 or len(moves) in (2, 3) and len(colours) == 1
+        assert (film[0].position == film[-1].position) == (len(moves) == 1)
+        start, end = np.array(film[0].centre), np.array(film[-1].centre)
+        shares = [np.dot(scene.centre - start, end - start) for scene in film]
+        assert shares == sorted(shares)     # never back
+        for scene in film:
+            (x, y), (dx, dy) = scene.centre - start, end - start
+            assert x * dy == pytest.approx(y * dx, abs=1e-6)
+            assert np.abs(np.array(scene.centre) - [scenes.GRID[i] for i in scenes.POSITIONS[scene.position]]
+                          ).max() <= scenes.JITTER + 1e-6
+
+
+def test_every_change_is_shown_in_training(preset, all_films):
+    """In the full world each of the 72 ways from place to place, and each of the 56 from colour to colour."""
+    if preset.train_films < 1000:
+        pytest.skip("too few films")
+    moved = [film for film in all_films["train"] if films.change_of(film) == films.MOVEMENT]
+    turned = [film for film in all_films["train"] if films.change_of(film) == films.COLOUR_CHANGE]
+    assert len({(film[0].position, film[-1].position) for film in moved}) == 9 * 8
+    assert len({(film[0].colour, film[-1].colour) for film in turned}) == 8 * 7
+
+
+def test_films_of_a_seed_are_the_same_and_so_are_their_files(tmp_path):
+    one, again, other = (films.make_films(PRESETS["tiny"], seed) for seed in (3, 3, 4))
+    assert one == again and one != other
+    for name in "ab":
+        films.save_film(one["train"][0], tmp_path / f"{name}.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_frame_per_second_shows_the_object_at_rest_in_its_colour(tmp_path):
+    """Between two grid points the encoder would not know where it is; blurred by the codec, not what."""
+    for number, film in enumerate(films.make_films(PRESETS["full"], seed=0)["train"][:20]):
+        path = tmp_path / f"{number}.mp4"
+        films.save_film(film, path)
+        assert path.stat().st_size < 12_000
+        frames = read_frames(path, max_frames=films.SECONDS)
+        assert len(frames) == films.SECONDS
+        for frame, scene in zip(frames, film, strict=True):
+            drawn, shown = (np.asarray(picture).astype(int) for picture in (draw(scene), frame))
+            assert np.abs(drawn - shown).mean() < 4
+            x, y = (round(value) for value in scene.centre)
+            assert np.abs(shown[y, x] - scene.rgb).max() < 25
+
+
 # ---- pictures ----
 
 
@@ -152,7 +233,14 @@ def test_as_many_marks_as_pictures(rows):
             assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
             assert row["conversations"][0]["value"].count(IMAGE_MARK) == expected
             assert len(row["image"].split(", ")) == expected if expected else "image" not in row
+    for row in rows["films"]:
+        assert row["conversations"][0]["value"].count(VIDEO_MARK) == 1 and "image" not in row
     assert all(len({row["id"] for row in group}) == len(group) for group in rows.values())
+
+
+def test_text_has_words_for_every_picture_of_the_same_rows(rows):
+    brackets = [row["conversations"][0]["value"].count("[") for row in rows["text"]]
+    assert {count: brackets.count(count) for count in set(brackets)} == {1: 4000, 2: 2000, 4: 3000}
 
 
 def test_rows_are_json(rows):
@@ -190,9 +278,12 @@ def spoken_triples(text: str) -> set[tuple]:
 
 
 def test_unseen_triples_are_never_named(rows):
+    """In the rows of text, every picture stands in brackets of its own, before or behind the question."""
     unseen = {triple(scene) for scene in make_splits(PRESETS["full"], seed=0)["unseen"]}
-    texts = [" ".join(turn["value"] for turn in row["conversations"]) for name in ("pretrain", "sft", "text")
-             for row in rows[name]]
+    texts = [picture for row in rows["text"]
+             for picture in re.findall(r"\[.*?\]", row["conversations"][0]["value"])]
+    texts += [" ".join(turn["value"] for turn in row["conversations"])
+             for name in ("pretrain", "sft", "films") for row in rows[name]]
     spoken = set().union(*map(spoken_triples, texts))
     assert len(spoken) > 200 and unseen.isdisjoint(spoken)
 
@@ -211,7 +302,8 @@ def test_test_questions_are_worded_as_in_training(rows, pictures):
     few = dict(itertools.islice(((i, s) for i, s in pictures.items() if s.colour), 50))
     rng = np.random.default_rng(1)
     asked = sentences.questions(few, rng) + sentences.two_picture_questions(few, 30, rng)
-    assert [q["kind"] for q in asked] == [k for k in sentences.KINDS for _ in few] + ["two_images"] * 30
+    kinds = [*sentences.KINDS] * len(few) + ["two_images_zh", "two_images_en"] * 30
+    assert sorted(q["kind"] for q in asked) == sorted(kinds)
     assert len({q["id"] for q in asked}) == len(asked)
     trained = {row["conversations"][0]["value"] for row in rows["sft"] + rows["two_pictures"]}
     assert {q["question"] for q in asked} <= trained
@@ -219,9 +311,50 @@ def test_test_questions_are_worded_as_in_training(rows, pictures):
 
 
 def test_both_languages_in_their_shares(rows):
-    for name, expected in {"pretrain": 0.15, "sft": 0.15, "text": 0.15, "two_pictures": 0.4}.items():
+    for name, expected in {"pretrain": 0.15, "sft": 0.15, "text": 0.34, "two_pictures": 0.5,
+                           "films": 0.5}.items():
         english = [row["conversations"][1]["value"].isascii() for row in rows[name]]
         assert np.mean(english) == pytest.approx(expected, abs=0.06)
+
+
+def test_the_swapped_answer_is_the_answer_to_the_swapped_pictures(pictures):
+    for question in sentences.two_picture_questions(pictures, 20, np.random.default_rng(1)):
+        first, second = (pictures[image] for image in question["image"].split(", "))
+        language = sentences.LANGUAGES[question["kind"][-2:]]
+        assert question["answer"] == sentences.answer_two(first, second, language)
+        assert question["swapped_answer"] == sentences.answer_two(second, first, language)
+        assert question["question"].isascii() == question["answer"].isascii() == (language.numbered.isascii())
+
+
+def test_answers_about_films():
+    picture = make_splits(PRESETS["full"], seed=0)["train"][0]
+    start = dataclasses.replace(picture, colour="red", shape="star", size="small", position="top_left")
+    moved, turned = (dataclasses.replace(start, **change) for change in
+                     ({"position": "right"}, {"colour": "blue"}))
+    zh, en = sentences.CHINESE, sentences.ENGLISH
+    assert sentences.answer_film("movement", (start, moved), zh) == "它从左上角去了右侧。"
+    assert (sentences.answer_film("movement", (start, moved), en)
+            == "It goes from the top left to the right.")
+    assert sentences.answer_film("colour_change", (start, turned), en) == "It turns from red to blue."
+    assert sentences.answer_film("film", (start, moved), zh) == "一个小的红色星形从左上角去了右侧。"
+    assert sentences.answer_film("film", (start, turned), zh) == "左上角有一个小的星形从红色变成蓝色。"
+    assert (sentences.answer_film("film", (start, turned), en)
+            == "A small star at the top left turns from red to blue.")
+
+
+def test_test_questions_about_films_are_worded_as_in_training(rows):
+    some = name_films(films.make_films(PRESETS["full"], seed=0)["unseen"])
+    asked = sentences.film_questions(some, np.random.default_rng(1))
+    kinds = [question["kind"] for question in asked]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"movement": 200, "colour_change": 200, "film": 200}
+    assert {q["question"] for q in asked} <= {row["conversations"][0]["value"] for row in rows["films"]}
+    assert len({q["id"] for q in asked}) == len(asked) and {q["video"] for q in asked} == set(some)
+
+
+def test_what_a_sentence_says(pictures):
+    english, chinese = "A red star, then a blue red.", "图一是红色圆形，图二是蓝色方形。"
+    assert sentences.spoken(english, COLOURS, sentences.ENGLISH) == ["red", "blue", "red"]
+    assert sentences.spoken(chinese, scenes.SHAPES, sentences.CHINESE) == ["circle", "square"]
 
 
 # ---- the tokenizer ----
@@ -237,7 +370,7 @@ def test_running_text_is_cut_into_exactly_the_words_of_the_lexicon(rows, tokeniz
     words = {*sentences.lexicon(), "\n", " ", "<", ">"}
     texts = {turn["value"] for group in rows.values() for row in group for turn in row["conversations"]}
     for text in texts:
-        text = text.replace(IMAGE_MARK, "<>")
+        text = text.replace(IMAGE_MARK, "<>").replace(VIDEO_MARK, "<>")
         ids = encode_text(text, tokenizer)
         assert {tokenizer.decode([i]) for i in ids} <= words
         assert tokenizer.decode(ids) == text
@@ -245,9 +378,9 @@ def test_running_text_is_cut_into_exactly_the_words_of_the_lexicon(rows, tokeniz
 
 def test_rows_are_short(rows, tokenizer):
     """The step times of the recipe hold for these lengths."""
-    for name, longest in {"pretrain": 76, "sft": 76, "two_pictures": 136, "text": 50}.items():
-        rendered = [render_conversation(row["conversations"], tokenizer).input_ids for row in rows[name]]
-        assert max(map(len, rendered)) <= longest
+    for name, longest in {"pretrain": 76, "sft": 76, "two_pictures": 136, "text": 105, "films": 247}.items():
+        turns = [expand_films(row["conversations"], [films.SECONDS]) for row in rows[name]]
+        assert max(len(render_conversation(turn, tokenizer).input_ids) for turn in turns) <= longest
 
 
 @pytest.mark.parametrize("before", ["", " ", "\n", "a", "图片", "a <", "<>", "。"])

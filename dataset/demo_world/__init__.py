@@ -8,6 +8,7 @@ unchanged, and questions about combinations that training never showed tell by n
     python -m dataset.demo_world --out dataset/demo
 
     scenes.py      what exists, how it is drawn, what is kept for the test, and the recipe of every stage
+    films.py       objects that move or change their colour
     sentences.py   all that is said about a scene: captions, questions, answers, and the tokenizer
     encoder.py     the CLIP that looks at the pictures
     build.py       puts it all into one folder

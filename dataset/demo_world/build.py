@@ -1,12 +1,13 @@
 """Make the whole demo world on disk, in the formats of the real run:
 
     DIR/images/               all pictures
+    DIR/films/                and all films
     DIR/tokenizer/            instead of MiniMind's
     DIR/pretrain.json         instead of LLaVA-Pretrain
     DIR/clip/                 instead of openai/clip-vit-base-patch32
     DIR/sft.json              instead of LLaVA-Instruct
     DIR/128_llm.pth           instead of MiniMind's 512_llm.pth
-    DIR/sft_multi.json        two pictures a row
+    DIR/sft_multi.json        rows of two pictures, of a film, and a few of one picture
     DIR/*.args                recipes for the numbered scripts
     DIR/questions_*.jsonl     held-out questions with answers
     DIR/eval_images/          a few pictures never trained on
@@ -20,13 +21,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dataset.demo_world import encoder, scenes, sentences
+from dataset.demo_world import encoder, films, scenes, sentences
 from model.checkpoint import atomic_write, weights_path
 from model.dataset import TEXT, VLMDataset
 from model.LMConfig import LMConfig
@@ -36,9 +38,10 @@ from trainer.distributed import start_run
 from trainer.logger import progress_bar
 from trainer.loop import make_config, train
 
-WORLD_VERSION = 1               # raised when a change of the recipe makes existing worlds outdated
+WORLD_VERSION = 2               # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
+# (The last stage does without, see write_recipes.)
 MIXED_STEPS = "--bucket=False"
 MAX_SEQ_LEN = 256
 # An expert learns from the tokens that choose it. Measured on the tiny world, two seeds: at equal steps a
@@ -56,10 +59,15 @@ class World:
         self.identity = {"version": WORLD_VERSION, "preset": preset_name, "seed": seed,
                          **({"use_moe": True} if use_moe else {})}
         self.splits = scenes.make_splits(self.preset, seed)
+        self.film_splits = films.make_films(self.preset, seed)
 
     def pictures(self, split: str) -> dict[str, scenes.Scene]:
         """File name -> scene."""
         return {f"{split}_{number:04d}.jpg": scene for number, scene in enumerate(self.splits[split])}
+
+    def films_of(self, split: str) -> dict[str, films.Film]:
+        """File name -> film."""
+        return {f"films/{split}_{n:04d}.mp4": film for n, film in enumerate(self.film_splits[split])}
 
     def rng(self, part: str) -> np.random.Generator:
         """A stream of its own for every part, so that a part made in a second call comes out the same."""
@@ -84,7 +92,7 @@ class World:
         os.rename(self.work, self.folder)
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        return {"pictures": self.draw_pictures, "sentences": self.write_rows,
+        return {"pictures": self.draw_pictures, "films": self.draw_films, "sentences": self.write_rows,
                 "tokenizer": self.make_tokenizer, "clip": self.make_clip, "llm": self.make_llm}
 
     def check_identity(self) -> None:
@@ -104,19 +112,32 @@ class World:
         for name in list(self.pictures("unseen"))[:NUM_EVAL_IMAGES]:
             shutil.copyfile(images / name, shown / name)
 
+    def draw_films(self) -> None:
+        (self.work / "films").mkdir(exist_ok=True)
+        everything = self.films_of("train") | self.films_of("unseen")
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:   # x264 lets other threads run
+            done = pool.map(lambda name: films.save_film(everything[name], self.work / name), everything)
+            for _ in progress_bar(done, total=len(everything), desc="films", unit=""):
+                pass
+
     def write_rows(self) -> None:
         train, preset = self.pictures("train"), self.preset
         write_json(self.work / "pretrain.json", sentences.pretrain_rows(train, self.rng("pretrain")))
         write_json(self.work / "sft.json", sentences.sft_rows(train, self.rng("sft")))
         write_json(self.work / "sft_multi.json",
-                   sentences.two_picture_rows(train, preset.two_picture_rows, self.rng("multi")))
-        write_json(self.work / "text.json", sentences.text_rows(list(train.values()), self.rng("text")))
+                   sentences.multi_rows({f"images/{name}": scene for name, scene in train.items()},
+                                        self.films_of("train"), preset.two_picture_rows,
+                                        preset.one_picture_rows, self.rng("multi")))
+        write_json(self.work / "text.json",
+                   sentences.text_rows(train, self.films_of("train"), preset.text_rows, self.rng("text")))
         for split in scenes.TEST_SPLITS:
             pictures = {f"images/{name}": scene for name, scene in self.pictures(split).items()}
             rng = self.rng(f"questions {split}")
             write_lines(self.work / f"questions_{split}.jsonl", sentences.questions(pictures, rng))
             write_lines(self.work / f"questions_multi_{split}.jsonl",
                         sentences.two_picture_questions(pictures, preset.test_pictures, rng))
+        write_lines(self.work / "questions_films_unseen.jsonl",
+                    sentences.film_questions(self.films_of("unseen"), self.rng("questions films")))
 
     def make_tokenizer(self) -> None:
         sentences.train_tokenizer(self.work / "tokenizer")
@@ -175,10 +196,14 @@ class World:
         for name in ("pretrain", "sft", "sft_multi"):
             stage = {"pretrain": self.preset.pretrain, "sft": self.preset.sft,
                      "sft_multi": self.preset.multi}[name]
+            # The rows of the last stage say which folder: images/ or films/.
+            image_dir = self.folder if name == "sft_multi" else self.folder / "images"
             flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json",
-                     f"--image_dir={self.folder}/images", f"--max_steps={self.num_steps(stage)}",
+                     f"--image_dir={image_dir}", f"--max_steps={self.num_steps(stage)}",
                      f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
-                     "--num_workers=0", MIXED_STEPS] + ["--multi=True"] * (name == "sft_multi")
+                     "--num_workers=0", f"--feature_cache={self.folder}/features"]
+            # A film is twice as long as two pictures: side by side, half of a step would be padding.
+            flags.append("--multi=True" if name == "sft_multi" else MIXED_STEPS)
             write_recipe(self.folder / f"{name}.args", flags)
         # Its conversations have one round: a chat with this model asks every question by itself.
         write_recipe(self.folder / "eval.args",

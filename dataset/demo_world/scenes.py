@@ -76,7 +76,11 @@ class Preset:
     sizes: tuple[str, ...]
     train_pictures: int
     held_out_pairs: int  # (colour, shape) pairs that training never brings together
+    text_rows: int  # about one picture; half as many about two, and three for each film
+    # the rows of the last stage; each film makes three
     two_picture_rows: int
+    train_films: int
+    one_picture_rows: int
     # the language model
     dim: int
     n_layers: int
@@ -89,6 +93,7 @@ class Preset:
     # what both presets share
     positions: tuple[str, ...] = tuple(POSITIONS)
     test_pictures: int = 200  # per test split
+    test_films: int = 400  # half of them movements
     unnamed_share: float = 0.25  # training pictures in a colour that no word names
     n_heads: int = 8
     n_kv_heads: int = 4
@@ -108,14 +113,17 @@ PRESETS = {
         sizes=tuple(SIZES),
         train_pictures=4000,
         held_out_pairs=4,
-        two_picture_rows=4000,
+        text_rows=6000,
+        two_picture_rows=2500,
+        train_films=1000,
+        one_picture_rows=500,
         dim=128,
         n_layers=4,
         clip=Stage(steps=600, batch_size=64, lr=1e-3),
-        llm=Stage(steps=150, batch_size=32, lr=1.5e-3),
+        llm=Stage(steps=200, batch_size=32, lr=1.5e-3),
         pretrain=Stage(steps=300, batch_size=32, lr=1.5e-3),
         sft=Stage(steps=300, batch_size=32, lr=1.5e-3),
-        multi=Stage(steps=150, batch_size=32, lr=1e-3),
+        multi=Stage(steps=450, batch_size=16, lr=1e-3),
     ),
     "tiny": Preset(  # under a minute, for the tests
         colours=("red", "yellow", "green", "blue"),
@@ -123,7 +131,11 @@ PRESETS = {
         sizes=("large",),
         train_pictures=1000,
         held_out_pairs=2,
-        two_picture_rows=1000,
+        text_rows=6000,
+        two_picture_rows=400,
+        train_films=100,
+        one_picture_rows=100,
+        test_films=60,
         dim=96,
         n_layers=3,
         clip=Stage(steps=150, batch_size=48, lr=1.5e-3),

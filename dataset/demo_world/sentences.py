@@ -6,7 +6,8 @@ the answer, so that a scorer need only compare strings. Rows come in the formats
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."},
                                                     {"from": "gpt", "value": "..."}]}
 
-with "a.jpg, b.jpg" for two pictures, and no "image" at all for the text-only rows of the language model.
+with "a.jpg, b.jpg" for two pictures, "video": "a.mp4" and <video> for a film, and neither for the text-only
+rows of the language model.
 
 Objects in a colour that no word names are special. The language stages ask for their shape, position and
 size, but never describe them: a model that has read descriptions without a colour word leaves the colour out
@@ -14,7 +15,7 @@ elsewhere as well (measured: exact descriptions fall from 1.00 to .92). Only the
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +23,17 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dataset.demo_world.films import CHANGES, COLOUR_CHANGE, MOVEMENT, Film, change_of
 from dataset.demo_world.scenes import Scene
-from model.prompt import IMAGE_MARK
+from model.prompt import IMAGE_MARK, VIDEO_MARK
 
 ATTRIBUTES = ("colour", "shape", "position", "size")
 KINDS = (*ATTRIBUTES, "description")  # what is asked about one picture
 TWO_IMAGES = "two_images"  # what is asked about two
+FILM = "film"  # the description of a film; besides, its MOVEMENT or COLOUR_CHANGE is asked for
 DESCRIPTIONS_PER_PICTURE = 3  # a description holds all four attributes, so it is asked three times as often
 ENGLISH_SHARE = 0.15
-ENGLISH_SHARE_TWO_IMAGES = 0.4  # the last stage is short, and its English sentence is long and new
+ENGLISH_SHARE_MULTI = 0.5  # the last stage is short, and its English sentences are long and new
 
 
 # ---- the two languages ----
@@ -45,7 +48,7 @@ class Language:
 
     words: dict[str, str]
     questions: dict[str, tuple[str, ...]]  # kind -> wordings that all ask for the same answer
-    answers: dict[str, str]  # kind -> the one right answer
+    answers: dict[str, str]  # kind -> the one right answer; of a film's description, one for each change
     object: str  # one of the two objects in the answer about two pictures
     numbered: str  # a third way to place two pictures, besides before and behind the question
 
@@ -69,6 +72,9 @@ CHINESE = Language(
         "description": ("这个|图片|描述|的|是|什么|内容？", "描述|这张|图片。", "图片|里|有|什么？",
                         "请|简要|描述|图片|的|内容。"),
         TWO_IMAGES: ("这|两张|图片|有|什么|不同？", "说说|这|两张|图片|的|不同。"),
+        MOVEMENT: ("图形|去了|哪里？", "图形|从|哪里|去了|哪里？"),
+        COLOUR_CHANGE: ("图形|的|颜色|怎么|变？", "颜色|有|什么|变化？"),
+        FILM: ("这段|视频|里|有|什么？", "描述|这段|视频。"),
     },
     answers={
         "colour": "它|是{colour}。",
@@ -77,6 +83,10 @@ CHINESE = Language(
         "size": "它|是{size}。",
         "description": "图片{position}有一个{size}{colour}{shape}。",
         TWO_IMAGES: "图一|是{first}，图二|是{second}。",
+        MOVEMENT: "它|从{start}去了{end}。",
+        COLOUR_CHANGE: "它|从{start}变成{end}。",
+        f"{FILM} {MOVEMENT}": "一个{size}{colour}{shape}从{start}去了{end}。",
+        f"{FILM} {COLOUR_CHANGE}": "{position}有一个{size}{shape}从{start}变成{end}。",
     },
     object="{size}{colour}{shape}",
     numbered="图一<image>\n图二<image>\n{question}",
@@ -101,6 +111,9 @@ ENGLISH = Language(
         "size": ("Is the shape large or small?", "How large is the shape?"),
         "description": ("Describe this picture.", "What does the picture show?"),
         TWO_IMAGES: ("How do these two pictures differ?", "Say how these two pictures differ."),
+        MOVEMENT: ("Where does it go?", "Where does the shape go?"),
+        COLOUR_CHANGE: ("What happens to its colour?", "How does the colour change?"),
+        FILM: ("Describe this film.", "What does the film show?"),
     },
     answers={
         "colour": "It is{colour}.",
@@ -109,6 +122,10 @@ ENGLISH = Language(
         "size": "It is{size}.",
         "description": "A{size}{colour}{shape}{position}.",
         TWO_IMAGES: "Picture one is{first}, picture two is{second}.",
+        MOVEMENT: "It goes from{start} to{end}.",
+        COLOUR_CHANGE: "It turns from{start} to{end}.",
+        f"{FILM} {MOVEMENT}": "A{size}{colour}{shape} goes from{start} to{end}.",
+        f"{FILM} {COLOUR_CHANGE}": "A{size}{shape}{position} turns from{start} to{end}.",
     },
     object=" a{size}{colour}{shape}",
     numbered="<image> and <image>\n{question}",
@@ -142,6 +159,23 @@ def answer_two(first: Scene, second: Scene, language: Language) -> str:
     return fill(language.answers[TWO_IMAGES], first=objects[0], second=objects[1])
 
 
+def answer_film(kind: str, film: Film, language: Language) -> str:
+    change = change_of(film)
+    attribute = {MOVEMENT: "position", COLOUR_CHANGE: "colour"}[change]
+    first, last = (name_attributes(scene, language) for scene in (film[0], film[-1]))
+    # "at the top" is where it is, but it goes "from the top"
+    start, end = (re.sub("^ (at|on|in) ", " ", words[attribute]) for words in (first, last))
+    pattern = language.answers[f"{FILM} {change}" if kind == FILM else kind]
+    return fill(pattern, **first, start=start, end=end)
+
+
+def spoken(text: str, names: Iterable[str], language: Language) -> list[str]:
+    """Those of the names (colours, shapes, ...) that a text says, in its order and as often."""
+    found = re.finditer("|".join(re.escape(language.words[name]) for name in names), text)
+    name_of = {language.words[name]: name for name in names}
+    return [name_of[match.group()] for match in found]
+
+
 # ---- questions and answers ----
 
 
@@ -153,17 +187,11 @@ def pick_language(english_share: float, rng: np.random.Generator) -> Language:
     return ENGLISH if rng.random() < english_share else CHINESE
 
 
-def ask_one(kind: str, scene: Scene, rng: np.random.Generator, as_text: bool = False) -> tuple[str, str]:
-    """A question about one picture, which stands before or after the words, and its answer.
-
-    as_text: words stand in for the picture. The language model is raised on such questions; later on,
-    pictures only have to be read as the same words.
-    """
-    language = pick_language(ENGLISH_SHARE, rng)
+def ask_one(kind: str, scene: Scene, language: Language, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about one picture, which stands before or after the words, and its answer."""
     question = fill(pick(language.questions[kind], rng))
-    picture = put_in_words(scene, language, rng) if as_text else IMAGE_MARK
-    place = pick(("{picture}\n{question}", "{question}\n{picture}"), rng)
-    return place.format(picture=picture, question=question), answer_one(kind, scene, language)
+    place = pick((f"{IMAGE_MARK}\n{{question}}", f"{{question}}\n{IMAGE_MARK}"), rng)
+    return place.format(question=question), answer_one(kind, scene, language)
 
 
 def put_in_words(scene: Scene, language: Language, rng: np.random.Generator) -> str:
@@ -172,12 +200,20 @@ def put_in_words(scene: Scene, language: Language, rng: np.random.Generator) -> 
     return "[" + "".join(words[i] for i in rng.permutation(len(words))) + "]"
 
 
-def ask_two(first: Scene, second: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    language = pick_language(ENGLISH_SHARE_TWO_IMAGES, rng)
+def ask_two(first: Scene, second: Scene, language: Language, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about two pictures, which stand before, behind or numbered before the words, and its
+    answer."""
     question = fill(pick(language.questions[TWO_IMAGES], rng))
     marks = f"{IMAGE_MARK}\n{IMAGE_MARK}"
     place = pick((f"{marks}\n{{question}}", f"{{question}}\n{marks}", language.numbered), rng)
     return place.format(question=question), answer_two(first, second, language)
+
+
+def ask_film(kind: str, film: Film, language: Language, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about a film and its answer; kind: FILM, or the change that there is in it."""
+    question = fill(pick(language.questions[kind], rng))
+    place = pick((f"{VIDEO_MARK}\n{{question}}", f"{{question}}\n{VIDEO_MARK}"), rng)
+    return place.format(question=question), answer_film(kind, film, language)
 
 
 def trained_kinds(scene: Scene) -> tuple[str, ...]:
@@ -208,40 +244,94 @@ def turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question with its answer, before it becomes a row; scenes: what its pictures or frames show, in
+    order."""
+
+    shown: dict[str, str]  # the row's "image" or "video"
+    scenes: tuple[Scene, ...]
+    language: Language
+    question: str
+    answer: str
+
+    def row(self, number: int) -> dict:
+        return {"id": f"{number:06d}", **self.shown, "conversations": turns(self.question, self.answer)}
+
+    def text_row(self, number: int, rng: np.random.Generator) -> dict:
+        """The same with words in the place of the pictures, for a model that cannot see yet."""
+        words = [put_in_words(scene, self.language, rng) for scene in self.scenes]
+        question = self.question.replace(VIDEO_MARK, IMAGE_MARK * len(words))
+        for word in words:
+            question = question.replace(IMAGE_MARK, word, 1)
+        return {"id": f"{number:06d}", "conversations": turns(question, self.answer)}
+
+
+def ask_pictures(
+    pictures: Mapping[str, Scene], kinds: Callable[[Scene], Sequence[str]], rng: np.random.Generator
+) -> list[Asked]:
+    """All kinds of questions about every picture."""
+    asked = []
+    for image, scene in pictures.items():
+        for kind in kinds(scene):
+            language = pick_language(ENGLISH_SHARE, rng)
+            asked.append(Asked({"image": image}, (scene,), language, *ask_one(kind, scene, language, rng)))
+    return asked
+
+
+def ask_pairs(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[Asked]:
+    """`count` times: say how two pictures differ."""
+    asked = []
+    for names in choose_pairs(pictures, count, rng):
+        pair = tuple(pictures[name] for name in names)
+        language = pick_language(ENGLISH_SHARE_MULTI, rng)
+        asked.append(Asked({"image": ", ".join(names)}, pair, language, *ask_two(*pair, language, rng)))
+    return asked
+
+
+def ask_films(films: Mapping[str, Film], rng: np.random.Generator) -> list[Asked]:
+    """What happens in every film, and twice a description of it, which is harder."""
+    asked = []
+    for video, film in films.items():
+        for kind in (change_of(film), FILM, FILM):
+            language = pick_language(ENGLISH_SHARE_MULTI, rng)
+            asked.append(Asked({"video": video}, film, language, *ask_film(kind, film, language, rng)))
+    return asked
+
+
+def number_rows(asked: Sequence[Asked]) -> list[dict]:
+    return [one.row(number) for number, one in enumerate(asked)]
+
+
 def pretrain_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
     """One description of every picture whose colour has a name."""
-    named = [(image, scene) for image, scene in pictures.items() if scene.colour is not None]
-    return [
-        {"id": f"{n:06d}", "image": image, "conversations": turns(*ask_one("description", scene, rng))}
-        for n, (image, scene) in enumerate(named)
-    ]
+    named = {image: scene for image, scene in pictures.items() if scene.colour is not None}
+    return number_rows(ask_pictures(named, lambda scene: ("description",), rng))
 
 
 def sft_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
     """All kinds of questions about every picture."""
-    asked = [(image, scene, kind) for image, scene in pictures.items() for kind in trained_kinds(scene)]
-    return [
-        {"id": f"{n:06d}", "image": image, "conversations": turns(*ask_one(kind, scene, rng))}
-        for n, (image, scene, kind) in enumerate(asked)
-    ]
+    return number_rows(ask_pictures(pictures, trained_kinds, rng))
 
 
-def two_picture_rows(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[dict]:
-    """`count` times: say how two pictures differ."""
-    rows = []
-    for n, (first, second) in enumerate(choose_pairs(pictures, count, rng)):
-        asked = ask_two(pictures[first], pictures[second], rng)
-        rows.append({"id": f"{n:06d}", "image": f"{first}, {second}", "conversations": turns(*asked)})
-    return rows
+def multi_rows(
+    pictures: Mapping[str, Scene], films: Mapping[str, Film], two: int, one: int, rng: np.random.Generator
+) -> list[dict]:
+    """The last stage: `two` pairs of pictures, all films, and `one` pictures, so that one is not unlearnt."""
+    single = ask_pictures(pictures, trained_kinds, rng)
+    return number_rows(ask_pairs(pictures, two, rng) + ask_films(films, rng)
+                       + [single[i] for i in rng.permutation(len(single))[:one]])
 
 
-def text_rows(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
-    """The questions of `sft_rows` with words in the place of the picture, for a model that cannot see yet."""
-    asked = [(scene, kind) for scene in scenes for kind in trained_kinds(scene)]
-    return [
-        {"id": f"{n:06d}", "conversations": turns(*ask_one(kind, scene, rng, as_text=True))}
-        for n, (scene, kind) in enumerate(asked)
-    ]
+def text_rows(
+    pictures: Mapping[str, Scene], films: Mapping[str, Film], count: int, rng: np.random.Generator
+) -> list[dict]:
+    """The questions of all stages with words in the place of the pictures: `count` pictures' and half as many
+    pairs'. The language model is raised on them; later, pictures only have to be read as the same words."""
+    single = ask_pictures(pictures, trained_kinds, rng)
+    asked = [single[i] for i in rng.permutation(len(single))[:count]]
+    asked += ask_pairs(pictures, count // 2, rng) + ask_films(films, rng)
+    return [one.text_row(number, rng) for number, one in enumerate(asked)]
 
 
 # ---- questions for the test: {"id", "image", "kind", "question", "answer"}, marks as in the rows ----
@@ -256,7 +346,8 @@ def questions(
     """
     asked = [(kind, image, scene) for kind in kinds for image, scene in pictures.items()]
     return [
-        make_question(f"{kind}-{Path(image).stem}", image, kind, ask_one(kind, scene, rng))
+        make_question(f"{kind}-{Path(image).stem}", image, kind,
+                      ask_one(kind, scene, pick_language(ENGLISH_SHARE, rng), rng))
         for kind, image, scene in asked
     ]
 
@@ -264,12 +355,30 @@ def questions(
 def two_picture_questions(
     pictures: Mapping[str, Scene], count: int, rng: np.random.Generator
 ) -> list[dict[str, str]]:
-    """`count` questions of kind "two_images"."""
+    """`count` questions in each language, of kind "two_images_zh" and "two_images_en". "swapped_answer" is
+    right when the two pictures change places."""
     asked = []
-    for n, (first, second) in enumerate(choose_pairs(pictures, count, rng)):
-        pair = ask_two(pictures[first], pictures[second], rng)
-        asked.append(make_question(f"{TWO_IMAGES}-{n:03d}", f"{first}, {second}", TWO_IMAGES, pair))
+    for name, language in LANGUAGES.items():
+        for n, (first, second) in enumerate(choose_pairs(pictures, count, rng)):
+            one, two = pictures[first], pictures[second]
+            kind = f"{TWO_IMAGES}_{name}"
+            asked.append(make_question(f"{kind}-{n:03d}", f"{first}, {second}", kind,
+                                       ask_two(one, two, language, rng))
+                         | {"swapped_answer": answer_two(two, one, language)})
     return asked
+
+
+def film_questions(films: Mapping[str, Film], rng: np.random.Generator) -> list[dict[str, str]]:
+    """What happens in every film; and as many descriptions as films of one kind, of every second film."""
+    asked = [(change, video, film) for change in CHANGES for video, film in films.items()
+             if change_of(film) == change]
+    asked += [(FILM, video, film) for _, video, film in asked[::2]]
+    rows = []
+    for kind, video, film in asked:
+        question, answer = ask_film(kind, film, pick_language(ENGLISH_SHARE_MULTI, rng), rng)
+        rows.append({"id": f"{kind}-{Path(video).stem}", "video": video, "kind": kind,
+                     "question": question, "answer": answer})
+    return rows
 
 
 def make_question(name: str, image: str, kind: str, asked: tuple[str, str]) -> dict[str, str]:
