@@ -76,8 +76,9 @@ def make_rows(count: int) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory) -> Path:
+    """One token per word of words.json: the demo world may learn new words, the golden losses stay."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(folder)
+    train_tokenizer(folder, json.loads((Path(__file__).parent / "words.json").read_text(encoding="utf-8")))
     return folder
 
 

@@ -82,7 +82,7 @@ def test_only_what_is_named_may_differ(tmp_path, config, model):
 def test_weights_of_another_size_name_the_flags_that_fit(tmp_path, config):
     big = Transformer(LMConfig.from_dict(config.to_dict() | {"dim": 64, "n_layers": 3, "hidden_dim": 0}))
     save_weights(big, tmp_path / "big.pth")
-    with pytest.raises(ValueError, match=r"of other shape \(tok_embeddings.weight \(581, 64\) in the file.*"
+    with pytest.raises(ValueError, match=r"of other shape \(tok_embeddings.weight \(\d+, 64\) in the file.*"
                                          r"--dim 64 --n_layers 3"):
         load_weights(Transformer(config), tmp_path / "big.pth")
 
