@@ -1,4 +1,4 @@
-"""Stage 2 of 2: learn to answer questions about a picture; with --multi, about several.
+"""Stage 2 of 2: learn to answer questions about a picture; with --multi, about several, or about films.
 
 reads    out/512_vlm_pretrain.pth, dataset/LLaVA-Instruct/llava_instruct_230k.json, dataset/sft_images/
 writes   out/512_vlm_sft.pth  (every --save_interval steps and at the end; .json, .metrics.jsonl and .png
@@ -10,6 +10,7 @@ trains   the projection and the language model; CLIP stays frozen
     torchrun --standalone --nproc_per_node 2 2-sft_vlm.py --use_wandb
     python 2-sft_vlm.py @dataset/demo/sft.args                # the demo world: two minutes on a laptop
     python 2-sft_vlm.py --multi True
+    python 2-sft_vlm.py --multi --max_images 3 --max_frames 4     # pictures a row, frames a film
     python -m trainer.check sft                               # is everything in place?
 """
 import argparse

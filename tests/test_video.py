@@ -19,6 +19,7 @@ from model.feature_store import FeatureStore, picture_key
 from model.model import Transformer
 from model.video import Frame, find_frames, load_pictures, open_pictures, read_frames
 from model.vision_utils import ImageProcessor, get_img_process, open_image
+from trainer import check
 from trainer.logger import read_metrics
 from trainer.loop import Stepper
 
@@ -320,6 +321,20 @@ def test_films_train_the_same_with_the_cache_two_processes_and_resumed(workplace
             run_inside("2-sft_vlm.py", *resumed, other)
     run_inside("2-sft_vlm.py", *resumed)
     check_same(weights_of(workplace, "vlm_sft_multi"), runs[0][0])
+
+
+def test_the_check_before_a_run_looks_at_films_too(workplace, model, capsys):
+    flags = flags_of(workplace, model)
+    def problems() -> list[str]:
+        with pytest.raises(SystemExit):     # untrained weights are always told
+            check.main(["sft", *flags])
+        told = capsys.readouterr()
+        texts.append(told.out)
+        return [line for line in told.err.splitlines() if "look random" not in line]
+    texts = []
+    assert not problems() and "13 of 13 rows loaded" in texts[0] and "<image x50>" * 4 in texts[0]
+    (workplace / "images" / "a.mp4").write_bytes(b"no film")
+    assert [line for line in problems() if "row 1: cannot read film" in line]
 
 
 def test_a_film_that_is_replaced_or_broken_is_never_served_old_features(make, tmp_path):
