@@ -16,7 +16,7 @@ from PIL import Image
 from dataset.demo_world.build import read_json, write_json
 from dataset.demo_world.films import COLOUR_CHANGE, MOVEMENT, SECONDS
 from dataset.demo_world.scenes import COLOURS, SHAPES
-from dataset.demo_world.sentences import CHINESE, ENGLISH, FILM, LANGUAGES, TWO_IMAGES, spoken
+from dataset.demo_world.sentences import CHINESE, ENGLISH, LANGUAGES, TWO_IMAGES, spoken
 from model.video import read_frames
 from trainer.args import Parser, clean_exit
 
@@ -26,7 +26,7 @@ STAGES = ("world", "pretrain", "sft", "multi", "evaluation", "evaluation_multi")
 CHINESE_FONTS = re.compile(r"NotoSansCJK|NotoSansSC|SourceHanSans|wqy-|WenQuanYi|DroidSansFallback|"
                            r"msyh|simhei|PingFang|STHeiti")
 SHEET_KINDS = ("description", "colour", "shape", "position", "size", "description")
-WIDE_KINDS = (f"{TWO_IMAGES}_zh", f"{TWO_IMAGES}_en", MOVEMENT, COLOUR_CHANGE, FILM, FILM)
+WIDE_KINDS = (f"{TWO_IMAGES}_zh", f"{TWO_IMAGES}_en", MOVEMENT, COLOUR_CHANGE)
 COLUMNS, ROWS = 4, 3        # of single pictures; below them two films or pairs in a row
 WIDE_ROWS = len(WIDE_KINDS) // 2
 

@@ -30,7 +30,7 @@ from model.prompt import IMAGE_MARK, VIDEO_MARK
 ATTRIBUTES = ("colour", "shape", "position", "size")
 KINDS = (*ATTRIBUTES, "description")  # what is asked about one picture
 TWO_IMAGES = "two_images"  # what is asked about two
-FILM = "film"  # the description of a film; besides, its MOVEMENT or COLOUR_CHANGE is asked for
+ASKED_PER_FILM = 3  # times that training asks what happens in each
 DESCRIPTIONS_PER_PICTURE = 3  # a description holds all four attributes, so it is asked three times as often
 ENGLISH_SHARE = 0.15
 ENGLISH_SHARE_MULTI = 0.5  # the last stage is short, and its English sentences are long and new
@@ -48,7 +48,7 @@ class Language:
 
     words: dict[str, str]
     questions: dict[str, tuple[str, ...]]  # kind -> wordings that all ask for the same answer
-    answers: dict[str, str]  # kind -> the one right answer; of a film's description, one for each change
+    answers: dict[str, str]  # kind -> the one right answer
     object: str  # one of the two objects in the answer about two pictures
     numbered: str  # a third way to place two pictures, besides before and behind the question
 
@@ -74,7 +74,6 @@ CHINESE = Language(
         TWO_IMAGES: ("这|两张|图片|有|什么|不同？", "说说|这|两张|图片|的|不同。"),
         MOVEMENT: ("图形|去了|哪里？", "图形|从|哪里|去了|哪里？"),
         COLOUR_CHANGE: ("图形|的|颜色|怎么|变？", "颜色|有|什么|变化？"),
-        FILM: ("这段|视频|里|有|什么？", "描述|这段|视频。"),
     },
     answers={
         "colour": "它|是{colour}。",
@@ -85,8 +84,6 @@ CHINESE = Language(
         TWO_IMAGES: "图一|是{first}，图二|是{second}。",
         MOVEMENT: "它|从{start}去了{end}。",
         COLOUR_CHANGE: "它|从{start}变成{end}。",
-        f"{FILM} {MOVEMENT}": "一个{size}{colour}{shape}从{start}去了{end}。",
-        f"{FILM} {COLOUR_CHANGE}": "{position}有一个{size}{shape}从{start}变成{end}。",
     },
     object="{size}{colour}{shape}",
     numbered="图一<image>\n图二<image>\n{question}",
@@ -113,7 +110,6 @@ ENGLISH = Language(
         TWO_IMAGES: ("How do these two pictures differ?", "Say how these two pictures differ."),
         MOVEMENT: ("Where does it go?", "Where does the shape go?"),
         COLOUR_CHANGE: ("What happens to its colour?", "How does the colour change?"),
-        FILM: ("Describe this film.", "What does the film show?"),
     },
     answers={
         "colour": "It is{colour}.",
@@ -124,8 +120,6 @@ ENGLISH = Language(
         TWO_IMAGES: "Picture one is{first}, picture two is{second}.",
         MOVEMENT: "It goes from{start} to{end}.",
         COLOUR_CHANGE: "It turns from{start} to{end}.",
-        f"{FILM} {MOVEMENT}": "A{size}{colour}{shape} goes from{start} to{end}.",
-        f"{FILM} {COLOUR_CHANGE}": "A{size}{shape}{position} turns from{start} to{end}.",
     },
     object=" a{size}{colour}{shape}",
     numbered="<image> and <image>\n{question}",
@@ -159,14 +153,13 @@ def answer_two(first: Scene, second: Scene, language: Language) -> str:
     return fill(language.answers[TWO_IMAGES], first=objects[0], second=objects[1])
 
 
-def answer_film(kind: str, film: Film, language: Language) -> str:
+def answer_film(film: Film, language: Language) -> str:
     change = change_of(film)
     attribute = {MOVEMENT: "position", COLOUR_CHANGE: "colour"}[change]
     first, last = (name_attributes(scene, language) for scene in (film[0], film[-1]))
     # "at the top" is where it is, but it goes "from the top"
     start, end = (re.sub("^ (at|on|in) ", " ", words[attribute]) for words in (first, last))
-    pattern = language.answers[f"{FILM} {change}" if kind == FILM else kind]
-    return fill(pattern, **first, start=start, end=end)
+    return fill(language.answers[change], start=start, end=end)
 
 
 def spoken(text: str, names: Iterable[str], language: Language) -> list[str]:
@@ -209,11 +202,11 @@ def ask_two(first: Scene, second: Scene, language: Language, rng: np.random.Gene
     return place.format(question=question), answer_two(first, second, language)
 
 
-def ask_film(kind: str, film: Film, language: Language, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about a film and its answer; kind: FILM, or the change that there is in it."""
-    question = fill(pick(language.questions[kind], rng))
+def ask_film(film: Film, language: Language, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about the change that there is in a film, and its answer."""
+    question = fill(pick(language.questions[change_of(film)], rng))
     place = pick((f"{VIDEO_MARK}\n{{question}}", f"{{question}}\n{VIDEO_MARK}"), rng)
-    return place.format(question=question), answer_film(kind, film, language)
+    return place.format(question=question), answer_film(film, language)
 
 
 def trained_kinds(scene: Scene) -> tuple[str, ...]:
@@ -290,12 +283,12 @@ def ask_pairs(pictures: Mapping[str, Scene], count: int, rng: np.random.Generato
 
 
 def ask_films(films: Mapping[str, Film], rng: np.random.Generator) -> list[Asked]:
-    """What happens in every film, and twice a description of it, which is harder."""
+    """What happens in every film."""
     asked = []
     for video, film in films.items():
-        for kind in (change_of(film), FILM, FILM):
+        for _ in range(ASKED_PER_FILM):
             language = pick_language(ENGLISH_SHARE_MULTI, rng)
-            asked.append(Asked({"video": video}, film, language, *ask_film(kind, film, language, rng)))
+            asked.append(Asked({"video": video}, film, language, *ask_film(film, language, rng)))
     return asked
 
 
@@ -369,14 +362,11 @@ def two_picture_questions(
 
 
 def film_questions(films: Mapping[str, Film], rng: np.random.Generator) -> list[dict[str, str]]:
-    """What happens in every film; and as many descriptions as films of one kind, of every second film."""
-    asked = [(change, video, film) for change in CHANGES for video, film in films.items()
-             if change_of(film) == change]
-    asked += [(FILM, video, film) for _, video, film in asked[::2]]
+    """What happens in every film: first all movements, then all changes of colour."""
     rows = []
-    for kind, video, film in asked:
-        question, answer = ask_film(kind, film, pick_language(ENGLISH_SHARE_MULTI, rng), rng)
-        rows.append({"id": f"{kind}-{Path(video).stem}", "video": video, "kind": kind,
+    for video, film in sorted(films.items(), key=lambda item: CHANGES.index(change_of(item[1]))):
+        question, answer = ask_film(film, pick_language(ENGLISH_SHARE_MULTI, rng), rng)
+        rows.append({"id": f"{change_of(film)}-{Path(video).stem}", "video": video, "kind": change_of(film),
                      "question": question, "answer": answer})
     return rows
 
