@@ -11,7 +11,14 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPVisionMode
 
 from dataset.demo_world import encoder, films, scenes, sentences
 from dataset.demo_world.scenes import COLOURS, PRESETS, TEST_SPLITS, draw, make_splits
-from model.prompt import IMAGE_MARK, VIDEO_MARK, encode_text, expand_films, render_conversation
+from model.prompt import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    encode_text,
+    expand_films,
+    load_tokenizer,
+    render_conversation,
+)
 from model.video import read_frames
 from model.vision_utils import get_img_embedding, get_vision_model
 
@@ -41,6 +48,19 @@ def pictures() -> dict:
     """Some training pictures of the full world, by file name."""
     train = make_splits(PRESETS["full"], seed=0)["train"]
     return {f"{i:04d}.jpg": scene for i, scene in enumerate(train[:900])}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    """The world's own, not that of the other tests."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    sentences.train_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path):
+    return load_tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="module")
@@ -332,21 +352,18 @@ def test_answers_about_films():
     moved, turned = (dataclasses.replace(start, **change) for change in
                      ({"position": "right"}, {"colour": "blue"}))
     zh, en = sentences.CHINESE, sentences.ENGLISH
-    assert sentences.answer_film("movement", (start, moved), zh) == "它从左上角去了右侧。"
-    assert (sentences.answer_film("movement", (start, moved), en)
+    assert sentences.answer_film((start, moved), zh) == "它从左上角去了右侧。"
+    assert (sentences.answer_film((start, moved), en)
             == "It goes from the top left to the right.")
-    assert sentences.answer_film("colour_change", (start, turned), en) == "It turns from red to blue."
-    assert sentences.answer_film("film", (start, moved), zh) == "一个小的红色星形从左上角去了右侧。"
-    assert sentences.answer_film("film", (start, turned), zh) == "左上角有一个小的星形从红色变成蓝色。"
-    assert (sentences.answer_film("film", (start, turned), en)
-            == "A small star at the top left turns from red to blue.")
+    assert sentences.answer_film((start, turned), en) == "It turns from red to blue."
+    assert sentences.answer_film((start, turned), zh) == "它从红色变成蓝色。"
 
 
 def test_test_questions_about_films_are_worded_as_in_training(rows):
     some = name_films(films.make_films(PRESETS["full"], seed=0)["unseen"])
     asked = sentences.film_questions(some, np.random.default_rng(1))
     kinds = [question["kind"] for question in asked]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"movement": 200, "colour_change": 200, "film": 200}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"movement": 200, "colour_change": 200}
     assert {q["question"] for q in asked} <= {row["conversations"][0]["value"] for row in rows["films"]}
     assert len({q["id"] for q in asked}) == len(asked) and {q["video"] for q in asked} == set(some)
 
