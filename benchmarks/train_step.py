@@ -293,28 +293,32 @@ def measure(bench: Bench, variants: dict[str, Variant], repetitions: int,
     return results
 
 
-def peak_memory(name: str, quick: bool) -> float:
+def peak_memory(name: str, quick: bool, two_images: bool = False) -> float:
     """GB that a process needs which does nothing but two steps of a variant."""
     command = [sys.executable, __file__, "--memory_of", name] + ["--quick"] * quick
+    command += ["--two_images"] * two_images
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def use_memory(variant: Variant, config: LMConfig, vision: CLIPVisionConfig, batch_size: int) -> float:
-    """Two steps on rows of 89 tokens, as trainer.loop takes them (or LLaVA would); the peak in GB."""
+def use_memory(variant: Variant, config: LMConfig, vision: CLIPVisionConfig, batch_size: int,
+               shape: Shape) -> float:
+    """Two steps on rows of one length, as trainer.loop takes them (or LLaVA would); the peak in GB."""
     keep_freed_memory()
-    T, N = (variant.pad_to or 89), config.num_image_tokens
+    T, N = (variant.pad_to or shape.tokens), config.num_image_tokens
     ids, labels = torch.full((batch_size, T), 99), torch.full((batch_size, T), IGNORE_INDEX)
-    labels[:, 71:89] = 99
-    slots = torch.arange(N) + 10 + T * torch.arange(batch_size).unsqueeze(1)
-    batch = {"input_ids": ids, "labels": labels, "image_slots": slots, "num_learnt": 18 * batch_size,
+    labels[:, shape.tokens - shape.learnt:shape.tokens] = 99
+    starts = 5 + N * torch.arange(shape.images) + T * torch.arange(batch_size).unsqueeze(1)      # (B, images)
+    slots = starts.flatten().unsqueeze(1) + torch.arange(N)                                      # (M, N)
+    batch = {"input_ids": ids, "labels": labels, "image_slots": slots,
+             "num_learnt": shape.learnt * batch_size,
              "learnt": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1), "seconds": 0.0}
     bench = Bench.__new__(Bench)
     bench.config, bench.vision, bench.optimizers = config, vision, {}
     bench.model = Transformer(config).train()
     if variant.cached:
-        batch["image_features"] = torch.zeros(batch_size, N, config.vision_dim).half()
+        batch["image_features"] = torch.zeros(len(slots), N, config.vision_dim).half()
     else:
-        batch["pixel_values"] = torch.zeros(batch_size, 3, vision.image_size, vision.image_size)
+        batch["pixel_values"] = torch.zeros(len(slots), 3, vision.image_size, vision.image_size)
         tower = CLIPVisionModel(vision).eval().requires_grad_(False).to(DTYPES[variant.dtype])
         bench.towers = {variant.dtype: tower}
     if variant.llava:
@@ -347,6 +351,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     del bench
     names = ["bf16, cached features"] if args.quick else [*OURS, *LLAVA]
     results["peak_gb"] = {name: peak_memory(name, args.quick) for name in names}
+    results["two_images_peak_gb"] = {name: peak_memory(name, args.quick, two_images=True)
+                                     for name in names if name in OURS}
     results["matmul_gflops"] = {name: statistics.median(speeds) / 1e9 for name, speeds in peaks.items()}
     results["memory_gb_per_s"] = statistics.median(read_speed() for _ in range(5)) / 1e9
     return results
@@ -389,6 +395,8 @@ def tables(results: dict) -> str:
         base = rows["bf16" if name.startswith("bf16") else "bf16, cached features"]["samples_per_s"]
         speed = rows[name]["samples_per_s"]
         lines.append(f"| {name} | {speed:.1f} | {base / speed:.2f} x |")
+    memory = ", ".join(f"{peak:.2f} GB {name}" for name, peak in results["two_images_peak_gb"].items())
+    lines.append(f"\npeak memory of a step on {results['batch_size']} rows of two images: {memory}")
     for name, variant in LLAVA.items():
         dtype = "bf16" if variant.dtype == "bfloat16" else "fp32"
         ratio = rows[dtype]["samples_per_s"] / rows[name]["samples_per_s"]
@@ -402,6 +410,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that everything runs")
     parser.add_argument("--repetitions", type=int, default=4, help="steps of a kind (default: %(default)s)")
     parser.add_argument("--memory_of", choices=[*OURS, *LLAVA], help=argparse.SUPPRESS)
+    parser.add_argument("--two_images", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.repetitions < 2:
         parser.error("--repetitions must be at least 2")
@@ -412,7 +421,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.memory_of:
         vision, config, batch_size = sizes(args.quick)
-        print(use_memory((OURS | LLAVA)[args.memory_of], config, vision, batch_size))
+        print(use_memory((OURS | LLAVA)[args.memory_of], config, vision, batch_size,
+                         TWO_IMAGES_SHAPE if args.two_images else PRETRAIN_SHAPE))
         return
     with tempfile.TemporaryDirectory() as folder:
         results = run(args, Path(folder))
