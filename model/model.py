@@ -88,7 +88,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # never computed. The G = H / K query heads of a group stand one below the other: no copy of K and V.
     B, H, T, E = q.shape
     K = k.shape[1]
-    q, k, v = (q * E ** -0.5).reshape(B * K, -1, T, E), k.reshape(B * K, T, E), v.reshape(B * K, T, E)
+    q, k, v = q.reshape(B * K, -1, T, E), k.reshape(B * K, T, E), v.reshape(B * K, T, E)
     size = -(-T // -(-T // QUERY_BLOCK))            # blocks as even as can be
     return torch.cat([attend_block(q[:, :, start:start + size], k[:, :start + size], v[:, :start + size])
                       for start in range(0, T, size)], dim=2).view(B, H, T, E)
@@ -99,7 +99,8 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     R, G, t, E = q.shape
     S = k.shape[1]
     future = torch.full((t, S), -math.inf, dtype=q.dtype).triu(S - t + 1).repeat(G, 1)      # (G * t, S)
-    weights = torch.baddbmm(future, q.reshape(R, G * t, E), k.mT).softmax(-1).type_as(v)      # (R, G * t, S)
+    scores = torch.baddbmm(future, q.reshape(R, G * t, E), k.mT, alpha=E ** -0.5)           # (R, G * t, S)
+    weights = scores.softmax(-1).type_as(v)
     return torch.bmm(weights, v).view(R, G, t, E)
 
 
