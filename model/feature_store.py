@@ -59,8 +59,9 @@ def frame_digest(film: bytes, moment: int) -> bytes:
 @torch.no_grad()
 def store_name(vision_model: torch.nn.Module, image_processor: ImageProcessor, dtype: str) -> str:
     """The folder of features that this CLIP, this preprocessing and this dtype make, and no others."""
-    digest = hashlib.blake2b(repr((VERSION, image_processor, vision_model.config.to_dict())).encode(),
-                             digest_size=8)
+    config = {name: value for name, value in vision_model.config.to_dict().items()
+              if name != "transformers_version" and not name.startswith("_")}       # "_name_or_path" is a place
+    digest = hashlib.blake2b(repr((VERSION, image_processor, config)).encode(), digest_size=8)
     for name, tensor in sorted(vision_model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy())

@@ -103,6 +103,12 @@ def test_another_clip_preprocessing_or_dtype_has_another_store(place, tmp_path):
     assert len(names) == 6
 
 
+def test_a_clip_in_another_folder_has_the_same_store(place, clip_path, tmp_path):
+    moved, _ = get_vision_model(shutil.copytree(clip_path, tmp_path / "moved"))
+    assert (store_name(moved, place.processor, "float32")
+            == store_name(place.vision_model, place.processor, "float32"))
+
+
 def test_half_written_segments_do_not_count(place, encoded, monkeypatch):
     monkeypatch.setattr(features, "SEGMENT", 2)
     monkeypatch.setattr(features, "BATCH", 2)

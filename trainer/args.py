@@ -118,7 +118,7 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
                        help="optimizer steps (0 = as many as --epochs takes)")
     group.add_argument("--batch_size", type=number_or_auto, default=32, metavar="N|auto",
                        help="samples per process and forward pass (default: %(default)s); auto: the largest "
-                            "power of two whose memory is there")
+                            "power of two up to 256 whose memory is there; the learning rate stays")
     group.add_argument("--bucket", type=true_or_false, default=True, metavar="True|False",
                        help="put samples of like length into one step, so that little is padded; still "
                             "shuffled every epoch (default: %(default)s)")

@@ -196,5 +196,6 @@ def draw_loss_curve(metrics_path: Path, picture_path: Path) -> None:
              title=metrics_path.name.removesuffix(".metrics.jsonl"))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(picture_path, dpi=120)

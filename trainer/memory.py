@@ -12,7 +12,7 @@ from model.model import Transformer
 FLOAT = 4               # bytes; weights, gradients and moments are float32 whatever --dtype computes in
 WORKER = 100 << 20      # what a loader worker's copy of this process comes to hold for itself
 SHARE = 0.8             # of what can be had; the rest is for what no estimate knows
-LARGEST_BATCH = 1024    # that --batch_size auto takes, whatever the memory
+LARGEST_BATCH = 256     # that --batch_size auto takes, whatever the memory
 
 
 def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[str, int]:
