@@ -60,7 +60,7 @@ def frame_digest(film: bytes, moment: int) -> bytes:
 def store_name(vision_model: torch.nn.Module, image_processor: ImageProcessor, dtype: str) -> str:
     """The folder of features that this CLIP, this preprocessing and this dtype make, and no others."""
     config = {name: value for name, value in vision_model.config.to_dict().items()
-              if name != "transformers_version" and not name.startswith("_")}       # "_name_or_path" is a place
+              if name != "transformers_version" and not name.startswith("_")}     # "_name_or_path" is a place
     digest = hashlib.blake2b(repr((VERSION, image_processor, config)).encode(), digest_size=8)
     for name, tensor in sorted(vision_model.state_dict().items()):
         digest.update(name.encode())
