@@ -114,7 +114,7 @@ PRESETS = {
         train_pictures=4000,
         held_out_pairs=4,
         text_rows=6000,
-        two_picture_rows=4000,
+        two_picture_rows=2500,
         train_films=1000,
         one_picture_rows=500,
         dim=128,
@@ -123,7 +123,7 @@ PRESETS = {
         llm=Stage(steps=200, batch_size=32, lr=1.5e-3),
         pretrain=Stage(steps=300, batch_size=32, lr=1.5e-3),
         sft=Stage(steps=300, batch_size=32, lr=1.5e-3),
-        multi=Stage(steps=500, batch_size=16, lr=2e-3),
+        multi=Stage(steps=450, batch_size=16, lr=2e-3),
     ),
     "tiny": Preset(  # under a minute, for the tests
         colours=("red", "yellow", "green", "blue"),
