@@ -23,6 +23,7 @@ from model.checkpoint import save_weights, weights_path
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.prompt import load_tokenizer
+from trainer.args import clean_exit
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -178,6 +179,16 @@ def run_inside(script: str, *flags: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main([str(flag) for flag in flags])
+
+
+def run_clean(capsys, script: str, *flags: str) -> subprocess.CompletedProcess:
+    """As run_script(), but in this process, where nothing has to be imported anew."""
+    status = 0
+    try:
+        clean_exit(lambda: run_inside(script, *flags))
+    except SystemExit as end:
+        status = end.code
+    return subprocess.CompletedProcess([script, *flags], status, *capsys.readouterr())
 
 
 def weights_of(workplace: Path, stage: str = "vlm_pretrain", folder: str = "out") -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import check_refused, make_rows, run_script, save_clip, train, weights_of
+from conftest import check_refused, make_rows, run_clean, run_inside, run_script, save_clip, train, weights_of
 
 from model.checkpoint import read_description, save_weights
 from model.LMConfig import LMConfig
@@ -87,17 +87,18 @@ def wrong_rows(workplace, text):
     (damage_weights, [], ["32_llm.pth is a git-lfs pointer"]),
     (other_size, [], ["tok_embeddings.weight (581, 64) in the file", "--dim 64", "--n_layers 3"]),
     (lambda w: (w / "out" / "32_llm.pth").unlink(), [], ["32_llm.pth not found", "README"]),
-    (lambda w: None, ["--batch_size=0", "--epochs=-1", "--learning_rate=-2", "--device=gpu"],
-     ["--batch_size must be at least 1", "--epochs", "--learning_rate", "--device must be"]),
+    (lambda w: None, ["--log_interval=0", "--epochs=-1", "--learning_rate=-2", "--device=gpu"],
+     ["--log_interval must be at least 1", "--epochs", "--learning_rate", "--device must be"]),
     (lambda w: None, ["--no_such_flag"], ["--no_such_flag"]),
     (lambda w: None, ["--dtype=int8"], ["--dtype"]),
     (lambda w: None, ["--n_heads=5"], ["dim 32 is not a multiple of n_heads 5"]),
     (lambda w: None, ["@nowhere.args"], ["nowhere.args"]),
     (lambda w: None, ["--device=cuda"], ["no CUDA device is available", "--device cpu"]),
 ])
-def test_bad_input_is_one_line_with_the_cure(workplace, prepare, flags, fragments):
+def test_bad_input_is_one_line_with_the_cure(workplace, capsys, prepare, flags, fragments):
     prepare(workplace)
-    check_refused(run_script("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", *flags), *fragments)
+    check_refused(run_clean(capsys, "1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", *flags),
+                  *fragments)
 
 
 @pytest.mark.parametrize(("flags", "fragments"), [
@@ -109,10 +110,10 @@ def test_bad_input_is_one_line_with_the_cure(workplace, prepare, flags, fragment
     (["--stage=vlm_pretrain", "--top_p=3", "--temperature=-1"], ["top_p must be", "temperature must be"]),
     (["--stage=vlm_pretrain", "--load=README.md"], ["README.md is not a readable weight file"]),
 ])
-def test_bad_input_to_evaluation(workplace, flags, fragments):
-    train(workplace, "--max_steps=1")
-    check_refused(run_script("3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32", "--device=cpu",
-                             *flags), *fragments)
+def test_bad_input_to_evaluation(workplace, capsys, flags, fragments):
+    run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1")
+    check_refused(run_clean(capsys, "3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32",
+                            "--device=cpu", *flags), *fragments)
 
 
 def test_another_clip_is_told_before_the_first_answer(workplace, tmp_path):

@@ -1,4 +1,5 @@
 """Films: which frames are looked at, whatever the file is like; rows, batches and the cache of features."""
+import contextlib
 import json
 import wave
 from fractions import Fraction
@@ -297,7 +298,8 @@ def test_films_train_the_same_with_the_cache_two_processes_and_resumed(workplace
         run_inside("2-sft_vlm.py", *flags, *more)
         keep()
     assert runs[0][1] == runs[1][1]
-    check_same(runs[1][0], runs[0][0])
+    for name, value in runs[0][0].items():      # CLIP sees other numbers of pictures at once, and rounds so
+        torch.testing.assert_close(runs[1][0][name], value, rtol=1e-4, atol=1e-5)
     folder, = (workplace / "cache").iterdir()
     assert len(FeatureStore(folder, "float32")) == 6 + 4 + 2        # each picture and each frame once
     result = run_script("2-sft_vlm.py", *flags, *cache, "--batch_size=2", "--num_workers=1", processes=2)
@@ -326,11 +328,11 @@ def test_films_train_the_same_with_the_cache_two_processes_and_resumed(workplace
 def test_the_check_before_a_run_looks_at_films_too(workplace, model, capsys):
     flags = flags_of(workplace, model)
     def problems() -> list[str]:
-        with pytest.raises(SystemExit):     # untrained weights are always told
+        with contextlib.suppress(SystemExit):
             check.main(["sft", *flags])
         told = capsys.readouterr()
         texts.append(told.out)
-        return [line for line in told.err.splitlines() if "look random" not in line]
+        return told.err.splitlines()
     texts = []
     assert not problems() and "13 of 13 rows loaded" in texts[0] and "<image x50>" * 4 in texts[0]
     (workplace / "images" / "a.mp4").write_bytes(b"no film")

@@ -105,7 +105,7 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
                        help="encode every picture with CLIP once and keep the features here; later epochs, "
                             "stages and runs read them (75 KiB per picture at ViT-B/32; told before written)")
     group.add_argument("--feature_dtype", default="float16", choices=list(FEATURE_DTYPES),
-                       help="of the cache; float32 takes twice the room and changes no bit on a CPU")
+                       help="of the cache; float32 takes twice the room and loses nothing")
     group.add_argument("--jpeg_draft", action="store_true",
                        help="decode large JPEGs at reduced size: faster, but pixels differ a little from "
                             "what evaluation and chat see")

@@ -136,6 +136,7 @@ PRESETS = {
         train_films=100,
         one_picture_rows=100,
         test_films=60,
+        test_pictures=100,
         dim=96,
         n_layers=3,
         clip=Stage(steps=150, batch_size=48, lr=1.5e-3),
