@@ -109,6 +109,12 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
     group.add_argument("--jpeg_draft", action="store_true",
                        help="decode large JPEGs at reduced size: faster, but pixels differ a little from "
                             "what evaluation and chat see")
+    add_step_flags(parser, learning_rate)
+    add_saving_flags(parser)
+
+
+def add_step_flags(parser: Parser, learning_rate: float) -> None:
+    """What a step is made of, and how many there are."""
     group = parser.add_argument_group("training")
     group.add_argument("--train", default="all", choices=TRAIN_CHOICES,
                        help="what is trained besides CLIP, which never is: all, the projection alone, or the "
@@ -140,7 +146,6 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
                        help="on a GPU, float32 products in TF32: several times faster, 10 bits of mantissa")
     group.add_argument("--timeout", type=float, default=50,
                        help="seconds after which a process of the run that does not answer is given up")
-    add_saving_flags(parser)
 
 
 def add_saving_flags(parser: Parser) -> None:
