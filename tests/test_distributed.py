@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, check_same, children_of, train, wait_until, weights_of
+from conftest import ROOT, check_same, children_of, run_script, train, wait_until, weights_of
 
 from trainer.logger import read_metrics
 
@@ -101,3 +101,38 @@ def test_a_dead_machine_ends_the_run_with_a_clear_line(workplace, machines, numb
     assert "error: another process of this run has ended or does not answer" in output, output
     assert "loop.py" not in output and pair.processes[living].returncode != 0
     assert (pair.folders[living] / "32_vlm_pretrain.resume").is_file()
+
+
+@pytest.mark.parametrize("ending", ["return", "sys.exit(3)", "raise AgreedError"])
+def test_a_ddp_module_never_is_the_last_to_hold_the_process_group(ending):
+    """Or the end of a run could wait for ever: see Run.__exit__."""
+    code = f"""
+import sys, weakref
+from unittest import mock
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from trainer.distributed import AgreedError, start_run
+
+def train():
+    module = DistributedDataParallel(torch.nn.Linear(2, 2))
+    module(torch.ones(1, 2)).sum().backward()
+    modules.append(weakref.ref(module))
+    try:
+        raise ValueError
+    except ValueError:
+        {ending}
+
+def destroy():
+    print("alive" if modules[0]() else "freed", flush=True)
+    original()
+
+modules, original = [], dist.destroy_process_group
+with mock.patch.object(dist, "destroy_process_group", destroy):
+    try:
+        with start_run("cpu"):
+            train()
+    except AgreedError:
+        sys.exit(3)
+"""
+    result = run_script("--no-python", sys.executable, "-c", code, processes=2)
+    assert result.stdout.split() == ["freed", "freed"], result.stderr

@@ -1,7 +1,9 @@
 """Rank, world size and device: decided once, known in one object. The model and the data never ask."""
 import contextlib
 import ctypes
+import gc
 import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,8 +80,15 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
         if dist.is_initialized():
+            # The process group must not outlive its name in a DDP module: that one frees it without giving up
+            # Python's lock, and waits for a thread of gloo which may want the lock for its last tensor. So
+            # whatever still holds a module goes first: the frames of an exception, and cycles.
+            while error:
+                traceback.clear_frames(error.__traceback__)
+                error = error.__context__
+            gc.collect()
             dist.destroy_process_group()
 
 
