@@ -223,7 +223,7 @@ def switched_off(variant: Variant) -> Iterator[None]:
             stack.enter_context(mock.patch.object(network, "causal_attention", plain_attention))
         if not variant.lean:
             stack.enter_context(mock.patch.object(network.RMSNorm, "forward", plain_norm))
-            stack.enter_context(mock.patch.object(network, "SwiGLU", PlainSwiGLU))
+            stack.enter_context(mock.patch.object(network.FeedForward, "forward", plain_feed_forward))
         yield
 
 
@@ -237,10 +237,8 @@ def plain_norm(norm: network.RMSNorm, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 
-class PlainSwiGLU:
-    @staticmethod
-    def apply(a: Tensor, b: Tensor) -> Tensor:
-        return F.silu(a) * b
+def plain_feed_forward(layer: network.FeedForward, x: Tensor) -> Tensor:
+    return layer.w2(F.silu(layer.w1(x)) * layer.w3(x))
 
 
 def pad_batch(batch: dict, T: int) -> dict:

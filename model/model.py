@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.lean import LeanRMSNorm, SwiGLU
+from model.lean import LeanRMSNorm, SwiGLUDown
 from model.LMConfig import LMConfig
 from model.moe import MixtureOfExperts, Routing
 from model.vision_proj import check_image_slots, find_image_slots, make_vision_proj, overwrite_image_slots
@@ -139,7 +139,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w1(x), self.w3(x)
-        return self.w2(SwiGLU.apply(gate, up) if lean() else F.silu(gate) * up)
+        if lean():
+            return SwiGLUDown.apply(gate, up, self.w2.weight.type_as(gate))
+        return self.w2(F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.lean import LeanRMSNorm, SwiGLU
+from model.lean import LeanRMSNorm, SwiGLU, SwiGLUDown
 from model.LMConfig import LMConfig
 from model.model import (
     IGNORE_INDEX,
@@ -74,6 +74,9 @@ def test_what_keeps_less_for_the_backward_pass_has_the_same_gradients():
     torch.testing.assert_close(SwiGLU.apply(a, b), F.silu(a) * b)
     assert torch.autograd.gradcheck(LeanRMSNorm.apply, (x, weight, 1e-5))
     assert torch.autograd.gradcheck(SwiGLU.apply, (a, b))
+    down = torch.randn(5, 8, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(SwiGLUDown.apply(a, b, down), F.linear(F.silu(a) * b, down))
+    assert torch.autograd.gradcheck(SwiGLUDown.apply, (a, b, down))
 
 
 @pytest.mark.parametrize("T", [33, 96, 97, 250])

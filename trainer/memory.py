@@ -20,7 +20,7 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
 
     gradients    one number per trained parameter
     moments      two numbers per trained parameter, Adam's
-    activations  what the blocks keep for the backward pass, 8 dim + 3 hidden_dim numbers per token and block
+    activations  what the blocks keep for the backward pass, 8 dim + 2 hidden_dim numbers per token and block
                  as counted in float32 (half precision keeps less, and copies of the weights), and a
                  fifth more for what is at work meanwhile; of experts the feed-forward width of each that a
                  token uses, and its copies of the token
@@ -32,7 +32,7 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     chosen, shared = ((config.num_experts_per_tok, config.n_shared_experts) if config.use_moe else (0, 1))
     kept = num_tokens * config.n_layers * ((8 + 2 * chosen) * config.dim
-                                           + 3 * (chosen + shared) * config.hidden_dim)
+                                           + 2 * (chosen + shared) * config.hidden_dim)
     return {"gradients": FLOAT * trained, "moments": 2 * FLOAT * trained,
             "activations": FLOAT * kept * 6 // 5, "logits": 3 * FLOAT * num_learnt * config.vocab_size}
 
