@@ -93,6 +93,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.chat and (args.chat == Path()) != bool(args.video):
         raise ValueError("--chat PICTURE asks about a picture, --video FILE --chat about a film: give one of "
                          "the two")
+    for flag, file in (("--chat", args.chat), ("--video", args.video)):
+        if file and file != Path() and not file.is_file():
+            raise FileNotFoundError(f"{flag}: there is no file {file}")
     return args
 
 

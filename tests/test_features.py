@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_rows, run_script, save_clip, save_picture, train, weights_of
+from conftest import ROOT, make_rows, run_script, save_clip, save_picture, train, wait_until, weights_of
 
 from model import feature_store
 from model.dataset import PRETRAIN, SFT_MULTI, BadSample, VLMDataset, collate
@@ -145,6 +147,25 @@ def test_a_full_disk_is_told_in_one_line_and_what_is_written_stays(place, encode
     monkeypatch.undo()
     assert len(fill(place)) == 6
     assert all(not isinstance(place.dataset[n], BadSample) for n in range(24))
+
+
+def test_a_second_run_waits_and_takes_what_the_first_has_encoded(place, monkeypatch, capsys):
+    begun, go_on, encoded = threading.Event(), threading.Event(), []
+
+    def slowly(pixels, vision_model):
+        encoded.append(len(pixels))
+        begun.set()
+        assert go_on.wait(60)
+        return get_img_embedding(pixels, vision_model)
+    monkeypatch.setattr(features, "get_img_embedding", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(fill, place)
+        assert begun.wait(60)
+        second = pool.submit(fill, place)
+        wait_until(lambda: "waiting for it" in capsys.readouterr().out)
+        go_on.set()
+        assert len(first.result()) == len(second.result()) == 6
+    assert sum(encoded) == 6
 
 
 def test_half_precision_is_close(place):

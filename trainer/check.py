@@ -41,13 +41,13 @@ from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
 from trainer.loop import (
-    WEIGHTS_CURE,
     Stepper,
     describe_run,
     load_model,
     make_config,
     plan_memory,
     settings_of,
+    weights_cure,
 )
 from trainer.memory import (
     available_memory,
@@ -149,7 +149,7 @@ class Check:
         if not config:
             return False
         source = weights_path(self.args.out_dir, config, self.weights_in)
-        state = self.attempt(read_state_dict, source, WEIGHTS_CURE[self.weights_in])
+        state = self.attempt(read_state_dict, source, weights_cure(self.weights_in, config.use_moe))
         sizes = config.to_dict() | sizes_of(state or {})
         config = make_config(
             self.args, len(self.tokenizer) if self.tokenizer else sizes["vocab_size"],
@@ -258,8 +258,8 @@ class Check:
         # Later stages' weights come from a run, and their data may be of a kind that they are yet to learn.
         if self.weights_in == "llm" and not min(losses.values()) < GUESSING * chance:
             self.problem(f"the weights of stage {self.weights_in} look random: {text}; "
-                         f"{WEIGHTS_CURE[self.weights_in]}, or name the tokenizer they were trained with "
-                         "(--tokenizer_path)")
+                         f"{weights_cure(self.weights_in, self.args.use_moe)}, or name the tokenizer they "
+                         "were trained with (--tokenizer_path)")
         if self.vision_model and self.good:
             samples = [self.dataset[row] for row in list(self.good)[:NUM_SHOWN]]
             loss = stepper.forward(collate(samples)).item()

@@ -1,7 +1,9 @@
 """--feature_cache: CLIP looks at every distinct picture once, before training, on all ranks together."""
 import argparse
+import contextlib
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
 
+with contextlib.suppress(ImportError):      # not on Windows
+    import fcntl
+
 BATCH = 32          # pictures per call of CLIP
 SEGMENT = 512       # pictures per file, and the most that a killed run has encoded in vain
 
@@ -32,15 +37,43 @@ def fill_feature_cache(run: Run, args: argparse.Namespace, datasets: Iterable[VL
     raises  ValueError before anything is written if the disk lacks room; OSError if it runs full
     """
     folder = Path(args.feature_cache) / store_name(vision_model, image_processor, args.feature_dtype)
-    store = FeatureStore(folder, args.feature_dtype)
-    wanted = find_missing(run, store, datasets)
-    if wanted:
-        tell_size(run, args, store, len(wanted), vision_model)
-        vision_model.to(run.device)
-        encode_all(run, args, store, wanted, vision_model, image_processor)
-        store.reload()
+    with taking_turns(run, folder):
+        store = FeatureStore(folder, args.feature_dtype)
+        wanted = find_missing(run, store, datasets)
+        if wanted:
+            tell_size(run, args, store, len(wanted), vision_model)
+            vision_model.to(run.device)
+            encode_all(run, args, store, wanted, vision_model, image_processor)
+            store.reload()
     check_shared(run, store)
     return store
+
+
+@contextlib.contextmanager
+def taking_turns(run: Run, folder: Path) -> Iterator[None]:
+    """Let only one run fill a store; another waits, and finds what the first has made. A killed run's lock is
+    freed by the system; where there are no locks, nobody waits."""
+    def take() -> bool:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except (OSError, NameError):
+            pass
+        return True
+    with contextlib.ExitStack() as stack:
+        lock = None
+        if run.is_main:
+            with contextlib.suppress(OSError):      # where nothing can be written, tell_size() says so
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(folder / ".lock", "w"))
+        told = False
+        while not run.from_main(lambda: lock is None or take()):    # so that no rank waits for long
+            if not told:
+                run.print(f"another run is filling {folder}: waiting for it")
+            told = True
+            time.sleep(1)
+        yield
 
 
 def pictures_of(dataset: VLMDataset) -> set[Path | Frame]:

@@ -38,11 +38,7 @@ from trainer.saves import Saves
 from trainer.validation import Validation, lengths_of, split_off
 
 COMPILED_MULTIPLE = 64      # tokens; every length is compiled by itself, so there had better be few
-WEIGHTS_CURE = {
-    "llm": "download it (README, 'Weights'), or make the demo's with python -m dataset.demo_world",
-    "vlm_pretrain": "run 1-pretrain_vlm.py first, or download it (README, 'Weights')",
-    "vlm_sft": "run 2-sft_vlm.py first, or download it (README, 'Weights')",
-}
+TRAINED_BY = {"vlm_pretrain": "1-pretrain_vlm.py", "vlm_sft": "2-sft_vlm.py"}
 
 
 def train_stage(run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_in: str,
@@ -87,9 +83,18 @@ def make_config(args: argparse.Namespace, num_tokens: int, vision_dim: int,
                     **{name: getattr(args, name) for name in EXPERT_FIELDS})
 
 
+def weights_cure(weights_in: str, use_moe: bool) -> str:
+    """What to do where the weights of a stage are missing or wrong."""
+    flag = " --use_moe" if use_moe else ""
+    cure = "make the demo's with python -m dataset.demo_world" + flag
+    if weights_in != "llm":
+        cure = f"run {TRAINED_BY[weights_in]}{flag} first"
+    return cure + ("" if use_moe else ", or download it (README, 'Weights')")
+
+
 def load_model(config: LMConfig, source: Path, weights_in: str) -> tuple[Transformer, LoadReport]:
     """A model with the weights of an earlier stage. Raises FileNotFoundError or ValueError with the cure."""
-    cure = WEIGHTS_CURE[weights_in]
+    cure = weights_cure(weights_in, config.use_moe)
     from_llm = weights_in == "llm"      # it has no projection yet; the published one may, and keeps it
     config.vision_proj_bias = not from_llm and "vision_proj.bias" in read_state_dict(source, cure)
     model = Transformer(config)
