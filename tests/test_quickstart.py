@@ -135,8 +135,9 @@ def check_whole(out: Path) -> None:
         assert torch.load(unfinished, weights_only=True)["step"] > 0
 
 
-def kill_at_a_random_moment(command: list, out: Path, random: np.random.Generator) -> None:
-    """SIGKILL: soon after the start; or, when it has saved once, between saves or while one is written."""
+def kill_at_a_random_moment(command: list, out: Path, random: np.random.Generator, longest: float) -> None:
+    """SIGKILL: soon after the start; or, up to `longest` seconds after its first save, between saves or while
+    one is written."""
     moment, weights = random.choice(["start", "steps", "save", "save"]), out / "96_vlm_pretrain.pth"
     before = weights.stat().st_mtime_ns if weights.is_file() else 0
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -144,7 +145,7 @@ def kill_at_a_random_moment(command: list, out: Path, random: np.random.Generato
         time.sleep(random.uniform(0, 4))
     else:
         wait_until(lambda: weights.is_file() and weights.stat().st_mtime_ns > before)
-        time.sleep(random.uniform(0, 0.3))
+        time.sleep(random.uniform(0, longest))
         if moment == "save":
             wait_until(lambda: list(out.glob(".*.tmp")), pause=0)
     assert process.poll() is None, "the run ended before it could be killed"
@@ -169,7 +170,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(place, tmp_path):
                "--resume"]
     random, steps = np.random.default_rng(int(os.environ.get("MINIMIND_KILL_SEED", 0))), []
     for _ in range(kills):
-        kill_at_a_random_moment(command, out, random)
+        kill_at_a_random_moment(command, out, random, longest=0.3 if kills <= 4 else 3)
         check_whole(out)
         steps.append(read_description(out / "96_vlm_pretrain.pth").get("step", 0))
     subprocess.run(command, cwd=ROOT, check=True)
