@@ -93,9 +93,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.chat and (args.chat == Path()) != bool(args.video):
         raise ValueError("--chat PICTURE asks about a picture, --video FILE --chat about a film: give one of "
                          "the two")
-    for flag, file in (("--chat", args.chat), ("--video", args.video)):
-        if file and file != Path() and not file.is_file():
-            raise FileNotFoundError(f"{flag}: there is no file {file}")
     return args
 
 
@@ -229,7 +226,10 @@ def find_weights(args: argparse.Namespace) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    make_sampling(args)         # wrong settings are told before anything is loaded
+    make_sampling(args)         # wrong settings and names are told before anything is loaded
+    for flag, file in (("--chat", args.chat), ("--video", args.video)):
+        if file and file != Path() and not file.is_file():
+            raise FileNotFoundError(f"{flag}: there is no file {file}")
     with start_run(args.device) as run:
         weights = args.load_from or find_weights(args)
         chat = load_chat(weights, args.tokenizer_path, args.clip_path, run.device,

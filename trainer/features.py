@@ -20,9 +20,6 @@ from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
 
-with contextlib.suppress(ImportError):      # not on Windows
-    import fcntl
-
 BATCH = 32          # pictures per call of CLIP
 SEGMENT = 512       # pictures per file, and the most that a killed run has encoded in vain
 
@@ -55,10 +52,11 @@ def taking_turns(run: Run, folder: Path) -> Iterator[None]:
     freed by the system; where there are no locks, nobody waits."""
     def take() -> bool:
         try:
+            import fcntl  # not on Windows
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except (OSError, NameError):
+        except (ImportError, OSError):
             pass
         return True
     with contextlib.ExitStack() as stack:
