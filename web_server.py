@@ -125,6 +125,10 @@ def find_weights(out_dir: str | Path, dim: int = 0, use_moe: str | None = None) 
                  if use_moe in (None, str("_moe_" in path.name))]
         if found:
             return max(found, key=lambda path: path.stat().st_mtime)
+    others = ", ".join(sorted(path.name for path in Path(out_dir).glob("*_vlm_*.pth")))
+    if others:
+        raise FileNotFoundError(f"no weights in {out_dir} that --dim and --use_moe allow, but {others}: "
+                                "change these flags, or name a file with --load_from")
     raise FileNotFoundError(f"no *_vlm_*.pth in {out_dir}: train them (README, 'Stages'), download them "
                             "(README, 'Weights'), or name a file with --load_from")
 

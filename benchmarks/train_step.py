@@ -3,7 +3,7 @@ itself with each gain switched off.
 
 writes   benchmarks/results/train_step.json, and prints the tables
 
-    python benchmarks/train_step.py               # about seven minutes on two cores
+    python benchmarks/train_step.py               # about a quarter of an hour on two cores
     python benchmarks/train_step.py --quick       # does it run? small sizes, no meaning
 
 Everything is made here, in the real formats and at the real geometry: 512 x 8, CLIP ViT-B/32 (random

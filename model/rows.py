@@ -50,7 +50,7 @@ class Rows:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"data file not found: {path} "
-                                    "(README, 'Data'; name yours with --data_path)")
+                                    "(README, 'Train on the real data'; name yours with --data_path)")
         status, started = self.path.stat(), time.perf_counter()
         self.key = f"{status.st_size}-{status.st_mtime_ns}-v{VERSION}"
         self.folder: Path | None = None     # where the index lies; None = in memory alone

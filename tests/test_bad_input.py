@@ -87,7 +87,7 @@ def wrong_rows(workplace, text):
     (damage_weights, [], ["32_llm.pth is a git-lfs pointer"]),
     (other_size, [], ["tok_embeddings.weight (581, 64) in the file", "--dim 64", "--n_layers 3"]),
     (lambda w: (w / "out" / "32_llm.pth").unlink(), [], ["32_llm.pth not found", "README"]),
-    (lambda w: None, ["--use_moe"], ["32_moe_llm.pth not found", "dataset.demo_world --use_moe"]),
+    (lambda w: None, ["--use_moe"], ["32_moe_llm.pth not found", "--out dataset/demo_moe --use_moe"]),
     (lambda w: None, ["--log_interval=0", "--epochs=-1", "--learning_rate=-2", "--device=gpu"],
      ["--log_interval must be at least 1", "--epochs", "--learning_rate", "--device must be"]),
     (lambda w: None, ["--no_such_flag"], ["--no_such_flag"]),

@@ -176,8 +176,10 @@ def test_weights_are_found_by_stage_width_and_kind(tmp_path):
     assert find_weights(tmp_path, use_moe="True").name == "64_moe_vlm_sft.pth"
     assert find_weights(tmp_path, use_moe="False").name == "32_vlm_sft.pth"
     assert find_weights(tmp_path, 64).name == "64_moe_vlm_sft.pth"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="--dim and --use_moe allow, but 32_vlm_pretrain.pth, 32_vlm"):
         find_weights(tmp_path, 32, "True")
+    with pytest.raises(FileNotFoundError, match="no .* in .*train them"):
+        find_weights(tmp_path / "empty")
 
 
 def test_a_wrong_start_is_one_line(pictures):

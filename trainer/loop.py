@@ -85,11 +85,13 @@ def make_config(args: argparse.Namespace, num_tokens: int, vision_dim: int,
 
 def weights_cure(weights_in: str, use_moe: bool) -> str:
     """What to do where the weights of a stage are missing or wrong."""
-    flag = " --use_moe" if use_moe else ""
-    cure = "make the demo's with python -m dataset.demo_world" + flag
+    cure = "make a demo world with python -m dataset.demo_world"
+    if use_moe:
+        cure += " --out dataset/demo_moe --use_moe"
     if weights_in != "llm":
-        cure = f"run {TRAINED_BY[weights_in]}{flag} first"
-    return cure + ("" if use_moe else ", or download it (README, 'Weights')")
+        cure = f"run {TRAINED_BY[weights_in]}{' --use_moe' if use_moe else ''} first"
+    download = "" if use_moe else "download it (README, 'Train on the real data'), "
+    return f"{cure}, {download}or name the folder where it lies with --out_dir"
 
 
 def load_model(config: LMConfig, source: Path, weights_in: str) -> tuple[Transformer, LoadReport]:
@@ -393,11 +395,14 @@ def describe_run(run: Run, args: argparse.Namespace, model: Transformer, vision_
     trained = [parameter for _, parameter in named if parameter.requires_grad]
     still = [parameter for _, parameter in named if not parameter.requires_grad]
     projection = [parameter for name, parameter in named if name.startswith("vision_proj")]
+    clip = "CLIP, whose features are cached" if args.feature_cache else "nothing"
+    if vision_model:
+        clip = f"{millions(vision_model.parameters())} (CLIP)"
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     active = f" ({model.num_active_parameters() / 1e6:.2f} M of all active per token)"
     text = (f"trained ({args.train}): {millions(trained)} parameters"
             f"{active if model.config.use_moe else ''}, {millions(projection)} of them the projection; "
-            f"frozen: {millions(vision_model.parameters() if vision_model else [])} (CLIP)"
+            f"frozen: {clip}"
             f"{f' and {millions(still)} (language model)' if still else ''}\n"
             f"{len(train_set)} samples, {batches.samples_per_step} per step "
             f"({run.world_size} process(es) x batch {args.batch_size} x accumulation "

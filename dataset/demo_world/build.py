@@ -254,4 +254,5 @@ def main(argv: list[str] | None = None) -> None:
     print(f"demo world ({args.preset}, seed {args.seed}) in {args.out}; train on it with\n"
           f"    python 1-pretrain_vlm.py @{args.out}/pretrain.args\n"
           f"    python 2-sft_vlm.py @{args.out}/sft.args\n"
+          f"    python 2-sft_vlm.py @{args.out}/sft_multi.args\n"
           f"    python 3-eval_chat.py @{args.out}/eval.args")
