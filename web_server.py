@@ -63,6 +63,7 @@ CSS = """
 #chat .examples { width: 100%; max-width: 640px; gap: 8px; padding: 16px; }
 #chat .example { padding: 8px 12px; border: 1px solid var(--border-color-primary); }
 #chat .example-content { flex-direction: row; align-items: center; gap: 12px; text-align: left; }
+#chat .example-icons-grid { width: auto; }
 #settings [data-testid="block-info"] { padding: 0; background: none; color: inherit; white-space: nowrap; }
 @media (max-width: 600px) {
     .gradio-container > .main { padding: 8px !important; }
