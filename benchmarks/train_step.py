@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -177,7 +178,8 @@ class Bench:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter())
-        parts = {part: after - before for part, before, after in zip(PARTS, times, times[1:], strict=False)}
+        parts = {part: after - before
+                 for part, (before, after) in zip(PARTS, pairwise(times), strict=True)}
         return parts | {"step": times[-1] - times[0], "data": batch["seconds"], "loss": loss.item(),
                         "samples": len(batch["input_ids"]),
                         "flops": needed_flops(batch, self.config, self.vision, not variant.cached)}

@@ -1,4 +1,4 @@
-"""Two functions of the transformer whose backward pass is written out: it keeps and reads less
+"""Three functions of the transformer whose backward pass is written out: it keeps and reads less
 memory than what autograd records. Nothing here need be read to understand the model.
 """
 import torch

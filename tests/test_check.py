@@ -305,9 +305,11 @@ def test_the_estimate_counts_what_is_kept_for_the_backward_pass(use_moe):
         loss = model(ids, labels=torch.where(torch.arange(96) < 90, -100, ids))[1]
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    parts = memory.estimate_step(model, ids.numel(), 4 * 6)
+    parts = memory.estimate_step(model, ids.device, ids.numel(), 4 * 6)
     assert parts["gradients"] == 4 * model.num_parameters() == parts["moments"] / 2
     assert 0.8 < sum(kept.values()) / (parts["activations"] / 1.2) < 1.2
+    on_gpu = memory.estimate_step(model, torch.device("cuda"), ids.numel(), 4 * 6)
+    assert (on_gpu["activations"] > parts["activations"]) == use_moe
     loss.backward()
     assert np.isfinite(loss.item())
 

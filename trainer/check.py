@@ -272,7 +272,7 @@ class Check:
         check_losses(): until they are used, weights that were read from a file are not yet in memory."""
         args, device, cpu = self.args, self.run.device, torch.device("cpu")
         num_tokens, num_learnt, num_bytes = np.array(list(self.good.values())).T
-        step = estimate_step(self.model, args.batch_size * int(num_tokens.max()),
+        step = estimate_step(self.model, device, args.batch_size * int(num_tokens.max()),
                              round(args.batch_size * num_learnt.mean()))
         needs = {cpu: {"held now": held_memory(),
                        "loading": estimate_loading(args.num_workers, args.batch_size * int(num_bytes.max()))}}

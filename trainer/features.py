@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -50,15 +51,6 @@ def fill_feature_cache(run: Run, args: argparse.Namespace, datasets: Iterable[VL
 def taking_turns(run: Run, folder: Path) -> Iterator[None]:
     """Let only one run fill a store; another waits, and finds what the first has made. A killed run's lock is
     freed by the system; where there are no locks, nobody waits."""
-    def take() -> bool:
-        try:
-            import fcntl  # not on Windows
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except (ImportError, OSError):
-            pass
-        return True
     with contextlib.ExitStack() as stack:
         lock = None
         if run.is_main:
@@ -66,12 +58,24 @@ def taking_turns(run: Run, folder: Path) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context(open(folder / ".lock", "w"))
         told = False
-        while not run.from_main(lambda: lock is None or take()):    # so that no rank waits for long
+        while not run.from_main(lambda: lock is None or take_lock(lock)):   # so that no rank waits for long
             if not told:
                 run.print(f"another run is filling {folder}: waiting for it")
             told = True
             time.sleep(1)
         yield
+
+
+def take_lock(file: IO) -> bool:
+    """False if another process has it."""
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def pictures_of(dataset: VLMDataset) -> set[Path | Frame]:

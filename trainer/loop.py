@@ -90,7 +90,8 @@ def weights_cure(weights_in: str, use_moe: bool) -> str:
         cure += " --out dataset/demo_moe --use_moe"
     if weights_in != "llm":
         cure = f"run {TRAINED_BY[weights_in]}{' --use_moe' if use_moe else ''} first"
-    download = "" if use_moe else "download it (README, 'Train on the real data'), "
+    section = "Train on the real data" if weights_in == "llm" else "Weights"
+    download = "" if use_moe else f"download it (README, '{section}'), "
     return f"{cure}, {download}or name the folder where it lies with --out_dir"
 
 

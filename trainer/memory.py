@@ -15,7 +15,8 @@ SHARE = 0.8             # of what can be had; the rest is for what no estimate k
 LARGEST_BATCH = 256     # that --batch_size auto takes, whatever the memory
 
 
-def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[str, int]:
+def estimate_step(model: Transformer, device: torch.device, num_tokens: int,
+                  num_learnt: int) -> dict[str, int]:
     """Bytes that training takes beyond the weights and CLIP: what for, and how much.
 
     gradients    one number per trained parameter
@@ -23,7 +24,8 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
     activations  what the blocks keep for the backward pass, 8 dim + 2 hidden_dim numbers per token and block
                  as counted in float32 (half precision keeps less, and copies of the weights), and a
                  fifth more for what is at work meanwhile; of experts the feed-forward width of each that a
-                 token uses, and its copies of the token
+                 token uses (on a GPU, which groups them, half as much again of those it has chosen), and
+                 its copies of the token
     logits       three numbers per learnt token and vocabulary entry: logits, probabilities, gradients
 
     num_tokens, num_learnt  tokens of one forward pass, padding included, and those of them that are learnt
@@ -31,8 +33,9 @@ def estimate_step(model: Transformer, num_tokens: int, num_learnt: int) -> dict[
     config = model.config
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     chosen, shared = ((config.num_experts_per_tok, config.n_shared_experts) if config.use_moe else (0, 1))
+    per_chosen = 2 if device.type == "cpu" else 3
     kept = num_tokens * config.n_layers * ((8 + 2 * chosen) * config.dim
-                                           + 2 * (chosen + shared) * config.hidden_dim)
+                                           + (per_chosen * chosen + 2 * shared) * config.hidden_dim)
     return {"gradients": FLOAT * trained, "moments": 2 * FLOAT * trained,
             "activations": FLOAT * kept * 6 // 5, "logits": 3 * FLOAT * num_learnt * config.vocab_size}
 
@@ -59,7 +62,7 @@ class StepMemory:
 def plan_step(device: torch.device, model: Transformer, vision_model: nn.Module | None, sample: dict,
               num_workers: int) -> StepMemory:
     """The memory of steps whose rows are as long as `sample`, which is a batch of one row."""
-    one, none = (sum(estimate_step(model, size * sample["input_ids"].shape[1],
+    one, none = (sum(estimate_step(model, device, size * sample["input_ids"].shape[1],
                                    size * sample["num_learnt"]).values()) for size in (1, 0))
     num_bytes = sum(value.nbytes for value in sample.values() if isinstance(value, torch.Tensor))
     clip = len(sample["image_slots"]) * clip_work(vision_model)
