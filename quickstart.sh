@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine with Python >= 3.11 to a vision-language model that answers about pictures it has never seen:
+# From a fresh machine with Python >= 3.11 to a vision-language model that answers about images it has never seen:
 #     bash quickstart.sh             set up, make the demo world, train all stages, score, show answers
 #     bash quickstart.sh --setup     only the virtual environment and its packages
 # A second call goes on where the first one stopped. SEED=1 WORLD=dataset/demo1 OUT=out/demo1 bash quickstart.sh makes
@@ -71,5 +71,5 @@ stage evaluation "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --control
     --questions "$WORLD"/questions_{known,unseen,unseen_pairs}.jsonl --report "$OUT/scores.json"
 stage evaluation_multi "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --stage vlm_sft_multi \
     --control real blank shuffled swapped shuffled_frames \
-    --questions "$WORLD"/questions_{multi,films}_unseen.jsonl --report "$OUT/scores_multi.json"
+    --questions "$WORLD"/questions_{multi,videos}_unseen.jsonl --report "$OUT/scores_multi.json"
 run "$again" "$PYTHON" -m dataset.demo_world.report --world "$WORLD" --out "$OUT"

@@ -2,16 +2,17 @@
 loader's workers take? Rows from the file and its index against a plain list of dicts.
 
 reads    nothing
-writes   --folder: the data file (595 k rows), eight pictures that all rows share,
+writes   --folder: the data file (595 k rows), eight images that all rows share,
          data_scale.json with the numbers
 
     python -m benchmarks.data_scale
     python -m benchmarks.data_scale --rows 20000 --workers 0 2      # in half a minute
 
 Every line of the table is a fresh process with the data side of training alone: no CLIP, no language model.
-"first batch" counts from the start of the process; "at work" is after 80 batches of 32 samples with pictures,
+"first batch" counts from the start of the process; "at work" is after 80 batches of 32 samples with images,
 "after an epoch" when every row has been read by one of the workers. Linux only (/proc).
 """
+
 import argparse
 import json
 import multiprocessing
@@ -27,17 +28,20 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-import model.dataset
-from model.dataset import PRETRAIN, VLMDataset
+import model.data.dataset
+from model.data.dataset import PRETRAIN, VLMDataset
+from model.data.rows import Rows
 from model.prompt import load_tokenizer
-from model.rows import Rows
 from model.vision_utils import ImageProcessor
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
 from trainer.loader import Loader
 
-QUESTIONS = ("写一篇简短但有益的图片摘要.\n<image>", "<image>\n请描述这张图片的内容.",
-             "提供给定图像的简要描述.\n<image>")
+QUESTIONS = (
+    "写一篇简短但有益的图片摘要.\n<image>",
+    "<image>\n请描述这张图片的内容.",
+    "提供给定图像的简要描述.\n<image>",
+)
 CHARACTERS = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下"
 NUM_BATCHES = 80
 
@@ -54,7 +58,7 @@ class PlainList(list):
 
 
 class RowsAlone(Dataset):
-    """Reads rows and no pictures: an epoch in seconds."""
+    """Reads rows and no images: an epoch in seconds."""
 
     def __init__(self, rows: Rows | PlainList):
         self.rows = rows
@@ -67,7 +71,7 @@ class RowsAlone(Dataset):
 
 
 def make_data(folder: Path, num_rows: int) -> Path:
-    """A JSON list in LLaVA's format, with captions of 10 to 60 Chinese characters, and its pictures."""
+    """A JSON list in LLaVA's format, with captions of 10 to 60 Chinese characters, and its images."""
     path = folder / f"captions_{num_rows}.json"
     if path.is_file():
         return path
@@ -81,14 +85,21 @@ def make_data(folder: Path, num_rows: int) -> Path:
     with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
         for number in range(num_rows):
             caption = "".join(draw.choices(CHARACTERS, k=draw.randint(10, 60)))
-            row = {"id": f"GCC_train_{number:09d}", "image": f"{number % 8}.jpg", "conversations": [
-                {"from": "human", "value": draw.choice(QUESTIONS)}, {"from": "gpt", "value": caption}]}
+            row = {
+                "id": f"GCC_train_{number:09d}",
+                "image": f"{number % 8}.jpg",
+                "conversations": [
+                    {"from": "human", "value": draw.choice(QUESTIONS)},
+                    {"from": "gpt", "value": caption},
+                ],
+            }
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(row, ensure_ascii=False, indent=2))
         file.write("\n]\n")
     return path.with_suffix(".tmp").rename(path)
 
 
 # ---- one measurement, in a process of its own ----
+
 
 def memory_of(pid: int) -> dict[str, float]:
     """MB of a process. PSS counts a page that n processes share as 1/n in each, so a sum counts it once."""
@@ -100,18 +111,21 @@ def memory_of(pid: int) -> dict[str, float]:
 def measure_memory() -> dict:
     """Of this process and its workers, while they are at work."""
     processes = [memory_of("self"), *(memory_of(child.pid) for child in multiprocessing.active_children())]
-    return {"total_mb": sum(process["pss"] for process in processes),
-            "rss_mb": [round(process["rss"]) for process in processes],
-            "pss_mb": [round(process["pss"]) for process in processes]}
+    return {
+        "total_mb": sum(process["pss"] for process in processes),
+        "rss_mb": [round(process["rss"]) for process in processes],
+        "pss_mb": [round(process["pss"]) for process in processes],
+    }
 
 
 def measure(path: Path, kind: str, num_workers: int, born: float) -> dict:
-    """Open the file as training does, load some batches with pictures, then one epoch of rows without."""
+    """Open the file as training does, load some batches with images, then one epoch of rows without."""
     imported = time.time()
     if kind == "list":
-        model.dataset.Rows = PlainList
-    dataset = VLMDataset(path, PRETRAIN, load_tokenizer(path.parent / "tokenizer"), path.parent,
-                         ImageProcessor())
+        model.data.dataset.Rows = PlainList
+    dataset = VLMDataset(
+        path, PRETRAIN, load_tokenizer(path.parent / "tokenizer"), path.parent, ImageProcessor()
+    )
     opened = time.time()
     dataset.check_rows()
     checked = time.time()
@@ -119,23 +133,39 @@ def measure(path: Path, kind: str, num_workers: int, born: float) -> dict:
     batches = GlobalBatches(len(dataset), args, Run(0, 1, torch.device("cpu")))
     loader = iter(Loader(dataset, batches, num_workers))
     assert not next(loader)["bad_samples"]
-    result = {"kind": kind, "workers": num_workers, "import_s": imported - born, "open_s": opened - imported,
-              "check_s": checked - opened, "first_batch_s": time.time() - born}
+    result = {
+        "kind": kind,
+        "workers": num_workers,
+        "import_s": imported - born,
+        "open_s": opened - imported,
+        "check_s": checked - opened,
+        "first_batch_s": time.time() - born,
+    }
     for _ in islice(loader, NUM_BATCHES):
         pass
     result["at_work"] = measure_memory()
     loader.close()
     epoch = DataLoader(RowsAlone(dataset.rows), batch_size=1024, shuffle=True, num_workers=num_workers)
     loader = iter(epoch)
-    for _ in islice(loader, len(epoch) - 1):        # after the last one the workers leave
+    for _ in islice(loader, len(epoch) - 1):  # after the last one the workers leave
         pass
     result["after_epoch"] = measure_memory()
     return result
 
 
 def measure_apart(path: Path, kind: str, num_workers: int) -> dict:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.data_scale",
-               "--measure", str(path), kind, str(num_workers), str(time.time())]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.data_scale",
+        "--measure",
+        str(path),
+        kind,
+        str(num_workers),
+        str(time.time()),
+    ]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -143,19 +173,31 @@ def print_table(results: list[dict]) -> None:
     """One line per measured process; memory in MB."""
     import pandas  # the measured processes do without
 
-    print(pandas.DataFrame([{
-        "rows": result["kind"], "workers": result["workers"], "import s": result["import_s"],
-        "open s": result["open_s"], "check s": result["check_s"], "first batch s": result["first_batch_s"],
-        "PSS of all, at work": round(result["at_work"]["total_mb"]),
-        "after an epoch": round(result["after_epoch"]["total_mb"]),
-        "RSS of trainer": result["after_epoch"]["rss_mb"][0],
-        "of a worker": max(result["after_epoch"]["rss_mb"][1:], default=0),
-    } for result in results]).to_string(index=False, float_format="{:.2f}".format))
+    print(
+        pandas.DataFrame(
+            [
+                {
+                    "rows": result["kind"],
+                    "workers": result["workers"],
+                    "import s": result["import_s"],
+                    "open s": result["open_s"],
+                    "check s": result["check_s"],
+                    "first batch s": result["first_batch_s"],
+                    "PSS of all, at work": round(result["at_work"]["total_mb"]),
+                    "after an epoch": round(result["after_epoch"]["total_mb"]),
+                    "RSS of trainer": result["after_epoch"]["rss_mb"][0],
+                    "of a worker": max(result["after_epoch"]["rss_mb"][1:], default=0),
+                }
+                for result in results
+            ]
+        ).to_string(index=False, float_format="{:.2f}".format)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=595_375)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--folder", type=Path, default=Path("out/benchmarks/data_scale"))
@@ -173,8 +215,12 @@ def main(argv: list[str] | None = None) -> None:
     results = [measure_apart(path, kind, workers) for workers in args.workers for kind in ("rows", "list")]
     print_table(results)
     report = args.folder / "data_scale.json"
-    report.write_text(json.dumps({"rows": args.rows, "bytes": path.stat().st_size, "once": first,
-                                  "results": results}, indent=1) + "\n")
+    report.write_text(
+        json.dumps(
+            {"rows": args.rows, "bytes": path.stat().st_size, "once": first, "results": results}, indent=1
+        )
+        + "\n"
+    )
     print(f"written: {report}")
 
 

@@ -1,11 +1,12 @@
 """How fast is an answer? Ours against transformers' generate() on the same weights, in one process, in turns.
 
-reads    nothing: weights, picture and prompt are made up, in the real sizes (CLIP ViT-B/32, 50 tokens)
+reads    nothing: weights, image and prompt are made up, in the real sizes (CLIP ViT-B/32, 50 tokens)
 writes   benchmarks/results/generate.json, and tables to the screen
 
     python benchmarks/generate.py                              # a few minutes
     python benchmarks/generate.py --sizes 512x8 --threads 2    # less
 """
+
 import argparse
 import copy
 import json
@@ -29,17 +30,18 @@ from model.decode import Decoder, pack_linears  # noqa: E402
 from model.device import DTYPES  # noqa: E402
 from model.generate import Sampling, generate  # noqa: E402
 from model.LMConfig import LMConfig  # noqa: E402
-from model.model import Transformer  # noqa: E402
 from model.prompt import Prompt  # noqa: E402
+from model.transformer import Transformer  # noqa: E402
 from model.vision_proj import placeholder_ids  # noqa: E402
 from model.vision_utils import get_img_embedding  # noqa: E402
 
-PROMPT, NEW, NO_EOS = 70, 100, -1       # tokens of the prompt, of the answer; no answer ends sooner
+PROMPT, NEW, NO_EOS = 70, 100, -1  # tokens of the prompt, of the answer; no answer ends sooner
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=["512x8", "768x16"], help="dim x layers")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="CPU threads")
@@ -47,11 +49,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="rounds in which all take turns")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/generate.json")
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)      # the process that measures itself
+    parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # the process that measures itself
     return parser.parse_args(argv)
 
 
 # ---- models, prompt ----------------------------------------------------------------------------------------
+
 
 def make_model(size: str) -> Transformer:
     """Random weights, loud enough that greedy decoding does not repeat one token for ever."""
@@ -67,9 +70,20 @@ def make_model(size: str) -> Transformer:
 def make_clip() -> CLIPVisionModel:
     """ViT-B/32 with random weights."""
     torch.manual_seed(0)
-    return CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-        patch_size=32)).eval().requires_grad_(False)
+    return (
+        CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                image_size=224,
+                patch_size=32,
+            )
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def make_prompt() -> Prompt:
@@ -82,13 +96,14 @@ def make_prompt() -> Prompt:
 class Contest:
     """Ours and theirs on one set of weights: time to the first token, and per token after it."""
 
-    def __init__(self, model: Transformer, clip: CLIPVisionModel, dtype: torch.dtype, device: str,
-                 batches: list[int]):
+    def __init__(
+        self, model: Transformer, clip: CLIPVisionModel, dtype: torch.dtype, device: str, batches: list[int]
+    ):
         self.llava = to_llava(model, clip).to(device, dtype)
         self.llama: LlamaForCausalLM = to_llama(model).to(device, dtype)
         self.decoders = {batch: Decoder(copy.deepcopy(model).to(device, dtype), batch) for batch in batches}
         self.clip = copy.deepcopy(clip).to(device, dtype)
-        if dtype != torch.float32:      # as load_chat does
+        if dtype != torch.float32:  # as load_chat does
             pack_linears(self.clip, 50)
         self.pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2)).to(device)
         self.prompt = make_prompt()
@@ -98,8 +113,11 @@ class Contest:
         if with_clip:
             prompt = self.prompt
             features = get_img_embedding(self.pixels.expand(batch, -1, -1, -1), self.clip)
-        steps = list(generate(self.decoders[batch], [prompt] * batch, NO_EOS,
-                              Sampling(max_new_tokens=num_tokens), features))
+        steps = list(
+            generate(
+                self.decoders[batch], [prompt] * batch, NO_EOS, Sampling(max_new_tokens=num_tokens), features
+            )
+        )
         return [tokens[0] for tokens in steps]
 
     def theirs(self, batch: int, num_tokens: int, with_clip: bool) -> list[int]:
@@ -110,21 +128,28 @@ class Contest:
             model = self.llava
             more = {"pixel_values": self.pixels.to(model.dtype).expand(batch, -1, -1, -1)}
         ids = ids.expand(batch, -1)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens,
-                             do_sample=False, eos_token_id=None, **more)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            **more,
+        )
         return out[0, PROMPT:].tolist()
 
     def measure(self, batch: int, rounds: int) -> dict[str, float]:
-        """Medians of rounds in which both take turns: seconds to the first token with and without a picture,
+        """Medians of rounds in which both take turns: seconds to the first token with and without an image,
         and seconds per token."""
         seconds: dict[str, list[float]] = {}
         for round_number in range(rounds + 1):
             for who, answer in (("ours", self.ours), ("theirs", self.theirs)):
-                lm, picture, whole = (timed(answer, batch, *what)
-                                      for what in ((1, False), (1, True), (NEW, False)))
-                if round_number:        # the first round warms up
+                lm, image, whole = (
+                    timed(answer, batch, *what) for what in ((1, False), (1, True), (NEW, False))
+                )
+                if round_number:  # the first round warms up
                     token = (whole - lm) / (NEW - 1)
-                    for name, value in (("first_lm", lm), ("first", picture), ("token", token)):
+                    for name, value in (("first_lm", lm), ("first", image), ("token", token)):
                         seconds.setdefault(f"{who}_{name}", []).append(value)
         return {name: median(values) for name, values in seconds.items()}
 
@@ -133,7 +158,7 @@ def timed(function, *arguments) -> float:
     """Seconds of the clock; on one thread seconds of the processor, to which other programs add little."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
-    function(*arguments)        # ends in a list of ints, so a GPU has finished too
+    function(*arguments)  # ends in a list of ints, so a GPU has finished too
     return clock() - start
 
 
@@ -145,6 +170,7 @@ def read_bandwidth(device: str) -> float:
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
+
 
 def peak_memory(size: str, dtype: str) -> dict[str, float]:
     """MB of a fresh process that loads a chat from files and answers once: in all, above its libraries."""
@@ -167,14 +193,19 @@ def measure_memory(size: str, dtype: str) -> None:
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
     with tempfile.TemporaryDirectory() as folder:
-        maker = ("import sys; sys.argv = ['']; sys.path.insert(0, {root!r}); "
-                 "from benchmarks.generate import make_files; make_files({folder!r}, {size!r})")
+        maker = (
+            "import sys; sys.argv = ['']; sys.path.insert(0, {root!r}); "
+            "from benchmarks.generate import make_files; make_files({folder!r}, {size!r})"
+        )
         maker = maker.format(root=str(ROOT), folder=folder, size=size)
         subprocess.run([sys.executable, "-c", maker], check=True)
         libraries = peak()
         chat = load_chat(f"{folder}/vlm.pth", f"{folder}/tokenizer", f"{folder}/clip", dtype=DTYPES[dtype])
-        for _ in chat.stream([{"from": "human", "value": "<image>\n图片里有什么？"}],
-                             [Image.new("RGB", (640, 480), "teal")], Sampling(max_new_tokens=NEW)):
+        for _ in chat.stream(
+            [{"from": "human", "value": "<image>\n图片里有什么？"}],
+            [Image.new("RGB", (640, 480), "teal")],
+            Sampling(max_new_tokens=NEW),
+        ):
             pass
         print(json.dumps({"peak_mb": peak(), "above_libraries_mb": peak() - libraries}))
 
@@ -183,6 +214,7 @@ def make_files(folder: str, size: str) -> None:
     """A weight file, a CLIP folder and a tokenizer in the real formats."""
     from dataset.demo_world.sentences import train_tokenizer
     from model.checkpoint import save_weights
+
     clip = Path(folder) / "clip"
     make_clip().save_pretrained(clip)
     processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
@@ -193,6 +225,7 @@ def make_files(folder: str, size: str) -> None:
 
 # ---- tables ------------------------------------------------------------------------------------------------
 
+
 def describe_machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall("model name\\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
@@ -202,12 +235,15 @@ def describe_machine() -> str:
 def show(record: dict) -> None:
     times = {name: 1e3 * value for name, value in record.items() if name.startswith(("ours_", "theirs_"))}
     batch = record["batch"]
-    print(f"| {record['size']} | {record['dtype']} | {record['threads']} | {batch} "
-          f"| {1e3 * batch / times['theirs_token']:.0f} | {1e3 * batch / times['ours_token']:.0f} "
-          f"| {times['theirs_token'] / times['ours_token']:.2f} | {record['share_of_floor']:.0%} "
-          f"| {times['theirs_first_lm']:.0f} / {times['ours_first_lm']:.0f} "
-          f"| {times['theirs_first']:.0f} / {times['ours_first']:.0f} "
-          f"| {times['theirs_first'] / times['ours_first']:.2f} |", flush=True)
+    print(
+        f"| {record['size']} | {record['dtype']} | {record['threads']} | {batch} "
+        f"| {1e3 * batch / times['theirs_token']:.0f} | {1e3 * batch / times['ours_token']:.0f} "
+        f"| {times['theirs_token'] / times['ours_token']:.2f} | {record['share_of_floor']:.0%} "
+        f"| {times['theirs_first_lm']:.0f} / {times['ours_first_lm']:.0f} "
+        f"| {times['theirs_first']:.0f} / {times['ours_first']:.0f} "
+        f"| {times['theirs_first'] / times['ours_first']:.2f} |",
+        flush=True,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -216,11 +252,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.memory_of:
         measure_memory(*args.memory_of.split())
         return
-    results = {"machine": describe_machine(), "device": args.device, "prompt": PROMPT, "new": NEW,
-               "speed": [], "memory": [], "same_tokens": {}}
+    results = {
+        "machine": describe_machine(),
+        "device": args.device,
+        "prompt": PROMPT,
+        "new": NEW,
+        "speed": [],
+        "memory": [],
+        "same_tokens": {},
+    }
     print(f"{results['machine']}; prompt of {PROMPT} tokens, {NEW} new ones, greedy; theirs: transformers")
-    print("| size | dtype | threads | batch | theirs tok/s | ours tok/s | ratio | share of bandwidth floor "
-          "| first token, LM only, ms: theirs / ours | with CLIP | ratio |\n" + "|---" * 11 + "|")
+    print(
+        "| size | dtype | threads | batch | theirs tok/s | ours tok/s | ratio | share of bandwidth floor "
+        "| first token, LM only, ms: theirs / ours | with CLIP | ratio |\n" + "|---" * 11 + "|"
+    )
     clip = make_clip()
     for size in args.sizes:
         model = make_model(size)
@@ -228,28 +273,37 @@ def main(argv: list[str] | None = None) -> None:
             contest = Contest(model, clip, DTYPES[dtype], args.device, args.batches)
             if dtype == "float32":
                 theirs = contest.theirs(1, NEW, True)
-                results["same_tokens"][size] = all(contest.ours(batch, NEW, True) == theirs
-                                                   for batch in args.batches)
+                results["same_tokens"][size] = all(
+                    contest.ours(batch, NEW, True) == theirs for batch in args.batches
+                )
             num_bytes = sum(p.numel() for p in model.parameters() if p.ndim > 1) * DTYPES[dtype].itemsize
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 floor = num_bytes / read_bandwidth(args.device)
                 for batch in args.batches:
-                    record = {"size": size, "dtype": dtype, "threads": threads, "batch": batch,
-                              **contest.measure(batch, args.rounds)}
+                    record = {
+                        "size": size,
+                        "dtype": dtype,
+                        "threads": threads,
+                        "batch": batch,
+                        **contest.measure(batch, args.rounds),
+                    }
                     record["floor_s"] = floor
                     record["share_of_floor"] = floor / record["ours_token"]
                     results["speed"].append(record)
                     show(record)
     print(f"\nthe same {NEW} tokens in float32: {results['same_tokens']}\n")
-    print("| size | dtype | peak memory of a chat, MB | above the imported libraries, MB |\n"
-          + "|---" * 4 + "|")
+    print(
+        "| size | dtype | peak memory of a chat, MB | above the imported libraries, MB |\n" + "|---" * 4 + "|"
+    )
     for size in args.sizes:
         for dtype in args.dtypes:
             memory = peak_memory(size, dtype)
             results["memory"].append({"size": size, "dtype": dtype, **memory})
-            print(f"| {size} | {dtype} | {memory['peak_mb']:.0f} | {memory['above_libraries_mb']:.0f} |",
-                  flush=True)
+            print(
+                f"| {size} | {dtype} | {memory['peak_mb']:.0f} | {memory['above_libraries_mb']:.0f} |",
+                flush=True,
+            )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,16 +1,21 @@
 """The sizes of a MiniMind-V model, in one small object that imports no torch.
 
-    LMConfig()                            27 M: 512 wide, 8 layers
-    LMConfig(dim=768, n_layers=16)       109 M
-    LMConfig(vision_dim=0)               the language model alone, without eyes
-    LMConfig(use_moe=True)                96 M, of which a token uses 62 M: a mixture of experts
+LMConfig()                            27 M: 512 wide, 8 layers
+LMConfig(dim=768, n_layers=16)       109 M
+LMConfig(vision_dim=0)               the language model alone, without eyes
+LMConfig(use_moe=True)                96 M, of which a token uses 62 M: a mixture of experts
 """
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
-EXPERT_FIELDS = ("use_moe", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "aux_loss_alpha",
-                 "norm_topk_prob")
+from dataclasses import asdict, dataclass, fields
+
+EXPERT_FIELDS = (
+    "use_moe",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "aux_loss_alpha",
+    "norm_topk_prob",
+)
 
 
 @dataclass
@@ -23,35 +28,51 @@ class LMConfig:
     dim: int = 512
     n_layers: int = 8
     n_heads: int = 16
-    n_kv_heads: int = 8              # grouped-query attention: so many key/value heads serve all query heads
+    n_kv_heads: int = 8  # grouped-query attention: so many key/value heads serve all query heads
     vocab_size: int = 6400
-    hidden_dim: int = 0              # feed-forward width; 0 = 2/3 of 4 * dim, rounded up to multiple_of
+    hidden_dim: int = 0  # feed-forward width; 0 = 2/3 of 4 * dim, rounded up to multiple_of
     multiple_of: int = 64
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    max_seq_len: int = 512           # the longest prompt + answer, in tokens
-    vision_dim: int = 768            # width of image features (CLIP ViT-B/32: 768); 0 = no vision projection
-    num_image_tokens: int = 50       # per image: 7 * 7 patches + the class token for ViT-B/32 at 224 pixels
-    vision_proj_bias: bool = False   # True only for v1's released VLM files, which carry one
-    use_moe: bool = False            # several feed-forwards (experts) per layer, of which a token uses a few
-    n_routed_experts: int = 4        # experts to choose from, each as wide as the one of a dense model
-    num_experts_per_tok: int = 2     # how many of them a token chooses
-    n_shared_experts: int = 1        # one more that every token uses, or 0
-    aux_loss_alpha: float = 0.01     # weight of the loss that keeps the experts evenly used; 0 = without
-    norm_topk_prob: bool = True      # the weights of a token's chosen experts add up to 1
+    max_seq_len: int = 512  # the longest prompt + answer, in tokens
+    vision_dim: int = 768  # width of image features (CLIP ViT-B/32: 768); 0 = no vision projection
+    num_image_tokens: int = 50  # per image: 7 * 7 patches + the class token for ViT-B/32 at 224 pixels
+    vision_proj_bias: bool = False  # True only for v1's released VLM files, which carry one
+    use_moe: bool = False  # several feed-forwards (experts) per layer, of which a token uses a few
+    n_routed_experts: int = 4  # experts to choose from, each as wide as the one of a dense model
+    num_experts_per_tok: int = 2  # how many of them a token chooses
+    n_shared_experts: int = 1  # one more that every token uses, or 0
+    aux_loss_alpha: float = 0.01  # weight of the loss that keeps the experts evenly used; 0 = without
+    norm_topk_prob: bool = True  # the weights of a token's chosen experts add up to 1
 
     def __post_init__(self):
         if not self.hidden_dim and self.multiple_of > 0:
             self.hidden_dim = self.multiple_of * -(-int(8 * self.dim / 3) // self.multiple_of)
-        problems = [f"{name} must be at least 1, not {getattr(self, name)}"
-                    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim",
-                                 "multiple_of", "max_seq_len", "num_image_tokens")
-                    if getattr(self, name) < 1]
-        problems += [f"{name} must be 0 or more, not {getattr(self, name)}"
-                     for name in ("vision_dim", "aux_loss_alpha") if not getattr(self, name) >= 0]
+        problems = [
+            f"{name} must be at least 1, not {getattr(self, name)}"
+            for name in (
+                "dim",
+                "n_layers",
+                "n_heads",
+                "n_kv_heads",
+                "vocab_size",
+                "hidden_dim",
+                "multiple_of",
+                "max_seq_len",
+                "num_image_tokens",
+            )
+            if getattr(self, name) < 1
+        ]
+        problems += [
+            f"{name} must be 0 or more, not {getattr(self, name)}"
+            for name in ("vision_dim", "aux_loss_alpha")
+            if not getattr(self, name) >= 0
+        ]
         if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
-            problems.append(f"num_experts_per_tok must be 1 to n_routed_experts ({self.n_routed_experts}), "
-                            f"not {self.num_experts_per_tok}")
+            problems.append(
+                f"num_experts_per_tok must be 1 to n_routed_experts ({self.n_routed_experts}), "
+                f"not {self.num_experts_per_tok}"
+            )
         if self.n_shared_experts not in (0, 1):
             problems.append(f"n_shared_experts must be 0 or 1, not {self.n_shared_experts}")
         if not problems:
@@ -70,18 +91,12 @@ class LMConfig:
 
     def to_dict(self) -> dict:
         """All sizes; those of experts only where there are experts."""
-        return {name: value for name, value in asdict(self).items()
-                if self.use_moe or name not in EXPERT_FIELDS}
+        return {
+            name: value for name, value in asdict(self).items() if self.use_moe or name not in EXPERT_FIELDS
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> "LMConfig":
         """Build from a dict, ignoring keys of other programs (a Hugging Face config.json holds many)."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known and value is not None})
-
-    def to_json(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "LMConfig":
-        return cls.from_dict(json.loads(Path(path).read_text()))

@@ -1,11 +1,13 @@
 """Everything that an answer needs, loaded and ready: weights, tokenizer, CLIP.
 
-    chat = load_chat("out/512_vlm_sft.pth", "model/minimind_tokenizer",
-                     "model/clip_model/clip-vit-base-patch32")
-    for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}], [Image.open("a.jpg")]):
-        print(text, end="", flush=True)
+chat = load_chat("out/512_vlm_sft.pth", "model/minimind_tokenizer",
+                 "model/clip_model/clip-vit-base-patch32")
+for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}], [Image.open("a.jpg")]):
+    print(text, end="", flush=True)
 """
-from collections.abc import Iterator
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,16 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from model.checkpoint import LoadReport, config_of, load_weights, read_description, read_state_dict
+from model.data.video import Frame, expand_videos
 from model.decode import Decoder, pack_linears
 from model.generate import Sampling, TextStreamer, generate
-from model.model import Transformer
-from model.prompt import Prompt, Round, load_tokenizer, recent_turns, render_conversation
-from model.video import Frame, lay_out
-from model.vision_utils import get_img_embedding, get_img_process, get_vision_model, num_image_tokens
+from model.names import CLIP_PATH, TOKENIZER_PATH
+from model.prompt import IMAGE_MARK, Prompt, Renderer, load_tokenizer, put_marks
+from model.transformer import Transformer
+from model.vision_utils import check_fit, get_img_embedding, get_img_process, get_vision_model
 
-TOKENIZER_PATH = "model/minimind_tokenizer"
-CLIP_PATH = "model/clip_model/clip-vit-base-patch32"
-ANSWER_ROOM = 32        # tokens; a longer answer takes what the question leaves
+ANSWER_ROOM = 32  # tokens; a longer answer takes what the question leaves
 
 
 class Chat:
@@ -31,46 +32,53 @@ class Chat:
     def __init__(self, decoder: Decoder, tokenizer, vision_model, image_processor, report: LoadReport):
         self.decoder, self.tokenizer, self.report = decoder, tokenizer, report
         self.vision_model, self.image_processor = vision_model, image_processor
+        self.renderer = Renderer(tokenizer, decoder.config.num_image_tokens, decoder.config.max_seq_len)
 
     def encode(self, images: list[Image.Image]) -> Tensor:
-        """Pictures to image features, (M, N, vision_dim)."""
+        """Images to image features, (M, N, vision_dim)."""
         side = self.image_processor.size
         pixels = [get_img_process(image, self.image_processor) for image in images]
         pixel_values = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
         return get_img_embedding(pixel_values.to(self.decoder.device), self.vision_model)
 
     def render(self, turns: list[dict]) -> Prompt:
-        return render_conversation(turns, self.tokenizer, self.decoder.config.num_image_tokens)
+        return self.renderer.render(turns)
 
-    def lay_out(self, turns: list[dict], files: list[Path],
-                max_frames: int = 8) -> tuple[list[list[Path | Frame]], list[dict]]:
-        """Pictures and films to what is encoded, and turns with a mark for each; see video.lay_out(). Films
+    def prepare(
+        self, turns: list[dict], files: list[Path], max_frames: int = 8
+    ) -> tuple[list[list[Path | Frame]], list[dict]]:
+        """What is encoded of images and videos, and turns with a mark for each; see expand_videos(). Videos
         leave room for an answer."""
-        config = self.decoder.config
-        return lay_out(turns, files, self.tokenizer, config.num_image_tokens,
-                       config.max_seq_len - ANSWER_ROOM, max_frames, frames_per_second=1.0)
+        context = Renderer(
+            self.tokenizer, self.renderer.num_image_tokens, self.renderer.max_seq_len - ANSWER_ROOM
+        )
+        return expand_videos(turns, files, context, max_frames, frames_per_second=1.0)
 
-    def stream(self, turns: list[dict], images: list[Image.Image],
-               sampling: Sampling | None = None) -> Iterator[str]:
+    def stream(
+        self, turns: list[dict], images: list[Image.Image], sampling: Sampling | None = None
+    ) -> Iterator[str]:
         """The answer to one conversation, piece by piece as it is made."""
         streamer = TextStreamer(self.tokenizer)
-        ids = generate(self.decoder, [self.render(turns)], self.tokenizer.eos_token_id, sampling,
-                       self.encode(images))
-        for token, in ids:
+        ids = generate(
+            self.decoder, [self.render(turns)], self.tokenizer.eos_token_id, sampling, [self.encode(images)]
+        )
+        for (token,) in ids:
             yield streamer.push(token)
         yield streamer.finish()
 
-    def recall(self, rounds: list[Round], max_new_tokens: int,
-               max_rounds: int = 0) -> tuple[list[dict], list]:
+    def recall(
+        self, rounds: list["Round"], max_new_tokens: int, max_rounds: int = 0
+    ) -> tuple[list[dict], list]:
         """What stream() is to be given for the last question of a chat: recent_turns() that leave room for an
         answer of max_new_tokens, or for half a context of answer."""
         context = self.decoder.config.max_seq_len
         limit = context - min(max_new_tokens, context // 2)
         return recent_turns(rounds, lambda turns: len(self.render(turns).input_ids) <= limit, max_rounds)
 
-    def answer_batch(self, conversations: list[list[dict]], image_features: Tensor,
-                     sampling: Sampling | None = None) -> list[str]:
-        """The answers to many conversations at once; image_features (M, N, vision_dim) in reading order."""
+    def answer_batch(
+        self, conversations: list[list[dict]], image_features: list[Tensor], sampling: Sampling | None = None
+    ) -> list[str]:
+        """The answers to many conversations at once; image_features: (n, N, vision_dim) of each."""
         prompts = [self.render(turns) for turns in conversations]
         answers: list[list[int]] = [[] for _ in prompts]
         for ids in generate(self.decoder, prompts, self.tokenizer.eos_token_id, sampling, image_features):
@@ -80,10 +88,15 @@ class Chat:
         return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
 
-def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
-              clip_path: str | Path | None = None, device: torch.device | str = "cpu",
-              dtype: torch.dtype = torch.float32, batch_size: int = 1) -> Chat:
-    """Load a weight file or a Hugging Face folder with its tokenizer and CLIP, laid out for about batch_size
+def load_chat(
+    weights: str | Path,
+    tokenizer_path: str | Path | None = None,
+    clip_path: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 1,
+) -> Chat:
+    """Load a weight file or a Hugging Face folder with its tokenizer and CLIP, arranged for about batch_size
     conversations at once.
 
     Paths that are None are taken from the .json beside the weights (what they were trained with) or are the
@@ -93,36 +106,86 @@ def load_chat(weights: str | Path, tokenizer_path: str | Path | None = None,
     cure = "train it (README, 'Stages') or download it (README, 'Weights')"
     config, description = config_of(weights, read_state_dict(weights, cure)), read_description(weights)
     if not config.vision_dim:
-        raise ValueError(f"{weights} is a language model without a vision projection, so it cannot see: "
-                         "train it with 1-pretrain_vlm.py first")
+        raise ValueError(
+            f"{weights} is a language model without a vision projection, so it cannot see: "
+            "train it with 1-pretrain_vlm.py first"
+        )
     tokenizer_path = tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH)
     tokenizer = load_tokenizer(tokenizer_path)
     clip_path = clip_path or description.get("clip_path", CLIP_PATH)
-    # On the meta device the model costs nothing; the decoder's layout is then the only copy of its weights.
+    # On the meta device the model costs nothing; the decoder's copy of the weights is then the only one.
     with torch.device("meta"):
         model = Transformer(config)
     report = load_weights(model, weights, cure=cure)
-    report.details += [f"{config.dim} wide, {config.n_layers} layers, {config.n_heads} heads "
-                       f"({config.n_kv_heads} key/value), {config.vocab_size} tokens, "
-                       f"context {config.max_seq_len}; projection from {config.vision_dim}"
-                       f"{' with a bias' if config.vision_proj_bias else ''}",
-                       f"tokenizer {tokenizer_path}, CLIP {clip_path}"]
+    report.details += [
+        f"{config.dim} wide, {config.n_layers} layers, {config.n_heads} heads "
+        f"({config.n_kv_heads} key/value), {config.vocab_size} tokens, "
+        f"context {config.max_seq_len}; projection from {config.vision_dim}"
+        f"{' with a bias' if config.vision_proj_bias else ''}",
+        f"tokenizer {tokenizer_path}, CLIP {clip_path}",
+    ]
     decoder = Decoder(model.to(device, dtype), batch_size)
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
     vision_model.to(device, dtype)
-    if dtype != torch.float32:      # in fp32 CLIP stays mapped from its file: a packed copy would double it
+    if dtype != torch.float32:  # in fp32 CLIP stays mapped from its file: a packed copy would double it
         pack_linears(vision_model, config.num_image_tokens)
     return Chat(decoder, tokenizer, vision_model, image_processor, report)
 
 
-def check_fit(config, tokenizer, vision_model, weights, clip_path) -> None:
-    """Raise ValueError unless the language model, the tokenizer and CLIP have the same sizes."""
-    width, tokens = vision_model.config.hidden_size, num_image_tokens(vision_model)
-    if (width, tokens) != (config.vision_dim, config.num_image_tokens):
-        raise ValueError(f"{weights} was made for image features of {config.num_image_tokens} x "
-                         f"{config.vision_dim}, but the CLIP at {clip_path} gives {tokens} x {width}: "
-                         "name the right one with --clip_path")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but {weights} knows "
-                         f"{config.vocab_size}: name the right one with --tokenizer_path")
+# ---- a chat of several rounds ------------------------------------------------------------------------------
+
+
+@dataclass
+class Round:
+    """One round of a chat: the question as typed, the images shown with it (files or PIL images), the answer
+    ("" if there is none, or none yet)."""
+
+    question: str
+    images: list = field(default_factory=list)
+    answer: str = ""
+
+
+def mark_images(text: str, num_images: int) -> str:
+    """Put the marks into a typed question. A typed `<image>` is one only if every image has its own."""
+    if text.count(IMAGE_MARK) != num_images:
+        while IMAGE_MARK in text:  # again: "<ima<image>ge>" leaves a new mark behind
+            text = text.replace(IMAGE_MARK, "")
+    return put_marks(text, num_images)
+
+
+def recent_turns(
+    rounds: list[Round], fits: Callable[[list[dict]], bool], max_rounds: int = 0
+) -> tuple[list[dict], list]:
+    """What of a chat the model is shown: the newest rounds, as many as fit; if none do, the question alone.
+
+    rounds      the last one asks; others without an answer are left out
+    fits        may a prompt be made of these turns?
+    max_rounds  the most to show, the question included (0 = all that fit)
+    returns     turns for Renderer.render(), and the images of their marks in reading order
+
+    A question without images is about those shown last. So they stay when their round goes: their marks
+    then stand in front of the oldest question shown.
+    """
+    answered, in_view, new = [], [], []
+    for asked in rounds:
+        if asked.images:
+            in_view = new = asked.images
+        if asked.answer or asked is rounds[-1]:
+            answered.append((asked, in_view, new))
+            new = []
+
+    def join(start: int) -> tuple[list[dict], list]:
+        turns, images = [], []
+        for number, (asked, in_view, new) in enumerate(answered[start:]):
+            shown = new if number else in_view
+            images += shown
+            turns.append({"from": "human", "value": mark_images(asked.question, len(shown))})
+            turns.append({"from": "gpt", "value": asked.answer})
+        return turns[:-1], images
+
+    start = len(answered) - 1
+    oldest = max(0, len(answered) - max_rounds) if max_rounds else 0
+    while start > oldest and fits(join(start - 1)[0]):  # an older round never makes a prompt shorter
+        start -= 1
+    return join(start)

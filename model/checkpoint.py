@@ -4,7 +4,7 @@ A file is a plain state dict, as in MiniMind v1; beside it lies a .json that say
 Hugging Face folder (config.json, model.safetensors or pytorch_model.bin, tokenizer) is read like one: its
 tensors and sizes, never its code.
 """
-import contextlib
+
 import json
 import os
 import re
@@ -17,53 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from model.files import atomic_write, check_weight_file, read_json, write_text
 from model.LMConfig import LMConfig
 
-STAGES = ("llm", "vlm_pretrain", "vlm_sft", "vlm_sft_multi")
 # Copies of the frozen CLIP that other programs save with the model: CLIP is read from its own folder.
 VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
-
-
-def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:
-    """Where a stage's weights lie, with v1's names: out/512_vlm_sft.pth, out/512_moe_vlm_sft.pth."""
-    assert stage in STAGES, stage
-    return Path(out_dir) / f"{config.dim}{'_moe' if config.use_moe else ''}_{stage}.pth"
-
-
-def atomic_write(path: str | Path, write) -> None:
-    """Call write(file) on a temporary neighbour and move it into place: whatever happens, the old file or the
-    new one is there, never half of one. Raises OSError, naming the file, if it cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")     # one name: what a killed process left is overwritten
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:    # torch.save hides the system's error in a RuntimeError
-        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or find_cause(error)}; "
-                      "what was there before is as it was") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut; a system that cannot (Windows) does without."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-def find_cause(error: BaseException) -> str:
-    """The system's words for what went wrong, from wherever they were wrapped."""
-    while not getattr(error, "strerror", None) and (inner := error.__cause__ or error.__context__):
-        error = inner
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def save_weights(model: nn.Module, path: str | Path, **description) -> None:
@@ -71,15 +29,17 @@ def save_weights(model: nn.Module, path: str | Path, **description) -> None:
     paths, ...)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    copies: dict[int, Tensor] = {}      # the tied embedding and output weight are written once
-    state = {name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu())
-             for name, tensor in model.state_dict().items()}
+    copies: dict[int, Tensor] = {}  # the tied embedding and output weight are written once
+    state = {
+        name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu())
+        for name, tensor in model.state_dict().items()
+    }
     atomic_write(path, lambda file: torch.save(state, file))
     text = json.dumps({"config": model.config.to_dict(), **description}, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_text(path.with_suffix(".json"), text)
 
 
-def keep_previous(path: str | Path) -> Path | None:
+def set_aside(path: str | Path) -> Path | None:
     """Move weights that another run finished (or somebody downloaded) out of the way of a new run.
 
     returns  where they lie now: 512_vlm_sft.previous.pth; None if there were none, or none that were finished
@@ -110,35 +70,6 @@ def read_description(path: str | Path) -> dict:
     if (path / "tokenizer_config.json").is_file():
         description["tokenizer_path"] = str(path)
     return description
-
-
-def read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:     # not JSON, or not even text
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}: download it again")
-    return values
-
-
-def check_weight_file(path: str | Path, cure: str) -> None:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: {cure}")
-    if substitute := find_substitute(path):
-        raise ValueError(f"{path} {substitute}: {cure}")
-
-
-def find_substitute(path: str | Path) -> str:
-    """What people often have instead of a binary file, in words ("is empty"); "" if it is none of these."""
-    with open(path, "rb") as file:
-        head = file.read(64).lstrip().lower()
-    if not head:
-        return "is empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer of a few bytes, not the file itself (run `git lfs pull` there)"
-    return "is a web page, not the file itself" if head.startswith((b"<!doctype", b"<html")) else ""
 
 
 def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[str, Tensor]:
@@ -187,11 +118,12 @@ def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
         name = re.sub(r"(?<![^.])(_orig_mod|module|model)\.", "", name).replace(
-            "vision_proj.vision_proj.0.", "vision_proj.")
+            "vision_proj.vision_proj.0.", "vision_proj."
+        )
         if name != "pos_cis" and not name.endswith(".mask"):
             renamed[name] = tensor
     tied = ("tok_embeddings.weight", "output.weight")
-    for name, other in (tied, tied[::-1]):      # some formats store the shared matrix once, under either name
+    for name, other in (tied, tied[::-1]):  # some formats store the shared matrix once, under either name
         if other in renamed:
             renamed.setdefault(name, renamed[other])
     return renamed
@@ -200,16 +132,22 @@ def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
     """The sizes that a state dict's names and shapes reveal; the number of heads is not among them, nor how
     many experts a token chooses."""
-    sizes = {"n_layers": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")),
-                                 default=-1)}
+    sizes = {
+        "n_layers": 1
+        + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")), default=-1)
+    }
     if "tok_embeddings.weight" in state:
         sizes["vocab_size"], sizes["dim"] = state["tok_embeddings.weight"].shape
     feed_forward = "layers.0.feed_forward."
-    num_experts = sum(bool(re.fullmatch(rf"{re.escape(feed_forward)}experts\.\d+\.w1\.weight", name))
-                      for name in state)
+    num_experts = sum(
+        bool(re.fullmatch(rf"{re.escape(feed_forward)}experts\.\d+\.w1\.weight", name)) for name in state
+    )
     if num_experts:
-        sizes |= {"use_moe": True, "n_routed_experts": num_experts,
-                  "n_shared_experts": int(f"{feed_forward}shared_experts.w1.weight" in state)}
+        sizes |= {
+            "use_moe": True,
+            "n_routed_experts": num_experts,
+            "n_shared_experts": int(f"{feed_forward}shared_experts.w1.weight" in state),
+        }
         feed_forward += "experts.0."
     if f"{feed_forward}w1.weight" in state:
         sizes["hidden_dim"] = state[f"{feed_forward}w1.weight"].shape[0]
@@ -223,12 +161,13 @@ def config_of(path: str | Path, state: dict[str, Tensor]) -> LMConfig:
     shapes and v1's number of heads. What is said nowhere about the projection, the tensors tell."""
     sizes = sizes_of(state)
     if "dim" not in sizes or not sizes["n_layers"]:
-        raise ValueError(f"{path} is not a MiniMind model: "
-                         f"its first tensors are {', '.join(list(state)[:3])}")
+        raise ValueError(
+            f"{path} is not a MiniMind model: its first tensors are {', '.join(list(state)[:3])}"
+        )
     eyes = {"vision_dim": sizes.get("vision_dim", 0), "vision_proj_bias": "vision_proj.bias" in state}
     try:
         return LMConfig.from_dict(eyes | (read_description(path).get("config") or sizes))
-    except TypeError:       # a word where a number should be
+    except TypeError:  # a word where a number should be
         raise ValueError(f"the sizes in the config of {path} are no numbers: download it again") from None
 
 
@@ -238,9 +177,9 @@ class LoadReport:
 
     path: str
     num_loaded: int
-    missing: list[str] = field(default_factory=list)      # kept their initial values, as allowed by may_miss
-    ignored: list[str] = field(default_factory=list)      # in the file, without a place in the model
-    details: list[str] = field(default_factory=list)      # more lines, about what else was loaded
+    missing: list[str] = field(default_factory=list)  # kept their initial values, as allowed by may_miss
+    ignored: list[str] = field(default_factory=list)  # in the file, without a place in the model
+    details: list[str] = field(default_factory=list)  # more lines, about what else was loaded
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.num_loaded} tensors loaded"
@@ -257,12 +196,19 @@ class LoadReport:
 def summarise(names: list[str]) -> list[str]:
     """Names of tensors, those of a whole tower as one."""
     towers = Counter(name.split(".")[0] for name in names if name.startswith(VISION_TOWERS))
-    return [*(name for name in names if not name.startswith(VISION_TOWERS)),
-            *(f"{tower}.* ({count} tensors, a copy of CLIP)" for tower, count in towers.items())]
+    return [
+        *(name for name in names if not name.startswith(VISION_TOWERS)),
+        *(f"{tower}.* ({count} tensors, a copy of CLIP)" for tower, count in towers.items()),
+    ]
 
 
-def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, ...] = (),
-                 may_ignore: str | tuple[str, ...] = (), cure: str = "download it again") -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    may_miss: str | tuple[str, ...] = (),
+    may_ignore: str | tuple[str, ...] = (),
+    cure: str = "download it again",
+) -> LoadReport:
     """Copy a weight file into a model, strictly; a model on the meta device, which has no memory to copy to,
     takes the file's tensors themselves.
 
@@ -275,7 +221,7 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
     missing, surplus = check_state_dict(model, path, state, may_miss, may_ignore)
     if all(tensor.is_meta for tensor in wanted.values()):
         model.load_state_dict({name: state[name] for name in wanted}, assign=True)
-        model.output.weight = model.tok_embeddings.weight       # tied again
+        model.output.weight = model.tok_embeddings.weight  # tied again
     else:
         with torch.no_grad():
             for name, tensor in wanted.items():
@@ -284,39 +230,53 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: str | tuple[str, 
     return LoadReport(str(path), len(wanted) - len(missing), missing, surplus)
 
 
-def check_state_dict(model: nn.Module, path: str | Path, state: dict[str, Tensor],
-                     may_miss: str | tuple[str, ...] = (),
-                     may_ignore: str | tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+def check_state_dict(
+    model: nn.Module,
+    path: str | Path,
+    state: dict[str, Tensor],
+    may_miss: str | tuple[str, ...] = (),
+    may_ignore: str | tuple[str, ...] = (),
+) -> tuple[list[str], list[str]]:
     """The names that `state` lacks and those it has too many, as far as they may differ; else ValueError, as
     for load_weights()."""
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in state]
     surplus = [name for name in state if name not in wanted]
-    shapes = [f"{name} {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the model"
-              for name, tensor in wanted.items() if name in state and state[name].shape != tensor.shape]
-    bad_missing = [name for name in missing
-                   if not name.startswith(tuple([may_miss] if isinstance(may_miss, str) else may_miss))]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the model"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    bad_missing = [
+        name
+        for name in missing
+        if not name.startswith(tuple([may_miss] if isinstance(may_miss, str) else may_miss))
+    ]
     may_ignore = VISION_TOWERS + tuple([may_ignore] if isinstance(may_ignore, str) else may_ignore)
     bad_surplus = [name for name in surplus if not name.startswith(may_ignore)]
     if bad_missing or bad_surplus or shapes:
         raise ValueError(explain_mismatch(path, state, model, bad_missing, bad_surplus, shapes))
     bad = [name for name in wanted if name in state and not torch.isfinite(state[name]).all()]
     if bad:
-        raise ValueError(f"{path} holds values that are not finite, first in {bad[0]}: "
-                         "the run that saved it had broken down")
+        raise ValueError(
+            f"{path} holds values that are not finite, first in {bad[0]}: "
+            "the run that saved it had broken down"
+        )
     return missing, surplus
 
 
 def explain_mismatch(path, state, model, missing: list[str], surplus: list[str], shapes: list[str]) -> str:
     """One line: what differs first, and which flags would fit the file."""
-    parts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-             for what, names in (("of other shape", shapes), ("missing", missing), ("unknown", surplus))
-             if names]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("of other shape", shapes), ("missing", missing), ("unknown", surplus))
+        if names
+    ]
     sizes = {"use_moe": False, **sizes_of(state)}
-    fitting = " ".join(f"--{name} {sizes[name]}"
-                       for name in ("dim", "n_layers", "vocab_size", "use_moe", "n_routed_experts",
-                                    "n_shared_experts")
-                       if sizes["n_layers"] and sizes.get(name, getattr(model.config, name))
-                       != getattr(model.config, name))
+    fitting = " ".join(
+        f"--{name} {sizes[name]}"
+        for name in ("dim", "n_layers", "vocab_size", "use_moe", "n_routed_experts", "n_shared_experts")
+        if sizes["n_layers"] and sizes.get(name, getattr(model.config, name)) != getattr(model.config, name)
+    )
     cure = f"; the file would fit {fitting}" if fitting else ""
     return f"{path} does not fit the model: {'; '.join(parts)}{cure}"

@@ -1,12 +1,13 @@
-"""The network arranged for answering: the same function as Transformer.forward, one token at a time.
+"""The network as answering computes it: the same function as Transformer.forward, one token at a time.
 
-model.py says what is computed, and is trained as it stands. Here nothing is computed twice: the keys and
-values of earlier tokens are kept. One token then costs what it costs to read every weight once, so the
-weights are laid out for that, and the operations between the products are few.
+transformer.py defines what is computed. Here nothing is computed twice: the keys and values of earlier tokens
+stay in a cache. One token then costs what it costs to read every weight once, so the
+weights are arranged for that, and the operations between the products are few.
 
 Letters: B rows, T tokens of the longest prompt, S slots in use, D model width, H query heads, K key/value
 heads, E head width, M images, N tokens per image, V vocabulary.
 """
+
 import copy
 import math
 from collections.abc import Callable
@@ -17,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.LMConfig import LMConfig
-from model.model import Block, FeedForward, Transformer
-from model.moe import MixtureOfExperts, mix, route
+from model.moe import MixtureOfExperts, mix
+from model.transformer import Block, FeedForward, Transformer, apply_rope
 
-BLOCK = 32      # columns; measured: 16 to 32 read memory at its pace, 64 and more do not
+BLOCK = 32  # columns; measured: 16 to 32 read memory at its pace, 64 and more do not
 
 
-def lay_out(*weights: Tensor, batch_size: int = 1) -> Callable[[Tensor], Tensor]:
+def pack_weight(*weights: Tensor, batch_size: int = 1) -> Callable[[Tensor], Tensor]:
     """The product x -> x @ cat(weights).T, made fast on a CPU where x has batch_size rows.
 
     One row times the (n, D) matrix that nn.Linear stores reads memory at a third of its pace. In fp32 a batch
@@ -39,8 +40,11 @@ def lay_out(*weights: Tensor, batch_size: int = 1) -> Callable[[Tensor], Tensor]
 
 
 def can_pack(weight: Tensor) -> bool:
-    return (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-            and torch.backends.mkldnn.is_available())
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 def to_blocks(weight: Tensor) -> Tensor:
@@ -52,8 +56,8 @@ def to_blocks(weight: Tensor) -> Tensor:
 
 def blocked_product(blocks: Tensor, n: int, x: Tensor) -> Tensor:
     """(..., D) -> (..., n)"""
-    rows = x.reshape(-1, x.shape[-1])                                                     # (R, D)
-    out = torch.bmm(rows.expand(len(blocks), -1, -1), blocks)                             # (blocks, R, 32)
+    rows = x.reshape(-1, x.shape[-1])  # (R, D)
+    out = torch.bmm(rows.expand(len(blocks), -1, -1), blocks)  # (blocks, R, 32)
     return out.transpose(0, 1).reshape(len(rows), -1)[:, :n].unflatten(0, x.shape[:-1])
 
 
@@ -88,48 +92,48 @@ class KVCache:
     def __init__(self, config: LMConfig, lengths: Tensor, num_slots: int, dtype: torch.dtype):
         shape = (config.n_layers, len(lengths), config.n_kv_heads, num_slots, config.head_dim)
         self.keys, self.values = (torch.empty(shape, device=lengths.device, dtype=dtype) for _ in range(2))
-        self.positions = lengths            # where the next token of every row stands, (B,)
+        self.positions = lengths  # where the next token of every row stands, (B,)
         self.used = T = int(lengths.max())
         slots = torch.arange(num_slots, device=lengths.device)
         gap = (lengths[:, None] <= slots) & (slots < T)
         # Added to the attention scores.
         self.mask = torch.zeros_like(gap, dtype=dtype).masked_fill(gap, -math.inf)[:, None, None]
 
-    def keep(self, rows: list[int]) -> None:
+    def select(self, rows: list[int]) -> None:
         """Forget all rows but these, in their order."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.positions, self.mask = self.positions[rows], self.mask[rows]
 
 
-class LaidOutFeedForward:
+class PackedFeedForward:
     """A FeedForward, with the two matrices that multiply the same thing made one."""
 
     def __init__(self, feed_forward: FeedForward, batch_size: int):
-        self.w13 = lay_out(feed_forward.w1.weight, feed_forward.w3.weight, batch_size=batch_size)
-        self.w2 = lay_out(feed_forward.w2.weight, batch_size=batch_size)
+        self.w13 = pack_weight(feed_forward.w1.weight, feed_forward.w3.weight, batch_size=batch_size)
+        self.w2 = pack_weight(feed_forward.w2.weight, batch_size=batch_size)
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
 
 
-class LaidOutExperts:
+class PackedExperts:
     """A MixtureOfExperts. Of the experts only the chosen ones are read, so the host asks which these are."""
 
     def __init__(self, mixture: MixtureOfExperts, batch_size: int):
-        self.config, self.gate = mixture.config, copy.deepcopy(mixture.gate)
-        expected = max(1, batch_size * self.config.num_experts_per_tok // self.config.n_routed_experts)
-        self.experts = [LaidOutFeedForward(expert, expected) for expert in mixture.experts]
-        self.shared = mixture.shared_experts and LaidOutFeedForward(mixture.shared_experts, batch_size)
+        self.gate = copy.deepcopy(mixture.gate)
+        expected = max(1, batch_size * self.gate.num_chosen // len(mixture.experts))  # rows per expert
+        self.experts = [PackedFeedForward(expert, expected) for expert in mixture.experts]
+        self.shared = mixture.shared_experts and PackedFeedForward(mixture.shared_experts, batch_size)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)                                                            # (B * T, D)
-        _, weights, chosen = route(rows, self.gate, self.config)
+        rows = x.flatten(0, 1)  # (B * T, D)
+        _, weights, chosen = self.gate(rows)
         out = mix(rows, weights, chosen, self.experts, chosen_ones)
         return (out + self.shared(rows) if self.shared else out).view_as(x)
 
 
-def chosen_ones(experts: list[LaidOutFeedForward], rows: Tensor, counts: Tensor) -> Tensor:
+def chosen_ones(experts: list[PackedFeedForward], rows: Tensor, counts: Tensor) -> Tensor:
     """As moe.one_by_one(), without those that nobody chose."""
     parts = zip(experts, rows.split(counts.tolist()), strict=True)
     return torch.cat([expert(part) for expert, part in parts if len(part)])
@@ -141,11 +145,11 @@ class Layer:
     def __init__(self, block: Block, batch_size: int):
         attention, feed_forward = block.attention, block.feed_forward
         self.attention_norm, self.ffn_norm = copy.deepcopy((block.attention_norm, block.ffn_norm))
-        product = partial(lay_out, batch_size=batch_size)
+        product = partial(pack_weight, batch_size=batch_size)
         self.wqkv = product(attention.wq.weight, attention.wk.weight, attention.wv.weight)
         self.wo = product(attention.wo.weight)
-        lay_out_all = LaidOutExperts if isinstance(feed_forward, MixtureOfExperts) else LaidOutFeedForward
-        self.feed_forward = lay_out_all(feed_forward, batch_size)
+        pack = PackedExperts if isinstance(feed_forward, MixtureOfExperts) else PackedFeedForward
+        self.feed_forward = pack(feed_forward, batch_size)
 
 
 class Decoder:
@@ -160,21 +164,25 @@ class Decoder:
         self.config, self.num_parameters = model.config, model.num_parameters()
         self.num_active = model.num_active_parameters()
         self.device, self.dtype = model.output.weight.device, model.output.weight.dtype
-        # (positions, E / 2), one complex number per pair: a rotation is then one multiplication.
-        self.rotations = torch.complex(*model.rope(self.config.max_seq_len, self.device))
+        self.rope = model.rope(self.config.max_seq_len, self.device)  # (positions, E / 2)
         self.layers = []
         while len(model.layers):
             self.layers.append(Layer(model.layers.pop(0), batch_size))
         model.layers = None
-        self.output = lay_out(model.output.weight, batch_size=batch_size)
+        self.output = pack_weight(model.output.weight, batch_size=batch_size)
         # Copies: the model's weights may be mapped from a file, which is let go with the last of them.
         rest = copy.deepcopy(model)
         self.embed, self.norm = rest.embed, rest.norm
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, lengths: Tensor, num_steps: int,
-                image_features: Tensor | None = None, image_slots: Tensor | None = None,
-                ) -> tuple[Tensor, KVCache]:
+    def prefill(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        num_steps: int,
+        image_features: Tensor | None = None,
+        image_slots: Tensor | None = None,
+    ) -> tuple[Tensor, KVCache]:
         """Read the prompts.
 
         input_ids       (B, T), padded on the right
@@ -188,11 +196,11 @@ class Decoder:
         h = self.embed(input_ids, image_features, image_slots)
         rows, last = torch.arange(len(h), device=h.device), lengths - 1
         for number, layer in enumerate(self.layers):
-            q, k, v = self.project(layer, h, self.rotations[:T, None])
+            q, k, v = self.project(layer, h, self.rope[:T])
             cache.keys[number, :, :, :T], cache.values[number, :, :, :T] = k, v
             # Causality alone keeps the padding on the right out of the way.
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            if layer is self.layers[-1]:        # only the last token of every prompt predicts
+            if layer is self.layers[-1]:  # only the last token of every prompt predicts
                 h, attended = h[rows, last].unsqueeze(1), attended[rows, :, last].unsqueeze(2)
             h = self.finish(layer, h, attended)
         return self.output(self.norm(h[:, 0])), cache
@@ -202,27 +210,25 @@ class Decoder:
         """Read one more token per row: next_ids (B,) -> logits of the token after it (B, V)."""
         slot, S = cache.used, cache.used + 1
         mask = cache.mask[..., :S]
-        rotations = self.rotations[cache.positions][:, None, None]                        # (B, 1, 1, E / 2)
-        h = self.embed(next_ids[:, None], None, None)                                          # (B, 1, D)
+        rope = self.rope[cache.positions].unsqueeze(1)  # (B, 1, E / 2)
+        h = self.embed(next_ids[:, None], None, None)  # (B, 1, D)
         for number, layer in enumerate(self.layers):
-            q, k, v = self.project(layer, h, rotations)
+            q, k, v = self.project(layer, h, rope)
             keys, values = cache.keys[number, :, :, :S], cache.values[number, :, :, :S]
             keys[:, :, slot:], values[:, :, slot:] = k, v
             # The query heads that share a key stand where several tokens would: (B, K, H / K, E).
             q = q.view(len(h), k.shape[1], -1, k.shape[3])
             attended = F.scaled_dot_product_attention(q, keys, values, mask)
             h = self.finish(layer, h, attended.flatten(1, 2).unsqueeze(2))
-        cache.used, cache.positions = S, (cache.positions + 1).clamp(max=len(self.rotations) - 1)
+        cache.used, cache.positions = S, (cache.positions + 1).clamp(max=len(self.rope) - 1)
         return self.output(self.norm(h[:, 0]))
 
-    def project(self, layer: Layer, h: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, E) and keys and values (B, K, T, E), turned by rotations (..., T, 1, E / 2)."""
+    def project(self, layer: Layer, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, E) and keys and values (B, K, T, E), rotated by rope (..., T, E / 2)."""
         H, K = self.config.n_heads, self.config.n_kv_heads
-        heads = layer.wqkv(layer.attention_norm(h)).unflatten(-1, (H + 2 * K, -1))        # (B, T, heads, E)
-        pairs = torch.view_as_complex(heads[:, :, :H + K].float().unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * rotations).flatten(-2).to(h.dtype)
-        q, k = turned.transpose(1, 2).split([H, K], dim=1)
-        return q, k, heads[:, :, H + K:].transpose(1, 2)
+        heads = layer.wqkv(layer.attention_norm(h)).unflatten(-1, (H + 2 * K, -1))  # (B, T, heads, E)
+        q, k = apply_rope(heads[:, :, : H + K], rope).transpose(1, 2).split([H, K], dim=1)
+        return q, k, heads[:, :, H + K :].transpose(1, 2)
 
     def finish(self, layer: Layer, h: Tensor, attended: Tensor) -> Tensor:
         """The rest of a block after its attention, attended (B, H, T, E); h and the result are (B, T, D)."""

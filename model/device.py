@@ -1,30 +1,32 @@
 """Where and in what arithmetic to compute, from what the user asked for."""
-import re
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEVICE_NAME = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+from model.names import DEVICE
 
 
 def choose_device(device: str, index: int = 0) -> torch.device:
-    """"auto" (CUDA if there is any, else CPU), "cpu", "cuda" (number `index`), "cuda:N" or "mps".
+    """ "auto" (CUDA if there is any, else CPU), "cpu", "cuda" (number `index`), "cuda:N" or "mps".
 
     Raises ValueError if it cannot be had.
     """
-    if not DEVICE_NAME.fullmatch(device):
+    if not DEVICE.fullmatch(device):
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {device}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device is available to this PyTorch "
-                             f"({torch.__version__}); use --device cpu or install a CUDA build")
+            raise ValueError(
+                "--device cuda: no CUDA device is available to this PyTorch "
+                f"({torch.__version__}); use --device cpu or install a CUDA build"
+            )
         number = int(device.partition(":")[2] or index)
         if number >= torch.cuda.device_count():
-            raise ValueError(f"--device cuda:{number}: this machine has {torch.cuda.device_count()} "
-                             "CUDA device(s); start fewer processes (--nproc_per_node)")
+            raise ValueError(
+                f"--device cuda:{number}: this machine has {torch.cuda.device_count()} "
+                "CUDA device(s); start fewer processes (--nproc_per_node)"
+            )
         return torch.device("cuda", number)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: not available to this PyTorch; use --device cpu")
@@ -32,7 +34,7 @@ def choose_device(device: str, index: int = 0) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A name of DTYPES, or "auto": bfloat16 on GPUs that have it, else float32."""
+    """A name of names.DTYPES, or "auto": bfloat16 on GPUs that have it, else float32."""
     if name != "auto":
-        return DTYPES[name]
+        return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

@@ -2,6 +2,7 @@
 
 Letters: B prompts, T tokens of the longest, M images, N tokens per image, V vocabulary.
 """
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,21 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.dataset import flat_slots, pad_rows
+from model.data.batch import flat_slots, pad_rows
 from model.decode import Decoder
 from model.prompt import Prompt
+from model.vision_proj import check_each_row
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. Raises ValueError with every setting that makes no sense."""
 
-    temperature: float = 0.0            # 0 = always the likeliest token
-    top_k: int = 0                      # keep only the k likeliest; 0 = all
-    top_p: float = 1.0                  # keep the likeliest tokens that together hold this probability
-    repetition_penalty: float = 1.0     # > 1 makes tokens of the prompt and of the answer so far less likely
-    max_new_tokens: int = 256           # of the answer alone, whatever the prompt's length
-    seed: int = 0                       # row b of a batch draws from its own stream, seed + b
+    temperature: float = 0.0  # 0 = always the likeliest token
+    top_k: int = 0  # keep only the k likeliest; 0 = all
+    top_p: float = 1.0  # keep the likeliest tokens that together hold this probability
+    repetition_penalty: float = 1.0  # > 1 makes tokens of the prompt and of the answer so far less likely
+    max_new_tokens: int = 256  # of the answer alone, whatever the prompt's length
+    seed: int = 0  # row b of a batch draws from its own stream, seed + b
 
     def __post_init__(self):
         problems = []
@@ -41,35 +43,50 @@ class Sampling:
             raise ValueError("; ".join(problems))
 
 
-def generate(decoder: Decoder, prompts: list[Prompt], eos_id: int, sampling: Sampling | None = None,
-             image_features: Tensor | None = None) -> Iterator[list[int | None]]:
+def generate(
+    decoder: Decoder,
+    prompts: list[Prompt],
+    eos_id: int,
+    sampling: Sampling | None = None,
+    image_features: list[Tensor] | None = None,
+) -> Iterator[list[int | None]]:
     """Answer a batch of prompts of any lengths.
 
-    image_features  (M, N, vision_dim), the images of all prompts in reading order
+    image_features  of each prompt the features of its images, (n, N, vision_dim), n may be 0
     yields          one id per prompt and step; None for a prompt whose answer has ended (at eos_id, which is
                     not yielded, after max_new_tokens, or where the model's context is full)
-    raises          ValueError if a prompt does not fit the context, or images and placeholders do not match
+    raises          ValueError if a prompt does not fit the context, or holds another number of placeholders
+                    than it has images
     """
     sampling = sampling or Sampling()
     lengths = [len(prompt.input_ids) for prompt in prompts]
     limit = decoder.config.max_seq_len
     if max(lengths) >= limit:
-        raise ValueError(f"the prompt has {max(lengths)} tokens, "
-                         f"but the model's context holds {limit} with the answer")
-    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0)                   # (B, T)
+        raise ValueError(
+            f"the prompt has {max(lengths)} tokens, but the model's context holds {limit} with the answer"
+        )
+    if image_features is not None:
+        check_each_row(
+            [len(prompt.image_slots) for prompt in prompts], [len(part) for part in image_features]
+        )
+        image_features = torch.cat(image_features)  # (M, N, V)
+    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0)  # (B, T)
     input_ids = input_ids.to(decoder.device)
-    slots = [torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, decoder.config.num_image_tokens)
-             for prompt in prompts]
-    slots = flat_slots(slots, input_ids.shape[1]).to(decoder.device)                                  # (M, N)
+    slots = [
+        torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, decoder.config.num_image_tokens)
+        for prompt in prompts
+    ]
+    slots = flat_slots(slots, input_ids.shape[1]).to(decoder.device)  # (M, N)
     num_steps = min(sampling.max_new_tokens, limit - min(lengths))
-    chooser = Chooser(sampling, input_ids, lengths, decoder.config.vocab_size)
+    sampler = TokenSampler(sampling, input_ids, lengths, decoder.config.vocab_size)
 
-    logits, cache = decoder.prefill(input_ids, torch.tensor(lengths, device=decoder.device), num_steps,
-                                    image_features, slots)
-    rows = list(range(len(prompts)))        # the prompts that the cache holds
+    logits, cache = decoder.prefill(
+        input_ids, torch.tensor(lengths, device=decoder.device), num_steps, image_features, slots
+    )
+    rows = list(range(len(prompts)))  # the prompts that the cache holds
     answering = set(rows)
     for step in range(num_steps):
-        next_ids = chooser(logits)                                                              # (rows,)
+        next_ids = sampler(logits)  # (rows,)
         tokens: list[int | None] = [None] * len(prompts)
         for row, token in zip(rows, next_ids.tolist(), strict=True):
             if row in answering and token != eos_id and lengths[row] + step < limit:
@@ -81,16 +98,16 @@ def generate(decoder: Decoder, prompts: list[Prompt], eos_id: int, sampling: Sam
         yield tokens
         if step + 1 == num_steps:
             return
-        if len(answering) <= 0.75 * len(rows):      # enough have ended to be worth a copy of the cache
-            kept = [place for place, row in enumerate(rows) if row in answering]
-            rows = [rows[place] for place in kept]
-            next_ids = next_ids[kept]
-            cache.keep(kept)
-            chooser.keep(kept)
+        if len(answering) <= 0.75 * len(rows):  # enough have ended to be worth a copy of the cache
+            still = [place for place, row in enumerate(rows) if row in answering]
+            rows = [rows[place] for place in still]
+            next_ids = next_ids[still]
+            cache.select(still)
+            sampler.select(still)
         logits = decoder.step(next_ids, cache)
 
 
-class Chooser:
+class TokenSampler:
     """Chooses the next token of every row; equal to transformers' logits processors in the order they apply
     them."""
 
@@ -100,8 +117,9 @@ class Chooser:
         for row, length in enumerate(lengths):
             self.seen[row, input_ids[row, :length]] = True
         # One generator per row: an answer does not depend on what else is in the batch.
-        self.generators = [torch.Generator(input_ids.device).manual_seed(sampling.seed + row)
-                           for row in range(len(lengths))]
+        self.generators = [
+            torch.Generator(input_ids.device).manual_seed(sampling.seed + row) for row in range(len(lengths))
+        ]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits (B, V) -> ids (B,)"""
@@ -110,13 +128,17 @@ class Chooser:
             next_ids = logits.argmax(-1)
         else:
             probabilities = self.filter(logits / self.sampling.temperature).softmax(-1)
-            next_ids = torch.cat([torch.multinomial(row, 1, generator=generator)
-                                  for row, generator in zip(probabilities, self.generators, strict=True)])
+            next_ids = torch.cat(
+                [
+                    torch.multinomial(row, 1, generator=generator)
+                    for row, generator in zip(probabilities, self.generators, strict=True)
+                ]
+            )
         if self.sampling.repetition_penalty != 1:
             self.seen[torch.arange(len(next_ids)), next_ids] = True
         return next_ids
 
-    def keep(self, rows: list[int]) -> None:
+    def select(self, rows: list[int]) -> None:
         """Forget all rows but these, in their order."""
         self.seen, self.generators = self.seen[rows], [self.generators[row] for row in rows]
 
@@ -125,14 +147,15 @@ class Chooser:
         would raise it)."""
         if self.sampling.repetition_penalty == 1:
             return logits
-        penalised = torch.where(logits > 0, logits / self.sampling.repetition_penalty,
-                                logits * self.sampling.repetition_penalty)
+        penalised = torch.where(
+            logits > 0, logits / self.sampling.repetition_penalty, logits * self.sampling.repetition_penalty
+        )
         return torch.where(self.seen, penalised, logits)
 
     def filter(self, logits: Tensor) -> Tensor:
         """Set the logits outside top_k and top_p to -inf."""
         if self.sampling.top_k:
-            kth = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]      # (B, 1)
+            kth = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
             logits = logits.masked_fill(logits < kth, float("-inf"))
         if self.sampling.top_p < 1:
             ordered, order = logits.sort(dim=-1, descending=True)
@@ -140,7 +163,8 @@ class Chooser:
             before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
             logits = logits.masked_fill(
                 (before >= self.sampling.top_p).scatter(-1, order, before >= self.sampling.top_p),
-                float("-inf"))
+                float("-inf"),
+            )
         return logits
 
 
@@ -165,5 +189,5 @@ class TextStreamer:
         return self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _advance(self, text: str) -> str:
-        new, self.shown = text[len(self.shown):], text
+        new, self.shown = text[len(self.shown) :], text
         return new

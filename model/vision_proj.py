@@ -6,8 +6,11 @@ embeddings of that run. Everything after that is an ordinary language model.
 
 Letters: B rows, T tokens, D model width, M images in the whole batch, N tokens per image, V CLIP width.
 """
+
 import torch
 from torch import Tensor, nn
+
+from model.LMConfig import LMConfig
 
 # Ids of "<" and ">" in MiniMind's vocabulary, fixed because weights are trained around them.
 OPEN_ID, CLOSE_ID = 30, 32
@@ -34,20 +37,56 @@ def find_image_slots(input_ids: Tensor, num_image_tokens: int = 50) -> Tensor:
     if num_image_tokens > T:
         return input_ids.new_empty(0, num_image_tokens)
     pattern = torch.tensor(placeholder_ids(num_image_tokens), device=input_ids.device)
-    hits = (input_ids.unfold(1, num_image_tokens, 1) == pattern).all(-1)            # (B, T - N + 1)
+    hits = (input_ids.unfold(1, num_image_tokens, 1) == pattern).all(-1)  # (B, T - N + 1)
     row, start = hits.nonzero(as_tuple=True)
     return (row * T + start).unsqueeze(1) + torch.arange(num_image_tokens, device=input_ids.device)
 
 
-def check_image_slots(image_slots: Tensor, image_features: Tensor) -> None:
-    """Raise ValueError unless every image has its run of placeholders and every run its image."""
-    slots, given = tuple(image_slots.shape), tuple(image_features.shape[:2])
-    if slots[0] != given[0]:
-        raise ValueError(f"the prompt holds {slots[0]} image placeholder(s) but {given[0]} image(s) were "
-                         "given; was a prompt cut, or an <image> mark forgotten?")
-    if slots[0] and slots != given:
-        raise ValueError(f"an image has {given[1]} features but its placeholder has {slots[1]} tokens; "
-                         "num_image_tokens must follow the vision encoder")
+def settle_image_slots(
+    input_ids: Tensor,
+    image_features: Tensor | None,
+    image_slots: Tensor | None,
+    num_images: Tensor | None,
+    config: LMConfig,
+) -> Tensor | None:
+    """The slots (M, N) of a batch's images, searched for where they are not given; arguments are those of
+    Transformer.forward. Raises ValueError unless every image has its placeholder and every placeholder its
+    image: row by row where num_images (B,) is given, else in the whole batch."""
+    if image_slots is None and (image_features is not None or num_images is not None):
+        image_slots = find_image_slots(input_ids, config.num_image_tokens)
+    num_slots = 0 if image_slots is None else len(image_slots)
+    if num_images is not None:
+        found = torch.bincount(image_slots[:, 0] // input_ids.shape[1], minlength=len(input_ids))
+        check_each_row(found.tolist(), num_images.tolist())
+    if image_features is None:
+        if num_slots:
+            raise ValueError(f"the prompt holds {num_slots} image placeholder(s) but no images were given")
+    elif not config.vision_dim:
+        raise ValueError(
+            "this is a language model without a vision projection (vision_dim 0); it takes no images"
+        )
+    elif num_slots != len(image_features):
+        raise ValueError(
+            f"the prompt holds {num_slots} image placeholder(s) but {len(image_features)} image(s) were "
+            "given; was a prompt cut, or an <image> mark forgotten?"
+        )
+    elif num_slots and image_slots.shape != image_features.shape[:2]:
+        raise ValueError(
+            f"an image has {image_features.shape[1]} features but its placeholder has "
+            f"{image_slots.shape[1]} tokens; num_image_tokens must follow the vision encoder"
+        )
+    return image_slots
+
+
+def check_each_row(num_found: list[int], num_given: list[int]) -> None:
+    """Raise ValueError, naming the row, unless each has as many placeholders as images: where only the totals
+    agree, one prompt would be shown another's images."""
+    for row, (found, given) in enumerate(zip(num_found, num_given, strict=True), 1):
+        if found != given:
+            raise ValueError(
+                f"row {row} of the batch: the prompt holds {found} image placeholder(s) but {given} image(s) "
+                "were given; was it cut, or an <image> mark forgotten?"
+            )
 
 
 def overwrite_image_slots(h: Tensor, image_embeds: Tensor, image_slots: Tensor) -> Tensor:

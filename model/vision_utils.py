@@ -1,9 +1,10 @@
-"""From a picture file to CLIP features: decode, RGB, squash to 224 x 224, the frozen vision tower.
+"""From an image file to CLIP features: decode, RGB, squash to 224 x 224, the frozen vision tower.
 
 Any CLIP vision tower in the format of transformers will do, or a SigLIP one: sizes follow from its config.
 
 Letters: M images, N tokens per image (50), V CLIP width (768), S side in pixels (224), for ViT-B/32.
 """
+
 import contextlib
 import json
 import os
@@ -18,12 +19,11 @@ from torch import Tensor
 from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
-from model.checkpoint import check_weight_file, find_substitute, read_json
+from model.files import check_clip_folder, describe_placeholder_file, read_json
+from model.names import CLIP_CURE
 
-CLIP_CURE = ("download it with: hf download openai/clip-vit-base-patch32 config.json "
-             "preprocessor_config.json pytorch_model.bin --local-dir model/clip_model/clip-vit-base-patch32")
 # model_type in config.json -> the class that reads it, and what of its config is set: SigLIP's pooling head,
-# which makes one vector of a picture, is not used here.
+# which makes one vector of an image, is not used here.
 ENCODERS = {"clip": (CLIPVisionModel, {}), "siglip": (SiglipVisionModel, {"vision_use_head": False})}
 UNUSED_WEIGHTS = ("text_", "visual_projection", "logit_", "head.", "vision_model.head.")
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -37,7 +37,7 @@ class ImageProcessor:
     size: int = 224
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
-    jpeg_draft: bool = False        # decode large JPEGs at a half, quarter or eighth of their size: faster
+    jpeg_draft: bool = False  # decode large JPEGs at a half, quarter or eighth of their size: faster
 
 
 def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel | SiglipVisionModel, ImageProcessor]:
@@ -51,38 +51,35 @@ def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel | SiglipVisionMo
     check_clip_folder(path)
     kind = str(read_json(path / "config.json").get("model_type", "clip"))
     if kind.removesuffix("_vision_model") not in ENCODERS:
-        raise ValueError(f"{path} holds a model of type {kind}, but pictures are encoded by "
-                         f"{' or '.join(ENCODERS)}: {CLIP_CURE}, or name yours with --clip_path")
+        raise ValueError(
+            f"{path} holds a model of type {kind}, but images are encoded by "
+            f"{' or '.join(ENCODERS)}: {CLIP_CURE}, or name yours with --clip_path"
+        )
     encoder, settings = ENCODERS[kind.removesuffix("_vision_model")]
     with quiet_transformers():
         # The stock class under its own name: a subclass would match no key and keep random weights.
         # dtype: otherwise the checkpoint's own type decides. local_files_only: never wait for a network.
         try:
             vision_model, report = encoder.from_pretrained(
-                path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **settings)
-        except Exception as error:      # half a dozen types, all meaning the same to the user
-            raise ValueError(f"cannot read the CLIP at {path} ({type(error).__name__}: {error}); "
-                             f"{CLIP_CURE}") from None
+                path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **settings
+            )
+        except Exception as error:  # half a dozen types, all meaning the same to the user
+            raise ValueError(
+                f"cannot read the CLIP at {path} ({type(error).__name__}: {error}); {CLIP_CURE}"
+            ) from None
     missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
-    foreign = [name for name in report["unexpected_keys"]
-               if not name.startswith(UNUSED_WEIGHTS) and "position_ids" not in name]
+    foreign = [
+        name
+        for name in report["unexpected_keys"]
+        if not name.startswith(UNUSED_WEIGHTS) and "position_ids" not in name
+    ]
     if missing or foreign:
-        raise ValueError(f"{path} does not fit its own config.json: {len(missing)} weights missing "
-                         f"({', '.join(sorted(missing)[:3])}), {len(foreign)} unknown; {CLIP_CURE}")
-    vision_model.eval().requires_grad_(False)       # after loading: a freeze in __init__ is lost
+        raise ValueError(
+            f"{path} does not fit its own config.json: {len(missing)} weights missing "
+            f"({', '.join(sorted(missing)[:3])}), {len(foreign)} unknown; {CLIP_CURE}"
+        )
+    vision_model.eval().requires_grad_(False)  # after loading: a freeze in __init__ is lost
     return vision_model, read_image_processor(path, vision_model.config.image_size)
-
-
-def check_clip_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise FileNotFoundError(f"no CLIP folder at {path}: {CLIP_CURE}, or name yours with --clip_path")
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} holds no config.json: {CLIP_CURE}")
-    check_weight_file(path / "config.json", CLIP_CURE)
-    weights = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
-    if not weights:
-        raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin: {CLIP_CURE}")
-    check_weight_file(weights[0], CLIP_CURE)        # transformers prefers safetensors too
 
 
 @contextlib.contextmanager
@@ -108,8 +105,9 @@ def read_image_processor(path: Path, size: int) -> ImageProcessor:
             values = values.get("image_processor", values)
             if "image_mean" in values:
                 return ImageProcessor(size, tuple(values["image_mean"]), tuple(values["image_std"]))
-    raise FileNotFoundError(f"{path} holds no preprocessor_config.json with image_mean and image_std: "
-                            f"{CLIP_CURE}")
+    raise FileNotFoundError(
+        f"{path} holds no preprocessor_config.json with image_mean and image_std: {CLIP_CURE}"
+    )
 
 
 def num_image_tokens(vision_model: CLIPVisionModel | SiglipVisionModel) -> int:
@@ -119,16 +117,32 @@ def num_image_tokens(vision_model: CLIPVisionModel | SiglipVisionModel) -> int:
     return (config.image_size // config.patch_size) ** 2 + isinstance(vision_model, CLIPVisionModel)
 
 
+def check_fit(config, tokenizer, vision_model, weights: str | Path, clip_path: str | Path) -> None:
+    """Raise ValueError unless the language model, the tokenizer and CLIP have the same sizes."""
+    width, tokens = vision_model.config.hidden_size, num_image_tokens(vision_model)
+    if (width, tokens) != (config.vision_dim, config.num_image_tokens):
+        raise ValueError(
+            f"{weights} was made for image features of {config.num_image_tokens} x "
+            f"{config.vision_dim}, but the CLIP at {clip_path} gives {tokens} x {width}: "
+            "name the right one with --clip_path"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but {weights} knows "
+            f"{config.vocab_size}: name the right one with --tokenizer_path"
+        )
+
+
 def turn_upright(image: Image.Image) -> Image.Image:
-    """As its EXIF data says; where they are damaged, the picture is shown as it lies."""
+    """As its EXIF data says; where they are damaged, the image is shown as it lies."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:       # Pillow raises SyntaxError, struct.error and others; the pixels are whole
+    except Exception:  # Pillow raises SyntaxError, struct.error and others; the pixels are whole
         return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture mode to RGB as a person would see it: upright, transparency on white paper, 16 bits scaled
+    """Any image mode to RGB as a person would see it: upright, transparency on white paper, 16 bits scaled
     to 8."""
     image = turn_upright(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -142,15 +156,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_is_file(path: str | Path, what: str = "picture") -> None:
-    if not os.path.isfile(path):        # a pipe would be waited for, a name with NUL or too long is refused
+def check_is_file(path: str | Path, what: str = "image") -> None:
+    if not os.path.isfile(path):  # a pipe would be waited for, a name with NUL or too long is refused
         if os.path.exists(path):
             raise ValueError(f"cannot read {what} {path}: not a file")
         raise FileNotFoundError(f"{what} not found: {path}")
 
 
 def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
-    """Read and fully decode a picture file, in RGB. Raises FileNotFoundError or ValueError, naming the file,
+    """Read and fully decode an image file, in RGB. Raises FileNotFoundError or ValueError, naming the file,
     whatever is wrong with it.
 
     draft_side  if not 0: a JPEG may come smaller, but not below this side
@@ -162,39 +176,40 @@ def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
                 image.draft("RGB", (draft_side, draft_side))
             image.load()
             image = turn_upright(image)
-    except Exception as error:      # on damaged files Pillow, which alone works here, raises any type
-        raise ValueError(f"cannot read picture {path}: {explain_damage(path, error)}") from None
+    except Exception as error:  # on damaged files Pillow, which alone works here, raises any type
+        raise ValueError(f"cannot read image {path}: {explain_damage(path, error)}") from None
     try:
         return to_rgb(image)
-    except (ValueError, MemoryError) as error:      # a mode without a conversion; a picture beyond the memory
-        raise ValueError(f"cannot read picture {path}: {explain_damage(path, error)}") from None
+    except (ValueError, MemoryError) as error:  # a mode without a conversion; an image beyond the memory
+        raise ValueError(f"cannot read image {path}: {explain_damage(path, error)}") from None
 
 
 def explain_damage(path: str | Path, error: Exception | str) -> str:
     with contextlib.suppress(OSError):
-        if substitute := find_substitute(path):
+        if substitute := describe_placeholder_file(path):
             return f"it {substitute}"
     return str(error).replace(f" {os.fspath(path)!r}", "") or type(error).__name__
 
 
 def get_img_process(image: Image.Image, image_processor: ImageProcessor) -> Tensor:
-    """A picture to CLIP's input, (3, S, S) float32.
+    """An image to CLIP's input, (3, S, S) float32.
 
     Squashed to a square instead of cropped, as v1 does, so nothing at the edges is lost. Equal to
     transformers' CLIPImageProcessor(size={"height": S, "width": S}, do_center_crop=False) within float
     rounding, but faster.
     """
     side = image_processor.size
-    pixels = np.array(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC))         # (S, S, 3) uint8
+    pixels = np.array(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC))  # (S, S, 3) uint8
     # Turned while they are bytes, a quarter of the traffic.
     pixels = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float()
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (image_processor.mean,
-                                                                         image_processor.std))
+    mean, std = (
+        255 * torch.tensor(values).view(3, 1, 1) for values in (image_processor.mean, image_processor.std)
+    )
     return pixels.sub_(mean).div_(std)
 
 
 def load_pixels(path: str | Path, image_processor: ImageProcessor) -> Tensor:
-    """A picture file to CLIP's input, (3, S, S). Raises FileNotFoundError or ValueError, naming the file."""
+    """An image file to CLIP's input, (3, S, S). Raises FileNotFoundError or ValueError, naming the file."""
     image = open_image(path, image_processor.size if image_processor.jpeg_draft else 0)
     return get_img_process(image, image_processor)
 
@@ -209,6 +224,7 @@ def get_img_embedding(pixel_values: Tensor, vision_model: CLIPVisionModel | Sigl
     """
     if not len(pixel_values):
         config = vision_model.config
-        return pixel_values.new_zeros(0, num_image_tokens(vision_model), config.hidden_size,
-                                      dtype=vision_model.dtype)
+        return pixel_values.new_zeros(
+            0, num_image_tokens(vision_model), config.hidden_size, dtype=vision_model.dtype
+        )
     return vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state

@@ -1,5 +1,6 @@
 """A small world for the tests: the demo's tokenizer, a randomly initialised CLIP in the real format, rows and
-pictures."""
+images."""
+
 import importlib.util
 import json
 import os
@@ -19,11 +20,12 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from dataset.demo_world.sentences import train_tokenizer
-from model.checkpoint import save_weights, weights_path
+from model.checkpoint import save_weights
 from model.LMConfig import LMConfig
-from model.model import Transformer
+from model.names import weights_path
 from model.prompt import load_tokenizer
-from trainer.args import clean_exit
+from model.transformer import Transformer
+from trainer.script import clean_exit
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -37,24 +39,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def save_clip(folder: Path, **vision) -> Path:
     """A CLIP folder as openai/clip-vit-base-patch32 is laid out, with random weights."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "projection_dim": 8}
-    model = CLIPModel(CLIPConfig(projection_dim=8, text_config=sizes | {"vocab_size": 50},
-                                 vision_config=sizes | {"image_size": 224, "patch_size": 32} | vision))
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
+    model = CLIPModel(
+        CLIPConfig(
+            projection_dim=8,
+            text_config=sizes | {"vocab_size": 50},
+            vision_config=sizes | {"image_size": 224, "patch_size": 32} | vision,
+        )
+    )
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "size": 224}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "size": 224,
+            }
+        )
+    )
     return folder
 
 
-def save_picture(path: Path, seed: int) -> None:
+def save_image(path: Path, seed: int) -> None:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
 
 
-def save_film(path: Path, frames: Iterable[int | Image.Image], rate: int | str = 1, codec: str = "mpeg4",
-              size: tuple[int, int] = (64, 64), rotation: int = 0, **more) -> Path:
-    """A film of grey frames, each given by its grey, or of pictures; more: attributes of the stream."""
+def save_video(
+    path: Path,
+    frames: Iterable[int | Image.Image],
+    rate: int | str = 1,
+    codec: str = "mpeg4",
+    size: tuple[int, int] = (64, 64),
+    rotation: int = 0,
+    **more,
+) -> Path:
+    """A video of grey frames, each given by its grey, or of images; more: attributes of the stream."""
     sizes = {"width": size[0], "height": size[1], "pix_fmt": "yuv420p"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(rate), **(sizes | more))
@@ -70,9 +95,17 @@ def save_film(path: Path, frames: Iterable[int | Image.Image], rate: int | str =
 def make_rows(count: int) -> list[dict]:
     """Rows with answers of very different length."""
     words = ["图片里有一个红色圆形。", "它是蓝色。", "A large green star at the top left."]
-    return [{"id": str(n), "image": f"{n % 6}.png", "conversations": [
-        {"from": "human", "value": "<image>\n描述这张图片。" if n % 2 else "图片里有什么？\n<image>"},
-        {"from": "gpt", "value": words[n % 3] * (1 + n % 4)}]} for n in range(count)]
+    return [
+        {
+            "id": str(n),
+            "image": f"{n % 6}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\n描述这张图片。" if n % 2 else "图片里有什么？\n<image>"},
+                {"from": "gpt", "value": words[n % 3] * (1 + n % 4)},
+            ],
+        }
+        for n in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -117,25 +150,33 @@ def lively(model) -> Transformer:
 def v1_state_dict(config: LMConfig, bias: bool = False, experts: int = 0) -> dict[str, torch.Tensor]:
     """A state dict as MiniMind-V v1 saved it: its key names, its buffers, its nested projection; with
     experts, and one more that is shared."""
+
     def matrix(*shape):
         return 0.2 * torch.randn(shape)
 
     dim, hidden, kv_dim = config.dim, config.hidden_dim, config.n_kv_heads * config.head_dim
-    state = {"tok_embeddings.weight": matrix(config.vocab_size, dim), "norm.weight": 1 + matrix(dim),
-             "pos_cis": torch.randn(config.max_seq_len, config.head_dim // 2, dtype=torch.complex64),
-             "vision_proj.vision_proj.0.weight": matrix(dim, config.vision_dim)}
+    state = {
+        "tok_embeddings.weight": matrix(config.vocab_size, dim),
+        "norm.weight": 1 + matrix(dim),
+        "pos_cis": torch.randn(config.max_seq_len, config.head_dim // 2, dtype=torch.complex64),
+        "vision_proj.vision_proj.0.weight": matrix(dim, config.vision_dim),
+    }
     state["output.weight"] = state["tok_embeddings.weight"]
     if bias:
         state["vision_proj.vision_proj.0.bias"] = matrix(dim)
     for n in range(config.n_layers):
         block = {f"{name}.weight": 1 + matrix(dim) for name in ("attention_norm", "ffn_norm")}
-        block |= {f"attention.{name}.weight": matrix(width, dim)
-                  for name, width in (("wq", dim), ("wk", kv_dim), ("wv", kv_dim), ("wo", dim))}
+        block |= {
+            f"attention.{name}.weight": matrix(width, dim)
+            for name, width in (("wq", dim), ("wk", kv_dim), ("wv", kv_dim), ("wo", dim))
+        }
         parts = [f"experts.{number}." for number in range(experts)] + ["shared_experts."] if experts else [""]
         for part in parts:
-            block |= {f"feed_forward.{part}w1.weight": matrix(hidden, dim),
-                      f"feed_forward.{part}w2.weight": matrix(dim, hidden),
-                      f"feed_forward.{part}w3.weight": matrix(hidden, dim)}
+            block |= {
+                f"feed_forward.{part}w1.weight": matrix(hidden, dim),
+                f"feed_forward.{part}w2.weight": matrix(dim, hidden),
+                f"feed_forward.{part}w3.weight": matrix(hidden, dim),
+            }
         if experts:
             block["feed_forward.gate.weight"] = matrix(experts, dim)
         state |= {f"layers.{n}.{name}": tensor for name, tensor in block.items()}
@@ -145,20 +186,30 @@ def v1_state_dict(config: LMConfig, bias: bool = False, experts: int = 0) -> dic
 
 @pytest.fixture
 def workplace(tmp_path, tokenizer, tokenizer_path, clip_path) -> Path:
-    """A folder from which the numbered scripts can run: out/32_llm.pth, data.json, pictures, and a recipe
+    """A folder from which the numbered scripts can run: out/32_llm.pth, data.json, images, and a recipe
     `args`."""
     torch.manual_seed(2)
     llm = Transformer(LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=0, max_seq_len=256))
     save_weights(llm, weights_path(tmp_path / "out", llm.config, "llm"))
     (tmp_path / "images").mkdir()
     for number in range(6):
-        save_picture(tmp_path / "images" / f"{number}.png", number)
+        save_image(tmp_path / "images" / f"{number}.png", number)
     (tmp_path / "data.json").write_text(json.dumps(make_rows(24), ensure_ascii=False))
     flags = [f"--{name}={value}" for name, value in SIZES.items()]
-    flags += [f"--tokenizer_path={tokenizer_path}", f"--clip_path={clip_path}", f"--out_dir={tmp_path}/out",
-              f"--data_path={tmp_path}/data.json", f"--image_dir={tmp_path}/images", "--max_seq_len=256",
-              "--batch_size=4", "--learning_rate=1e-3", "--num_workers=0", "--device=cpu", "--dtype=float32",
-              "--log_interval=1"]
+    flags += [
+        f"--tokenizer_path={tokenizer_path}",
+        f"--clip_path={clip_path}",
+        f"--out_dir={tmp_path}/out",
+        f"--data_path={tmp_path}/data.json",
+        f"--image_dir={tmp_path}/images",
+        "--max_seq_len=256",
+        "--batch_size=4",
+        "--learning_rate=1e-3",
+        "--num_workers=0",
+        "--device=cpu",
+        "--dtype=float32",
+        "--log_interval=1",
+    ]
     (tmp_path / "args").write_text("\n".join(flags))
     return tmp_path
 
@@ -169,8 +220,14 @@ def run_script(*command: str, processes: int = 1, timeout: int = 180) -> subproc
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=environment, timeout=timeout,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
 
 
 def run_inside(script: str, *flags: str) -> None:
@@ -212,8 +269,12 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in children if "1-pretrain" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
-def train(workplace: Path, *flags: str, script: str = "1-pretrain_vlm.py", processes: int = 1,
-          ) -> subprocess.CompletedProcess:
+def train(
+    workplace: Path,
+    *flags: str,
+    script: str = "1-pretrain_vlm.py",
+    processes: int = 1,
+) -> subprocess.CompletedProcess:
     """Six steps of a stage, or as many as the flags say."""
     result = run_script(script, f"@{workplace}/args", "--max_steps=6", *flags, processes=processes)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,5 @@
 """Bad input, as a user meets it: one line with the cure, exit status 2, nothing lost."""
+
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from conftest import check_refused, make_rows, run_clean, run_inside, run_script
 
 from model.checkpoint import read_description, save_weights
 from model.LMConfig import LMConfig
-from model.model import Transformer
+from model.transformer import Transformer
 
 
 def test_bad_samples_stop_or_are_counted(workplace):
@@ -15,26 +16,39 @@ def test_bad_samples_stop_or_are_counted(workplace):
     rows[17]["image"] = "gone.png"
     (workplace / "data.json").write_text(json.dumps(rows))
     flags = [f"@{workplace}/args", "--epochs=1", "--batch_size=32"]
-    check_refused(run_script("1-pretrain_vlm.py", *flags, "--max_steps=0"),
-                  "row 18 (id 17)", "gone.png", "--on_bad_sample skip")
-    (workplace / "out" / "32_vlm_pretrain.resume").unlink(missing_ok=True)      # of the steps before
+    check_refused(
+        run_script("1-pretrain_vlm.py", *flags, "--max_steps=0"),
+        "row 18 (id 17)",
+        "gone.png",
+        "--on_bad_sample skip",
+    )
+    (workplace / "out" / "32_vlm_pretrain.resume").unlink(missing_ok=True)  # of the steps before
     result = run_script("1-pretrain_vlm.py", *flags, "--on_bad_sample=skip", "--num_workers=2", processes=2)
     assert result.returncode == 0 and "1 bad samples left out" in result.stdout + result.stderr, result.stderr
     for row in rows[:5]:
         row["image"] = "gone.png"
     (workplace / "data.json").write_text(json.dumps(rows))
-    check_refused(run_script("1-pretrain_vlm.py", *flags, "--on_bad_sample=skip"),
-                  " of 300 rows could not be used, more than 1 %")
+    check_refused(
+        run_script("1-pretrain_vlm.py", *flags, "--on_bad_sample=skip"),
+        " of 300 rows could not be used, more than 1 %",
+    )
 
 
 def test_what_was_learnt_before_an_error_is_kept(workplace):
     rows = make_rows(24)
     rows[3]["image"] = "gone.png"
     (workplace / "data.json").write_text(json.dumps(rows))
-    seeds = (seed for seed in range(20)
-             if 3 not in torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12])
-    check_refused(run_script("1-pretrain_vlm.py", f"@{workplace}/args", "--epochs=1", "--bucket=False",
-                             f"--seed={next(seeds)}"), "gone.png")
+    seeds = (
+        seed
+        for seed in range(20)
+        if 3 not in torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12]
+    )
+    check_refused(
+        run_script(
+            "1-pretrain_vlm.py", f"@{workplace}/args", "--epochs=1", "--bucket=False", f"--seed={next(seeds)}"
+        ),
+        "gone.png",
+    )
     step = read_description(workplace / "out" / "32_vlm_pretrain.pth")["step"]
     assert 3 <= step < 6 and weights_of(workplace)
 
@@ -56,7 +70,7 @@ def test_a_bad_sample_of_one_process_is_told_once(workplace):
     (workplace / "data.json").write_text(json.dumps(rows))
     result = run_script("1-pretrain_vlm.py", f"@{workplace}/args", "--epochs=1", processes=2)
     assert result.returncode != 0 and result.stderr.count("error: ") == 1 and "gone.png" in result.stderr
-    assert "loop.py" not in result.stderr       # no traceback of the process that lost its partner
+    assert "loop.py" not in result.stderr  # no traceback of the process that lost its partner
 
 
 def damage_weights(workplace):
@@ -72,54 +86,83 @@ def wrong_rows(workplace, text):
     (workplace / "data.json").write_text(text)
 
 
-@pytest.mark.parametrize(("prepare", "flags", "fragments"), [
-    (lambda w: (w / "data.json").unlink(), [], ["data file not found", "data.json", "--data_path"]),
-    (lambda w: wrong_rows(w, ""), [], ["data.json is not valid JSON: line 1"]),
-    (lambda w: wrong_rows(w, "[]"), [], ["data.json holds no rows"]),
-    (lambda w: wrong_rows(w, '[{"image": "0.png"},\n oops]'), [], ["data.json is not valid JSON: line 2"]),
-    (lambda w: wrong_rows(w, '[{"image": "0.png"}]'), [], ["row 1", 'no "conversations"']),
-    (lambda w: None, ["--image_dir=nowhere"], ["picture folder not found: nowhere", "--image_dir"]),
-    (lambda w: None, ["--clip_path=nowhere"],
-     ["no CLIP folder at nowhere", "hf download openai/clip-vit-base-patch32"]),
-    (lambda w: None, ["--tokenizer_path=nowhere"], ["no tokenizer at nowhere", "--tokenizer_path"]),
-    (lambda w: None, ["--max_seq_len=64"], ["row", "max_seq_len 64"]),
-    (lambda w: None, ["--max_seq_len=40"], ["max_seq_len 40 cannot hold 1 picture(s) of 50 tokens each"]),
-    (damage_weights, [], ["32_llm.pth is a git-lfs pointer"]),
-    (other_size, [], ["tok_embeddings.weight (581, 64) in the file", "--dim 64", "--n_layers 3"]),
-    (lambda w: (w / "out" / "32_llm.pth").unlink(), [], ["32_llm.pth not found", "README"]),
-    (lambda w: None, ["--use_moe"], ["32_moe_llm.pth not found", "--out dataset/demo_moe --use_moe"]),
-    (lambda w: None, ["--log_interval=0", "--epochs=-1", "--learning_rate=-2", "--device=gpu"],
-     ["--log_interval must be at least 1", "--epochs", "--learning_rate", "--device must be"]),
-    (lambda w: None, ["--no_such_flag"], ["--no_such_flag"]),
-    (lambda w: None, ["--dtype=int8"], ["--dtype"]),
-    (lambda w: None, ["--n_heads=5"], ["dim 32 is not a multiple of n_heads 5"]),
-    (lambda w: None, ["@nowhere.args"], ["nowhere.args"]),
-    (lambda w: None, ["--device=cuda"], ["no CUDA device is available", "--device cpu"]),
-])
+@pytest.mark.parametrize(
+    ("prepare", "flags", "fragments"),
+    [
+        (lambda w: (w / "data.json").unlink(), [], ["data file not found", "data.json", "--data_path"]),
+        (lambda w: wrong_rows(w, ""), [], ["data.json is not valid JSON: line 1"]),
+        (lambda w: wrong_rows(w, "[]"), [], ["data.json holds no rows"]),
+        (
+            lambda w: wrong_rows(w, '[{"image": "0.png"},\n oops]'),
+            [],
+            ["data.json is not valid JSON: line 2"],
+        ),
+        (lambda w: wrong_rows(w, '[{"image": "0.png"}]'), [], ["row 1", 'no "conversations"']),
+        (lambda w: None, ["--image_dir=nowhere"], ["image folder not found: nowhere", "--image_dir"]),
+        (
+            lambda w: None,
+            ["--clip_path=nowhere"],
+            ["no CLIP folder at nowhere", "hf download openai/clip-vit-base-patch32"],
+        ),
+        (lambda w: None, ["--tokenizer_path=nowhere"], ["no tokenizer at nowhere", "--tokenizer_path"]),
+        (lambda w: None, ["--max_seq_len=64"], ["row", "max_seq_len 64"]),
+        (lambda w: None, ["--max_seq_len=40"], ["max_seq_len 40 cannot hold 1 image(s) of 50 tokens each"]),
+        (damage_weights, [], ["32_llm.pth is a git-lfs pointer"]),
+        (other_size, [], ["tok_embeddings.weight (581, 64) in the file", "--dim 64", "--n_layers 3"]),
+        (lambda w: (w / "out" / "32_llm.pth").unlink(), [], ["32_llm.pth not found", "README"]),
+        (lambda w: None, ["--use_moe"], ["32_moe_llm.pth not found", "--out dataset/demo_moe --use_moe"]),
+        (
+            lambda w: None,
+            ["--log_interval=0", "--epochs=-1", "--learning_rate=-2", "--device=gpu"],
+            ["--log_interval must be at least 1", "--epochs", "--learning_rate", "--device must be"],
+        ),
+        (lambda w: None, ["--no_such_flag"], ["--no_such_flag"]),
+        (lambda w: None, ["--dtype=int8"], ["--dtype"]),
+        (lambda w: None, ["--n_heads=5"], ["dim 32 is not a multiple of n_heads 5"]),
+        (lambda w: None, ["@nowhere.args"], ["nowhere.args"]),
+        (lambda w: None, ["--device=cuda"], ["no CUDA device is available", "--device cpu"]),
+    ],
+)
 def test_bad_input_is_one_line_with_the_cure(workplace, capsys, prepare, flags, fragments):
     prepare(workplace)
-    check_refused(run_clean(capsys, "1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", *flags),
-                  *fragments)
+    check_refused(
+        run_clean(capsys, "1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", *flags), *fragments
+    )
 
 
-@pytest.mark.parametrize(("flags", "fragments"), [
-    (["--dim=32"], ["32_vlm_sft.pth not found, but 32_vlm_pretrain.pth", "--stage", "--load"]),
-    (["--out_dir=nowhere"], ["32_vlm_sft.pth not found", "README"]),
-    (["--stage=vlm_pretrain", "--image_dir=nowhere"], ["picture folder not found: nowhere", "--image_dir"]),
-    (["--stage=vlm_pretrain", "--chat=nowhere.png"], ["nowhere.png"]),
-    (["--stage=vlm_pretrain", "--questions=nowhere.jsonl"], ["question file not found: nowhere.jsonl"]),
-    (["--stage=vlm_pretrain", "--top_p=3", "--temperature=-1"], ["top_p must be", "temperature must be"]),
-    (["--stage=vlm_pretrain", "--load=README.md"], ["README.md is not a readable weight file"]),
-])
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (["--dim=32"], ["32_vlm_sft.pth not found, but 32_vlm_pretrain.pth", "--stage", "--load"]),
+        (["--out_dir=nowhere"], ["32_vlm_sft.pth not found", "README"]),
+        (["--stage=vlm_pretrain", "--image_dir=nowhere"], ["image folder not found: nowhere", "--image_dir"]),
+        (["--stage=vlm_pretrain", "--chat=nowhere.png"], ["nowhere.png"]),
+        (["--stage=vlm_pretrain", "--questions=nowhere.jsonl"], ["question file not found: nowhere.jsonl"]),
+        (["--stage=vlm_pretrain", "--top_p=3", "--temperature=-1"], ["top_p must be", "temperature must be"]),
+        (["--stage=vlm_pretrain", "--load=README.md"], ["README.md is not a readable weight file"]),
+    ],
+)
 def test_bad_input_to_evaluation(workplace, capsys, flags, fragments):
     run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1")
-    check_refused(run_clean(capsys, "3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32",
-                            "--device=cpu", *flags), *fragments)
+    check_refused(
+        run_clean(capsys, "3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32", "--device=cpu", *flags),
+        *fragments,
+    )
 
 
 def test_another_clip_is_told_before_the_first_answer(workplace, tmp_path):
     train(workplace, "--max_steps=1")
     other = save_clip(tmp_path / "wide", hidden_size=32)
-    check_refused(run_script("3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32",
-                             "--stage=vlm_pretrain", f"--clip_path={other}", "--device=cpu"),
-                  "image features of 50 x 24", "gives 50 x 32", "--clip_path")
+    check_refused(
+        run_script(
+            "3-eval_chat.py",
+            f"--out_dir={workplace}/out",
+            "--dim=32",
+            "--stage=vlm_pretrain",
+            f"--clip_path={other}",
+            "--device=cpu",
+        ),
+        "image features of 50 x 24",
+        "gives 50 x 32",
+        "--clip_path",
+    )

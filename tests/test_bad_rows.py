@@ -1,5 +1,6 @@
-"""Every kind of bad row and picture that people's data hold: named by file, row, id and reason; left out and
+"""Every kind of bad row and image that people's data hold: named by file, row, id and reason; left out and
 counted, to the last one, by training with --on_bad_sample skip."""
+
 import io
 import json
 import os
@@ -10,12 +11,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import check_refused, make_rows, run_script, save_picture
+from conftest import check_refused, make_rows, run_script, save_image
 from PIL import Image
 from torch.utils.data import Subset
 
-from model import dataset as dataset_module
-from model.dataset import PRETRAIN, SFT, BadSample, VLMDataset
+from model.data import dataset as dataset_module
+from model.data.dataset import PRETRAIN, SFT, BadSample, VLMDataset
 from model.vision_utils import ImageProcessor
 from trainer.loader import Loader
 
@@ -24,8 +25,11 @@ MARK = "<image>\n什么？"
 
 
 def row(question=MARK, answer="它是蓝色。", image="0.png", **more) -> dict:
-    return {"image": image, **more,
-            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "image": image,
+        **more,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+    }
 
 
 def turns(*conversation: tuple) -> dict:
@@ -34,8 +38,10 @@ def turns(*conversation: tuple) -> dict:
 
 def png(width: int, height: int) -> bytes:
     """A PNG whose header promises a size, and nothing behind it."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -46,7 +52,7 @@ def whole(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-PICTURES = {        # file name -> what is in it
+IMAGES = {  # file name -> what is in it
     "empty.jpg": b"",
     "half.jpg": whole("JPEG")[:900],
     "half.png": whole("PNG")[:2000],
@@ -57,20 +63,24 @@ PICTURES = {        # file name -> what is in it
     "nothing.png": png(0, 5),
     "jp2.jp2": whole("JPEG2000")[:60],
     "webp.webp": whole("WEBP")[:40],
-    "dds.dds": b"DDS " + struct.pack("<I", 124) + bytes(120),       # Pillow raises NotImplementedError
+    "dds.dds": b"DDS " + struct.pack("<I", 124) + bytes(120),  # Pillow raises NotImplementedError
 }
 
-BAD = {     # what is wrong -> the row, and what its name says
+BAD = {  # what is wrong -> the row, and what its name says
     "no object": ("text", "it is a str, not an object"),
     "null": (None, "it is a NoneType, not an object"),
     "a list": ([1, [2]], "it is a list, not an object"),
     "no conversations": ({"image": "0.png"}, 'it has no "conversations"'),
     "empty conversations": ({"image": "0.png", "conversations": []}, 'it has no "conversations"'),
     "conversations as text": ({"image": "0.png", "conversations": "a"}, 'it has no "conversations"'),
-    "nested conversations": ({"image": "0.png", "conversations": [[{"from": "human", "value": "a"}]]},
-                             "a turn must look like"),
-    "a turn without a text": ({"image": "0.png", "conversations": [{"from": "human"}]},
-                              "a turn must look like"),
+    "nested conversations": (
+        {"image": "0.png", "conversations": [[{"from": "human", "value": "a"}]]},
+        "a turn must look like",
+    ),
+    "a turn without a text": (
+        {"image": "0.png", "conversations": [{"from": "human"}]},
+        "a turn must look like",
+    ),
     "unknown role": (turns(("human", MARK), ("robot", "x")), "a turn must look like"),
     "a role that is a list": (turns((["human"], MARK), ("gpt", "x")), "a turn must look like"),
     "an answer that is a number": (row(answer=5), "a turn must look like"),
@@ -80,57 +90,64 @@ BAD = {     # what is wrong -> the row, and what its name says
     "empty answer": (row(answer=""), "it has an empty answer"),
     "blank answer": (row(answer=" \n\u3000"), "it has an empty answer"),
     "half a surrogate pair": (row(answer="\ud83d"), "half a surrogate pair"),
-    "half a surrogate pair in the id": (row(answer="", id="\ud83d\n\x1b[31m"),
-                                        r"(id \ud83d\n\x1b[31m): it has"),
+    "half a surrogate pair in the id": (
+        row(answer="", id="\ud83d\n\x1b[31m"),
+        r"(id \ud83d\n\x1b[31m): it has",
+    ),
     "no image": (row() | {"image": None}, 'it has no "image"'),
     "empty image": (row(image=" , "), 'it has no "image"'),
     "a number as image": (row(image=7), 'its "image" must be a file name or a list of them, not 7'),
     "a nested list as image": (row(image=[["0.png"]]), 'its "image" must be a file name'),
     "null in the list of images": (row(image=[None]), 'its "image" must be a file name'),
-    "too many images": (row(MARK * 2, image="0.png, 1.png"), "2 pictures, but this stage takes 1"),
-    "no mark": (row("什么？"), "0 <image> mark(s) for 1 picture(s)"),
-    "two marks": (row(MARK * 2), "2 <image> mark(s) for 1 picture(s)"),
+    "too many images": (row(MARK * 2, image="0.png, 1.png"), "2 images, but this stage takes 1"),
+    "no mark": (row("什么？"), "0 <image> mark(s) for 1 image(s)"),
+    "two marks": (row(MARK * 2), "2 <image> mark(s) for 1 image(s)"),
     "a mark in the answer only": (turns(("human", "什么？"), ("gpt", "<image>")), "0 <image> mark(s)"),
-    "missing file": (row(image="gone.jpg"), "picture not found: "),
-    "missing folder": (row(image="gone/0.png"), "picture not found: "),
-    "a file as folder": (row(image="0.png/0.png"), "picture not found: "),
+    "missing file": (row(image="gone.jpg"), "image not found: "),
+    "missing folder": (row(image="gone/0.png"), "image not found: "),
+    "a file as folder": (row(image="0.png/0.png"), "image not found: "),
     "directory": (row(image="."), ": not a file"),
-    "pipe": (row(image="pipe.jpg"), "pipe.jpg: not a file"),       # reading it would wait for ever
+    "pipe": (row(image="pipe.jpg"), "pipe.jpg: not a file"),  # reading it would wait for ever
     "NUL in the name": (row(image="a\0b.jpg"), r"a\x00b.jpg"),
-    "name too long": (row(image="a" * 300 + ".jpg"), "picture not found: "),
+    "name too long": (row(image="a" * 300 + ".jpg"), "image not found: "),
     "half a surrogate pair in the name": (row(image="\ud83d.jpg"), r"\ud83d.jpg"),
     "empty file": (row(image="empty.jpg"), "empty.jpg: it is empty"),
-    "truncated JPEG": (row(image="half.jpg"), "cannot read picture "),
-    "truncated PNG": (row(image="half.png"), "cannot read picture "),
-    "truncated JPEG 2000": (row(image="jp2.jp2"), "cannot read picture "),
-    "truncated WebP": (row(image="webp.webp"), "cannot read picture "),
-    "a format Pillow does not know all of": (row(image="dds.dds"), "cannot read picture "),
+    "truncated JPEG": (row(image="half.jpg"), "cannot read image "),
+    "truncated PNG": (row(image="half.png"), "cannot read image "),
+    "truncated JPEG 2000": (row(image="jp2.jp2"), "cannot read image "),
+    "truncated WebP": (row(image="webp.webp"), "cannot read image "),
+    "a format Pillow does not know all of": (row(image="dds.dds"), "cannot read image "),
     "text": (row(image="text.jpg"), "text.jpg: cannot identify image file"),
     "git-lfs pointer": (row(image="pointer.jpg"), "pointer.jpg: it is a git-lfs pointer"),
     "web page": (row(image="page.jpg"), "page.jpg: it is a web page"),
     "decompression bomb": (row(image="bomb.png"), "bomb.png: Image size (2500000000 pixels) exceeds limit"),
     "no width": (row(image="nothing.png"), "nothing.png: "),
     "answer beyond max_seq_len": (row(MARK + "什么" * 300), "the answer begins at token"),
-    "picture cut at max_seq_len": (row("什么" * 300 + MARK), "image 1 would be cut at max_seq_len"),
+    "image cut at max_seq_len": (row("什么" * 300 + MARK), "image 1 would be cut at max_seq_len"),
 }
 
 GOOD = {
-    "a list of one": row(image=["0.png"]), "no id": row(), "names with spaces": row(image=" 0.png "),
-    "a very thin picture": row(image="thin.png"), "a picture with damaged EXIF": row(image="exif.jpg"),
-    "outside the folder": row(image="../outside.png"), "a blank question": row("<image>"),
-    "control characters": row(answer="\0\x1b[31m"), "an answer cut at its end": row(answer="长" * 600),
+    "a list of one": row(image=["0.png"]),
+    "no id": row(),
+    "names with spaces": row(image=" 0.png "),
+    "a very thin image": row(image="thin.png"),
+    "an image with damaged EXIF": row(image="exif.jpg"),
+    "outside the folder": row(image="../outside.png"),
+    "a blank question": row("<image>"),
+    "control characters": row(answer="\0\x1b[31m"),
+    "an answer cut at its end": row(answer="长" * 600),
 }
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder with good pictures and all bad ones."""
+def images(tmp_path):
+    """A folder with good images and all bad ones."""
     folder = tmp_path / "images"
     folder.mkdir(exist_ok=True)
     for number in range(6):
-        save_picture(folder / f"{number}.png", number)
-    save_picture(tmp_path / "outside.png", 7)
-    for name, content in PICTURES.items():
+        save_image(folder / f"{number}.png", number)
+    save_image(tmp_path / "outside.png", 7)
+    for name, content in IMAGES.items():
         (folder / name).write_bytes(content)
     os.mkfifo(folder / "pipe.jpg")
     Image.new("RGB", (1, 60_000)).save(folder / "thin.png")
@@ -143,73 +160,87 @@ def pictures(tmp_path):
     return folder
 
 
-def make_dataset(pictures, tokenizer, rows: list) -> VLMDataset:
-    path = pictures.parent / "rows.json"
+def make_dataset(images, tokenizer, rows: list) -> VLMDataset:
+    path = images.parent / "rows.json"
     path.write_text(json.dumps(rows))
-    return VLMDataset(path, PRETRAIN, tokenizer, pictures, ImageProcessor(), max_seq_len=MAX_SEQ_LEN)
+    return VLMDataset(path, PRETRAIN, tokenizer, images, ImageProcessor(), max_seq_len=MAX_SEQ_LEN)
 
 
-def test_every_kind_of_bad_row_is_named(pictures, tokenizer):
+def test_every_kind_of_bad_row_is_named(images, tokenizer):
     assert len(BAD) >= 30
-    rows = [bad | {"id": f"no {n}"} if isinstance(bad, dict) and "id" not in bad else bad
-            for n, (bad, _) in enumerate(BAD.values())]
-    dataset = make_dataset(pictures, tokenizer, rows)
+    rows = [
+        bad | {"id": f"no {n}"} if isinstance(bad, dict) and "id" not in bad else bad
+        for n, (bad, _) in enumerate(BAD.values())
+    ]
+    dataset = make_dataset(images, tokenizer, rows)
     for position, (kind, (_, reason)) in enumerate(BAD.items()):
         sample = dataset[position]
         assert isinstance(sample, BadSample), kind
         assert f"rows.json, row {position + 1}" in sample.reason, (kind, sample.reason)
         assert reason in sample.reason, (kind, sample.reason)
         assert not isinstance(rows[position], dict) or "(id " in sample.reason, kind
-        assert sample.reason.isprintable() and len(sample.reason) < 500, kind      # safe to show, on one line
+        assert sample.reason.isprintable() and len(sample.reason) < 500, kind  # safe to show, on one line
 
 
-def test_what_is_merely_unusual_is_good(pictures, tokenizer):
-    dataset = make_dataset(pictures, tokenizer, list(GOOD.values()))
+def test_what_is_merely_unusual_is_good(images, tokenizer):
+    dataset = make_dataset(images, tokenizer, list(GOOD.values()))
     dataset.check_rows()
     for position, kind in enumerate(GOOD):
         assert not isinstance(dataset[position], BadSample), (kind, dataset[position])
 
 
-def test_a_mistake_in_the_program_is_no_bad_sample(pictures, tokenizer, monkeypatch):
-    dataset = make_dataset(pictures, tokenizer, [row()])
+def test_a_mistake_in_the_program_is_no_bad_sample(images, tokenizer, monkeypatch):
+    dataset = make_dataset(images, tokenizer, [row()])
     for mistake in (TypeError, AttributeError, KeyError, RuntimeError, AssertionError):
+
         def fail(*_, mistake=mistake):
             raise mistake("a mistake")
-        for function in ("load_pictures", "render_conversation", "check_row"):
+
+        for function in ("load_images", "render_conversation", "check_row"):
             with monkeypatch.context() as patch, pytest.raises(mistake):
                 patch.setattr(dataset_module, function, fail)
                 dataset[0]
 
 
-def test_the_verdict_on_a_large_file_is_kept_with_its_index(pictures, tokenizer, monkeypatch):
-    monkeypatch.setattr("model.rows.SMALL", 0)
+def test_the_verdict_on_a_large_file_is_kept_with_its_index(images, tokenizer, monkeypatch):
+    monkeypatch.setattr("model.data.rows.SMALL", 0)
     for rows, bad in (([row(), row(answer="")], True), ([row()], False)):
-        path = make_dataset(pictures, tokenizer, rows).rows.path
+        path = make_dataset(images, tokenizer, rows).rows.path
 
         def check(path=path, spec=PRETRAIN, bad=bad):
-            dataset = VLMDataset(path, spec, tokenizer, pictures, ImageProcessor())
+            dataset = VLMDataset(path, spec, tokenizer, images, ImageProcessor())
             with pytest.raises(ValueError, match="row 2: it has an empty answer") if bad else nullcontext():
                 dataset.check_rows()
+
         check()
         with monkeypatch.context() as patch:
             patch.setattr(VLMDataset, "first_problem", lambda self: 1 / 0)
             check()
-            with pytest.raises(ZeroDivisionError):      # another stage asks for something else
+            with pytest.raises(ZeroDivisionError):  # another stage asks for something else
                 check(spec=SFT)
 
 
 # ---- training ----
 
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_training_leaves_out_every_bad_row_and_counts_it(workplace, pictures, processes):
+def test_training_leaves_out_every_bad_row_and_counts_it(workplace, images, processes):
     """1 % of the rows is bad, which is just let pass; one process meets half of the kinds, two the rest."""
-    kinds = list(BAD.values())[processes - 1::2]
+    kinds = list(BAD.values())[processes - 1 :: 2]
     rows = make_rows(100 * len(kinds))
     for number, (bad, _) in enumerate(kinds):
         rows[100 * number + 37] = bad
     (workplace / "data.json").write_text(json.dumps(rows))
-    result = run_script("1-pretrain_vlm.py", f"@{workplace}/args", "--epochs=1", "--batch_size=48",
-                        "--num_workers=2", "--on_bad_sample=skip", "--log_interval=20", processes=processes)
+    result = run_script(
+        "1-pretrain_vlm.py",
+        f"@{workplace}/args",
+        "--epochs=1",
+        "--batch_size=48",
+        "--num_workers=2",
+        "--on_bad_sample=skip",
+        "--log_interval=20",
+        processes=processes,
+    )
     assert result.returncode == 0, result.stderr
     assert f"; {len(kinds)} bad samples left out" in result.stdout
     lines = [line for line in result.stdout.splitlines() if line.startswith("skipped ")]
@@ -218,26 +249,34 @@ def test_training_leaves_out_every_bad_row_and_counts_it(workplace, pictures, pr
 
 
 def test_a_worker_that_dies_is_told_with_the_sample_it_held(workplace):
-    """As the kernel ends a process that takes too much memory, on the one picture that does it."""
-    code = ("import os, sys, runpy, model.dataset as d; whole = d.load_pictures; "
-            "d.load_pictures = lambda p, *more: "
-            "os.kill(os.getpid(), 9) if str(p[0]).endswith('huge.png') else whole(p, *more); "
-            "script, *sys.argv[1:] = sys.argv[1:]; sys.argv[0] = script; "
-            "runpy.run_path(script, run_name='__main__')")
+    """As the kernel ends a process that takes too much memory, on the one image that does it."""
+    code = (
+        "import os, sys, runpy, model.data.dataset as d; whole = d.load_images; "
+        "d.load_images = lambda p, *more: "
+        "os.kill(os.getpid(), 9) if str(p[0]).endswith('huge.png') else whole(p, *more); "
+        "script, *sys.argv[1:] = sys.argv[1:]; sys.argv[0] = script; "
+        "runpy.run_path(script, run_name='__main__')"
+    )
     rows = make_rows(60)
     rows[40] |= {"image": "huge.png", "id": "the big one"}
     (workplace / "data.json").write_text(json.dumps(rows))
     flags = ["1-pretrain_vlm.py", f"@{workplace}/args", "--epochs=1", "--num_workers=2"]
-    check_refused(run_script("-c", code, *flags), "loader worker", "died (SIGKILL) while it held",
-                  "data.json, row 41 (id the big one) with huge.png", "--num_workers")
+    check_refused(
+        run_script("-c", code, *flags),
+        "loader worker",
+        "died (SIGKILL) while it held",
+        "data.json, row 41 (id the big one) with huge.png",
+        "--num_workers",
+    )
 
 
-def test_the_death_is_told_by_the_worker_that_died_alone(pictures, tokenizer, monkeypatch):
-    dataset = make_dataset(pictures, tokenizer, [row(id=str(n)) for n in range(8)])
+def test_the_death_is_told_by_the_worker_that_died_alone(images, tokenizer, monkeypatch):
+    dataset = make_dataset(images, tokenizer, [row(id=str(n)) for n in range(8)])
     sample = dataset.sample
 
     def deadly_sample(position):
         return os.kill(os.getpid(), signal.SIGTERM) if position == 5 else sample(position)
+
     monkeypatch.setattr(dataset, "sample", deadly_sample)
     with pytest.raises(ValueError, match=r"loader worker 0 died \(SIGTERM\) .*row 6 \(id 5\) with 0.png"):
         list(Loader(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], num_workers=2))
@@ -246,15 +285,15 @@ def test_the_death_is_told_by_the_worker_that_died_alone(pictures, tokenizer, mo
         list(Loader(Subset(dataset, [7, 5]), [[0, 1]], num_workers=1))
 
 
-def test_an_error_in_a_worker_is_no_death(pictures, tokenizer, monkeypatch):
-    dataset = make_dataset(pictures, tokenizer, [row()])
+def test_an_error_in_a_worker_is_no_death(images, tokenizer, monkeypatch):
+    dataset = make_dataset(images, tokenizer, [row()])
     monkeypatch.setattr(dataset, "sample", lambda position: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         list(Loader(dataset, [[0]], num_workers=1))
 
 
-def test_workers_load_what_this_process_loads_and_hold_nothing_at_the_end(pictures, tokenizer):
-    dataset = make_dataset(pictures, tokenizer, [row(), row(image="1.png"), row(answer="")])
+def test_workers_load_what_this_process_loads_and_hold_nothing_at_the_end(images, tokenizer):
+    dataset = make_dataset(images, tokenizer, [row(), row(image="1.png"), row(answer="")])
     here, there = (list(Loader(dataset, [[0, 1], [2, 0], [2]], num_workers)) for num_workers in (0, 2))
     for one, other in zip(here, there, strict=True):
         assert one.keys() == other.keys() and one["bad_samples"] == other["bad_samples"]

@@ -1,4 +1,5 @@
 """The benchmarks run: what they measure is looked at by people, in benchmarks/RESULTS.md."""
+
 import json
 
 from conftest import ROOT, run_script

@@ -1,4 +1,5 @@
 """Weight files: names, atomic saves, strict loading that explains, v1's own format."""
+
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from model.checkpoint import (
     weights_path,
 )
 from model.LMConfig import LMConfig
-from model.model import Transformer
+from model.transformer import Transformer
 
 
 def perturbed(model: Transformer) -> Transformer:
@@ -57,13 +58,14 @@ def test_perturb_save_load_round_trip(tmp_path, model, config):
     path = weights_path(tmp_path, config, "vlm_sft")
     assert path.name == "32_vlm_sft.pth"
     save_weights(perturbed(model), path, stage="vlm_sft", step=7)
-    assert (read_description(path)["step"] == 7
-            and LMConfig.from_dict(read_description(path)["config"]) == config)
+    assert (
+        read_description(path)["step"] == 7 and LMConfig.from_dict(read_description(path)["config"]) == config
+    )
     other = Transformer(config)
     assert load_weights(other, path).num_loaded == len(other.state_dict())
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
-    assert path.stat().st_size < 1.1 * 4 * model.num_parameters() + 20_000    # the tied matrix is stored once
+    assert path.stat().st_size < 1.1 * 4 * model.num_parameters() + 20_000  # the tied matrix is stored once
 
 
 def test_only_what_is_named_may_differ(tmp_path, config, model):
@@ -72,8 +74,9 @@ def test_only_what_is_named_may_differ(tmp_path, config, model):
     with pytest.raises(ValueError, match=r"1 missing \(vision_proj.weight\)"):
         load_weights(model, tmp_path / "llm.pth")
     report = load_weights(model, tmp_path / "llm.pth", may_miss="vision_proj.")
-    assert (report.missing == ["vision_proj.weight"]
-            and "new, not in the file: vision_proj.weight" in str(report))
+    assert report.missing == ["vision_proj.weight"] and "new, not in the file: vision_proj.weight" in str(
+        report
+    )
     save_weights(model, tmp_path / "vlm.pth")
     with pytest.raises(ValueError, match=r"1 unknown \(vision_proj.weight\)"):
         load_weights(llm, tmp_path / "vlm.pth")
@@ -82,15 +85,24 @@ def test_only_what_is_named_may_differ(tmp_path, config, model):
 def test_weights_of_another_size_name_the_flags_that_fit(tmp_path, config):
     big = Transformer(LMConfig.from_dict(config.to_dict() | {"dim": 64, "n_layers": 3, "hidden_dim": 0}))
     save_weights(big, tmp_path / "big.pth")
-    with pytest.raises(ValueError, match=r"of other shape \(tok_embeddings.weight \(\d+, 64\) in the file.*"
-                                         r"--dim 64 --n_layers 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"of other shape \(tok_embeddings.weight \(\d+, 64\) in the file.*"
+        r"--dim 64 --n_layers 3",
+    ):
         load_weights(Transformer(config), tmp_path / "big.pth")
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "not found: cure me"), (b"", "is empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
-    (b"<!DOCTYPE html>\n<html>", "web page"), (b"neither zip nor pickle", "not a readable weight file")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not found: cure me"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
+        (b"<!DOCTYPE html>\n<html>", "web page"),
+        (b"neither zip nor pickle", "not a readable weight file"),
+    ],
+)
 def test_what_people_have_instead_of_weights(tmp_path, content, message):
     if content is not None:
         (tmp_path / "w.pth").write_bytes(content)
@@ -121,6 +133,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     def fail(file):
         file.write(b"half")
         raise OSError("disk full")
+
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(OSError, match="disk full"):
         atomic_write(tmp_path / "a", fail)
@@ -129,9 +142,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_kill_during_a_save_leaves_a_readable_file(tmp_path):
     """Kill a process that saves without pause; whatever lies there must load."""
-    code = (f"import torch\nfrom model.LMConfig import LMConfig\nfrom model.model import Transformer\n"
-            f"from model.checkpoint import save_weights\nmodel = Transformer(LMConfig(**{SIZES}))\n"
-            f"while True:\n    save_weights(model, '{tmp_path}/w.pth')\n    print('saved', flush=True)\n")
+    code = (
+        f"import torch\nfrom model.LMConfig import LMConfig\nfrom model.transformer import Transformer\n"
+        f"from model.checkpoint import save_weights\nmodel = Transformer(LMConfig(**{SIZES}))\n"
+        f"while True:\n    save_weights(model, '{tmp_path}/w.pth')\n    print('saved', flush=True)\n"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()
     time.sleep(0.05)

@@ -1,5 +1,5 @@
-"""The decoder is the same function as the model it was made from, and as transformers' LLaVA of its weights.
-"""
+"""The decoder is the same function as the model it was made from, and as transformers' LLaVA."""
+
 import copy
 
 import pytest
@@ -59,7 +59,7 @@ def test_prefill_and_steps_give_the_logits_of_the_whole(lively, config, batch_si
     rows = [0, 1, 2]
     for step in range(10):
         torch.testing.assert_close(logits, full[rows, lengths[rows] + step - 1], rtol=1e-4, atol=1e-4)
-        if step == 5:       # the row in the middle leaves
+        if step == 5:  # the row in the middle leaves
             rows = [0, 2]
             cache.keep(rows)
         logits = decoder.step(ids[rows, lengths[rows] + step], cache)
@@ -84,22 +84,23 @@ def test_no_weight_lies_in_memory_twice_and_the_emptied_model_says_so(model):
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_the_same_tokens_as_transformers_llava(lively, clip, prompts, pixels, batch_size):
-    """One picture, none, and three in one prompt; ours all at once, theirs one by one."""
+    """One image, none, and three in one prompt; ours all at once, theirs one by one."""
     llava, llama = to_llava(lively, clip), to_llama(lively)
     ours = answers_of(Decoder(copy.deepcopy(lively), batch_size), prompts, get_img_embedding(pixels, clip))
-    pictures = iter(pixels.split([1, 3]))
+    images = iter(pixels.split([1, 3]))
     for prompt, answer in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt.input_ids])
         settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": 2}
         if prompt.image_slots:
             ids = to_llava_ids(ids, torch.tensor(prompt.image_slots))
-            out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
-                                 pixel_values=next(pictures), **settings)
+            out = llava.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=next(images), **settings
+            )
         else:
             out = llama.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        theirs = out[0, ids.shape[1]:].tolist()
+        theirs = out[0, ids.shape[1] :].tolist()
         assert answer == [token for token in theirs if token != 2]
-    assert len({token for answer in ours for token in answer}) > 20     # not one token over and over
+    assert len({token for answer in ours for token in answer}) > 20  # not one token over and over
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
@@ -108,5 +109,6 @@ def test_a_packed_clip_is_the_same_clip(clip, pixels, dtype, tolerance):
     packed = copy.deepcopy(clip).to(dtype)
     pack_linears(packed, 50)
     assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
-    torch.testing.assert_close(get_img_embedding(pixels, packed).float(), expected,
-                               rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        get_img_embedding(pixels, packed).float(), expected, rtol=tolerance, atol=tolerance
+    )

@@ -1,4 +1,5 @@
 """The demo world: what is held out stays out, every question has one answer, and its CLIP is a real CLIP."""
+
 import dataclasses
 import itertools
 import json
@@ -9,17 +10,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPVisionModel
 
-from dataset.demo_world import encoder, films, scenes, sentences
+from dataset.demo_world import encoder, scenes, sentences, videos
 from dataset.demo_world.scenes import COLOURS, PRESETS, TEST_SPLITS, draw, make_splits
+from model.data.video import read_frames
 from model.prompt import (
     IMAGE_MARK,
     VIDEO_MARK,
     encode_text,
-    expand_films,
+    expand_videos,
     load_tokenizer,
     render_conversation,
 )
-from model.video import read_frames
 from model.vision_utils import get_img_embedding, get_vision_model
 
 NAMES = ("colour", "shape", "position")
@@ -44,8 +45,8 @@ def splits(preset) -> dict:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict:
-    """Some training pictures of the full world, by file name."""
+def images() -> dict:
+    """Some training images of the full world, by file name."""
     train = make_splits(PRESETS["full"], seed=0)["train"]
     return {f"{i:04d}.jpg": scene for i, scene in enumerate(train[:900])}
 
@@ -64,20 +65,20 @@ def tokenizer(tokenizer_path):
 
 
 @pytest.fixture(scope="module")
-def rows(pictures) -> dict[str, list[dict]]:
+def rows(images) -> dict[str, list[dict]]:
     rng = np.random.default_rng(0)
-    some_films = name_films(films.make_films(PRESETS["full"], seed=0)["train"])
+    some_videos = name_videos(videos.make_videos(PRESETS["full"], seed=0)["train"])
     return {
-        "pretrain": sentences.pretrain_rows(pictures, rng),
-        "sft": sentences.sft_rows(pictures, rng),
-        "two_pictures": sentences.number_rows(sentences.ask_pairs(pictures, 300, rng)),
-        "films": sentences.number_rows(sentences.ask_films(some_films, rng)),
-        "text": sentences.text_rows(pictures, some_films, 4000, rng),
+        "pretrain": sentences.pretrain_rows(images, rng),
+        "sft": sentences.sft_rows(images, rng),
+        "two_images": sentences.number_rows(sentences.ask_pairs(images, 300, rng)),
+        "videos": sentences.number_rows(sentences.ask_videos(some_videos, rng)),
+        "text": sentences.text_rows(images, some_videos, 4000, rng),
     }
 
 
-def name_films(some: list[films.Film]) -> dict[str, films.Film]:
-    return {f"films/{number}.mp4": film for number, film in enumerate(some)}
+def name_videos(some: list[videos.Video]) -> dict[str, videos.Video]:
+    return {f"videos/{number}.mp4": video for number, video in enumerate(some)}
 
 
 # ---- what is held out ----
@@ -85,10 +86,10 @@ def name_films(some: list[films.Film]) -> dict[str, films.Film]:
 
 def test_counts(preset, splits):
     assert list(splits) == ["train", *TEST_SPLITS]
-    assert len(splits["train"]) == preset.train_pictures
-    assert len(splits["train"]) - len(named(splits["train"])) == preset.train_pictures // 4
+    assert len(splits["train"]) == preset.train_images
+    assert len(splits["train"]) - len(named(splits["train"])) == preset.train_images // 4
     for split in TEST_SPLITS:
-        assert len(splits[split]) == len(named(splits[split])) == preset.test_pictures
+        assert len(splits[split]) == len(named(splits[split])) == preset.test_images
 
 
 def test_unseen_triples_are_never_drawn_but_each_of_their_pairs_is(splits):
@@ -122,7 +123,7 @@ def test_a_quarter_of_the_triples_is_held_out(preset):
     assert sum(map(len, triples.values())) == len(everything)
 
 
-def test_known_pictures_are_new_but_their_triples_are_not(splits):
+def test_known_images_are_new_but_their_triples_are_not(splits):
     assert set(splits["known"]).isdisjoint(splits["train"])
     assert {triple(scene) for scene in splits["known"]} <= {triple(scene) for scene in splits["train"]}
 
@@ -133,89 +134,94 @@ def test_a_seed_is_a_world():
     assert {triple(scene) for scene in world["unseen"]} != {triple(scene) for scene in other["unseen"]}
 
 
-# ---- films ----
+# ---- videos ----
 
 
 @pytest.fixture(scope="module")
-def all_films(preset) -> dict[str, list[films.Film]]:
-    return films.make_films(preset, seed=0)
+def all_videos(preset) -> dict[str, list[videos.Video]]:
+    return videos.make_videos(preset, seed=0)
 
 
-def test_as_many_films_of_each_change_as_wanted(preset, all_films):
-    for split, count in {"train": preset.train_films, "unseen": preset.test_films}.items():
-        changes = [films.change_of(film) for film in all_films[split]]
-        assert [changes.count(change) for change in films.CHANGES] == [count // 2] * 2
+def test_as_many_videos_of_each_change_as_wanted(preset, all_videos):
+    for split, count in {"train": preset.train_videos, "unseen": preset.test_videos}.items():
+        changes = [videos.change_of(video) for video in all_videos[split]]
+        assert [changes.count(change) for change in videos.CHANGES] == [count // 2] * 2
 
 
-def test_no_training_film_shows_an_unseen_triple_and_every_test_film_begins_or_ends_with_one(
-        splits, preset, all_films):
+def test_no_training_video_shows_an_unseen_triple_and_every_test_video_begins_or_ends_with_one(
+    splits, preset, all_videos
+):
     triples = scenes.divide_triples(preset, np.random.default_rng(0))
     assert {triple(scene) for scene in splits["unseen"]} <= set(triples["unseen"])
-    assert {triple(scene) for film in all_films["train"] for scene in film} <= set(triples["known"])
-    for film in all_films["unseen"]:
-        assert {triple(film[0]), triple(film[-1])} & set(triples["unseen"])
-        assert not {triple(scene) for scene in film} & set(triples["unseen_pairs"])
+    assert {triple(scene) for video in all_videos["train"] for scene in video} <= set(triples["known"])
+    for video in all_videos["unseen"]:
+        assert {triple(video[0]), triple(video[-1])} & set(triples["unseen"])
+        assert not {triple(scene) for scene in video} & set(triples["unseen_pairs"])
 
 
-def test_one_thing_changes_in_a_film_and_goes_straight(all_films):
-    for film in itertools.chain(*(some[:200] for some in all_films.values())):
-        assert len(film) == films.SECONDS
-        assert len({(scene.shape, scene.size, scene.background, scene.radius) for scene in film}) == 1
-        moves, colours = {scene.position for scene in film}, {scene.colour for scene in film}
+def test_one_thing_changes_in_a_video_and_goes_straight(all_videos):
+    for video in itertools.chain(*(some[:200] for some in all_videos.values())):
+        assert len(video) == videos.SECONDS
+        assert len({(scene.shape, scene.size, scene.background, scene.radius) for scene in video}) == 1
+        moves, colours = {scene.position for scene in video}, {scene.colour for scene in video}
         assert len(moves) == 1 and len(colours) == 2 or len(moves) in (2, 3) and len(colours) == 1
-        assert (film[0].position == film[-1].position) == (len(moves) == 1)
-        start, end = np.array(film[0].centre), np.array(film[-1].centre)
-        shares = [np.dot(scene.centre - start, end - start) for scene in film]
-        assert shares == sorted(shares)     # never back
-        for scene in film:
+        assert (video[0].position == video[-1].position) == (len(moves) == 1)
+        start, end = np.array(video[0].centre), np.array(video[-1].centre)
+        shares = [np.dot(scene.centre - start, end - start) for scene in video]
+        assert shares == sorted(shares)  # never back
+        for scene in video:
             (x, y), (dx, dy) = scene.centre - start, end - start
             assert x * dy == pytest.approx(y * dx, abs=1e-6)
-            assert np.abs(np.array(scene.centre) - [scenes.GRID[i] for i in scenes.POSITIONS[scene.position]]
-                          ).max() <= scenes.JITTER + 1e-6
+            assert (
+                np.abs(
+                    np.array(scene.centre) - [scenes.GRID[i] for i in scenes.POSITIONS[scene.position]]
+                ).max()
+                <= scenes.JITTER + 1e-6
+            )
 
 
-def test_every_change_is_shown_in_training(preset, all_films):
+def test_every_change_is_shown_in_training(preset, all_videos):
     """In the full world each of the 72 ways from place to place, and each of the 56 from colour to colour."""
-    if preset.train_films < 1000:
-        pytest.skip("too few films")
-    moved = [film for film in all_films["train"] if films.change_of(film) == films.MOVEMENT]
-    turned = [film for film in all_films["train"] if films.change_of(film) == films.COLOUR_CHANGE]
-    assert len({(film[0].position, film[-1].position) for film in moved}) == 9 * 8
-    assert len({(film[0].colour, film[-1].colour) for film in turned}) == 8 * 7
+    if preset.train_videos < 1000:
+        pytest.skip("too few videos")
+    moved = [video for video in all_videos["train"] if videos.change_of(video) == videos.MOVEMENT]
+    turned = [video for video in all_videos["train"] if videos.change_of(video) == videos.COLOUR_CHANGE]
+    assert len({(video[0].position, video[-1].position) for video in moved}) == 9 * 8
+    assert len({(video[0].colour, video[-1].colour) for video in turned}) == 8 * 7
 
 
-def test_films_of_a_seed_are_the_same_and_so_are_their_files(tmp_path):
-    one, again, other = (films.make_films(PRESETS["tiny"], seed) for seed in (3, 3, 4))
+def test_videos_of_a_seed_are_the_same_and_so_are_their_files(tmp_path):
+    one, again, other = (videos.make_videos(PRESETS["tiny"], seed) for seed in (3, 3, 4))
     assert one == again and one != other
     for name in "ab":
-        films.save_film(one["train"][0], tmp_path / f"{name}.mp4")
+        videos.save_video(one["train"][0], tmp_path / f"{name}.mp4")
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 def test_a_frame_per_second_shows_the_object_at_rest_in_its_colour(tmp_path):
     """Between two grid points the encoder would not know where it is; blurred by the codec, not what."""
-    for number, film in enumerate(films.make_films(PRESETS["full"], seed=0)["train"][:20]):
+    for number, video in enumerate(videos.make_videos(PRESETS["full"], seed=0)["train"][:20]):
         path = tmp_path / f"{number}.mp4"
-        films.save_film(film, path)
+        videos.save_video(video, path)
         assert path.stat().st_size < 12_000
-        frames = read_frames(path, max_frames=films.SECONDS)
-        assert len(frames) == films.SECONDS
-        for frame, scene in zip(frames, film, strict=True):
-            drawn, shown = (np.asarray(picture).astype(int) for picture in (draw(scene), frame))
+        frames = read_frames(path, max_frames=videos.SECONDS)
+        assert len(frames) == videos.SECONDS
+        for frame, scene in zip(frames, video, strict=True):
+            drawn, shown = (np.asarray(image).astype(int) for image in (draw(scene), frame))
             assert np.abs(drawn - shown).mean() < 4
             x, y = (round(value) for value in scene.centre)
             assert np.abs(shown[y, x] - scene.rgb).max() < 25
 
 
-# ---- pictures ----
+# ---- images ----
 
 
-def test_a_picture_shows_its_object_where_and_as_the_scene_says(splits):
+def test_a_image_shows_its_object_where_and_as_the_scene_says(splits):
     for scene in splits["train"][:200]:
-        picture = draw(scene)
-        assert picture.size == (128, 128) and picture.mode == "RGB"
-        assert picture.getpixel(tuple(round(c) for c in scene.centre)) == scene.rgb
-        pixels = np.asarray(picture).astype(int)
+        image = draw(scene)
+        assert image.size == (128, 128) and image.mode == "RGB"
+        assert image.getpixel(tuple(round(c) for c in scene.centre)) == scene.rgb
+        pixels = np.asarray(image).astype(int)
         shown = np.argwhere(np.abs(pixels - scene.background).sum(-1) > 0)  # (row, column) of the object
         middle = (shown.min(0) + shown.max(0)) / 2
         assert np.abs(middle[::-1] - scene.centre).max() < 4  # the middle of a triangle lies a little off
@@ -225,7 +231,7 @@ def test_a_picture_shows_its_object_where_and_as_the_scene_says(splits):
 def test_positions_are_the_middles_of_patches(splits):
     """Off a patch's middle, an object is cut by the encoder's grid and its position hangs on half a pixel."""
     for scene in splits["train"]:
-        column_row = np.array(scene.centre) * 7 / scenes.PICTURE_SIZE
+        column_row = np.array(scene.centre) * 7 / scenes.IMAGE_SIZE
         assert set(column_row.astype(int)) <= {1, 3, 5}
         assert np.abs(column_row % 1 - 0.5).max() < 0.1
 
@@ -247,18 +253,18 @@ def test_unnamed_colours_are_far_from_every_named_one(splits):
 # ---- sentences ----
 
 
-def test_as_many_marks_as_pictures(rows):
-    for name, expected in {"pretrain": 1, "sft": 1, "two_pictures": 2, "text": 0}.items():
+def test_as_many_marks_as_images(rows):
+    for name, expected in {"pretrain": 1, "sft": 1, "two_images": 2, "text": 0}.items():
         for row in rows[name]:
             assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
             assert row["conversations"][0]["value"].count(IMAGE_MARK) == expected
             assert len(row["image"].split(", ")) == expected if expected else "image" not in row
-    for row in rows["films"]:
+    for row in rows["videos"]:
         assert row["conversations"][0]["value"].count(VIDEO_MARK) == 1 and "image" not in row
     assert all(len({row["id"] for row in group}) == len(group) for group in rows.values())
 
 
-def test_text_has_words_for_every_picture_of_the_same_rows(rows):
+def test_text_has_words_for_every_image_of_the_same_rows(rows):
     brackets = [row["conversations"][0]["value"].count("[") for row in rows["text"]]
     assert {count: brackets.count(count) for count in set(brackets)} == {1: 4000, 2: 2000, 4: 3000}
 
@@ -267,9 +273,9 @@ def test_rows_are_json(rows):
     assert json.loads(json.dumps(rows, ensure_ascii=False)) == rows
 
 
-def test_unnamed_colours_are_never_described(rows, pictures):
-    unnamed = {image for image, scene in pictures.items() if scene.colour is None}
-    described = [row for row in rows["pretrain"] + rows["two_pictures"]]
+def test_unnamed_colours_are_never_described(rows, images):
+    unnamed = {image for image, scene in images.items() if scene.colour is None}
+    described = [row for row in rows["pretrain"] + rows["two_images"]]
     assert unnamed and unnamed.isdisjoint(image for row in described for image in row["image"].split(", "))
     colours = [word for language in sentences.LANGUAGES.values() for word in map(language.words.get, COLOURS)]
     sft = [row["conversations"][1]["value"] for row in rows["sft"] if row["image"] in unnamed]
@@ -277,11 +283,11 @@ def test_unnamed_colours_are_never_described(rows, pictures):
     assert not [answer for answer in sft if any(colour in answer for colour in colours)]
     for kind in ("colour", "description"):
         with pytest.raises(ValueError, match="has no name"):
-            sentences.questions({"a.jpg": pictures[min(unnamed)]}, np.random.default_rng(0), kinds=(kind,))
+            sentences.questions({"a.jpg": images[min(unnamed)]}, np.random.default_rng(0), kinds=(kind,))
 
 
-def test_captions_leave_an_unnamed_colour_out(pictures):
-    red = dataclasses.replace(pictures["0000.jpg"], colour="red", shape="star", size="small", position="top")
+def test_captions_leave_an_unnamed_colour_out(images):
+    red = dataclasses.replace(images["0000.jpg"], colour="red", shape="star", size="small", position="top")
     assert sentences.caption(red) == "图片上方有一个小的红色星形。"
     assert sentences.caption(dataclasses.replace(red, colour=None)) == "图片上方有一个小的星形。"
 
@@ -298,77 +304,86 @@ def spoken_triples(text: str) -> set[tuple]:
 
 
 def test_unseen_triples_are_never_named(rows):
-    """In the rows of text, every picture stands in brackets of its own, before or behind the question."""
+    """In the rows of text, every image stands in brackets of its own, before or behind the question."""
     unseen = {triple(scene) for scene in make_splits(PRESETS["full"], seed=0)["unseen"]}
-    texts = [picture for row in rows["text"]
-             for picture in re.findall(r"\[.*?\]", row["conversations"][0]["value"])]
-    texts += [" ".join(turn["value"] for turn in row["conversations"])
-             for name in ("pretrain", "sft", "films") for row in rows[name]]
+    texts = [
+        image for row in rows["text"] for image in re.findall(r"\[.*?\]", row["conversations"][0]["value"])
+    ]
+    texts += [
+        " ".join(turn["value"] for turn in row["conversations"])
+        for name in ("pretrain", "sft", "videos")
+        for row in rows[name]
+    ]
     spoken = set().union(*map(spoken_triples, texts))
     assert len(spoken) > 200 and unseen.isdisjoint(spoken)
 
 
-def test_every_question_has_one_answer(rows, pictures):
+def test_every_question_has_one_answer(rows, images):
     """Exact-match scoring is only fair if the wording of the question settles the wording of the answer."""
     answers = {}
-    for row in rows["sft"] + rows["two_pictures"]:
+    for row in rows["sft"] + rows["two_images"]:
         question, answer = (turn["value"] for turn in row["conversations"])
         wording = question.replace(IMAGE_MARK, "").strip()
-        seen = tuple((*triple(pictures[image]), pictures[image].size) for image in row["image"].split(", "))
+        seen = tuple((*triple(images[image]), images[image].size) for image in row["image"].split(", "))
         assert answers.setdefault((wording, seen), answer) == answer
 
 
-def test_test_questions_are_worded_as_in_training(rows, pictures):
-    few = dict(itertools.islice(((i, s) for i, s in pictures.items() if s.colour), 50))
+def test_test_questions_are_worded_as_in_training(rows, images):
+    few = dict(itertools.islice(((i, s) for i, s in images.items() if s.colour), 50))
     rng = np.random.default_rng(1)
-    asked = sentences.questions(few, rng) + sentences.two_picture_questions(few, 30, rng)
+    asked = sentences.questions(few, rng) + sentences.two_image_questions(few, 30, rng)
     kinds = [*sentences.KINDS] * len(few) + ["two_images_zh", "two_images_en"] * 30
     assert sorted(q["kind"] for q in asked) == sorted(kinds)
     assert len({q["id"] for q in asked}) == len(asked)
-    trained = {row["conversations"][0]["value"] for row in rows["sft"] + rows["two_pictures"]}
+    trained = {row["conversations"][0]["value"] for row in rows["sft"] + rows["two_images"]}
     assert {q["question"] for q in asked} <= trained
     assert all(q["question"].count(IMAGE_MARK) == len(q["image"].split(", ")) for q in asked)
 
 
 def test_both_languages_in_their_shares(rows):
-    for name, expected in {"pretrain": 0.15, "sft": 0.15, "text": 0.34, "two_pictures": 0.5,
-                           "films": 0.5}.items():
+    for name, expected in {
+        "pretrain": 0.15,
+        "sft": 0.15,
+        "text": 0.34,
+        "two_images": 0.5,
+        "videos": 0.5,
+    }.items():
         english = [row["conversations"][1]["value"].isascii() for row in rows[name]]
         assert np.mean(english) == pytest.approx(expected, abs=0.06)
 
 
-def test_the_swapped_answer_is_the_answer_to_the_swapped_pictures(pictures):
-    for question in sentences.two_picture_questions(pictures, 20, np.random.default_rng(1)):
-        first, second = (pictures[image] for image in question["image"].split(", "))
+def test_the_swapped_answer_is_the_answer_to_the_swapped_images(images):
+    for question in sentences.two_image_questions(images, 20, np.random.default_rng(1)):
+        first, second = (images[image] for image in question["image"].split(", "))
         language = sentences.LANGUAGES[question["kind"][-2:]]
         assert question["answer"] == sentences.answer_two(first, second, language)
         assert question["swapped_answer"] == sentences.answer_two(second, first, language)
         assert question["question"].isascii() == question["answer"].isascii() == (language.numbered.isascii())
 
 
-def test_answers_about_films():
-    picture = make_splits(PRESETS["full"], seed=0)["train"][0]
-    start = dataclasses.replace(picture, colour="red", shape="star", size="small", position="top_left")
-    moved, turned = (dataclasses.replace(start, **change) for change in
-                     ({"position": "right"}, {"colour": "blue"}))
+def test_answers_about_videos():
+    image = make_splits(PRESETS["full"], seed=0)["train"][0]
+    start = dataclasses.replace(image, colour="red", shape="star", size="small", position="top_left")
+    moved, turned = (
+        dataclasses.replace(start, **change) for change in ({"position": "right"}, {"colour": "blue"})
+    )
     zh, en = sentences.CHINESE, sentences.ENGLISH
-    assert sentences.answer_film((start, moved), zh) == "它从左上角去了右侧。"
-    assert (sentences.answer_film((start, moved), en)
-            == "It goes from the top left to the right.")
-    assert sentences.answer_film((start, turned), en) == "It turns from red to blue."
-    assert sentences.answer_film((start, turned), zh) == "它从红色变成蓝色。"
+    assert sentences.answer_video((start, moved), zh) == "它从左上角去了右侧。"
+    assert sentences.answer_video((start, moved), en) == "It goes from the top left to the right."
+    assert sentences.answer_video((start, turned), en) == "It turns from red to blue."
+    assert sentences.answer_video((start, turned), zh) == "它从红色变成蓝色。"
 
 
-def test_test_questions_about_films_are_worded_as_in_training(rows):
-    some = name_films(films.make_films(PRESETS["full"], seed=0)["unseen"])
-    asked = sentences.film_questions(some, np.random.default_rng(1))
+def test_test_questions_about_videos_are_worded_as_in_training(rows):
+    some = name_videos(videos.make_videos(PRESETS["full"], seed=0)["unseen"])
+    asked = sentences.video_questions(some, np.random.default_rng(1))
     kinds = [question["kind"] for question in asked]
     assert {kind: kinds.count(kind) for kind in kinds} == {"movement": 200, "colour_change": 200}
-    assert {q["question"] for q in asked} <= {row["conversations"][0]["value"] for row in rows["films"]}
+    assert {q["question"] for q in asked} <= {row["conversations"][0]["value"] for row in rows["videos"]}
     assert len({q["id"] for q in asked}) == len(asked) and {q["video"] for q in asked} == set(some)
 
 
-def test_what_a_sentence_says(pictures):
+def test_what_a_sentence_says(images):
     english, chinese = "A red star, then a blue red.", "图一是红色圆形，图二是蓝色方形。"
     assert sentences.spoken(english, COLOURS, sentences.ENGLISH) == ["red", "blue", "red"]
     assert sentences.spoken(chinese, scenes.SHAPES, sentences.CHINESE) == ["circle", "square"]
@@ -395,8 +410,8 @@ def test_running_text_is_cut_into_exactly_the_words_of_the_lexicon(rows, tokeniz
 
 def test_rows_are_short(rows, tokenizer):
     """The step times of the recipe hold for these lengths."""
-    for name, longest in {"pretrain": 76, "sft": 76, "two_pictures": 136, "text": 105, "films": 247}.items():
-        turns = [expand_films(row["conversations"], [films.SECONDS]) for row in rows[name]]
+    for name, longest in {"pretrain": 76, "sft": 76, "two_images": 136, "text": 105, "videos": 247}.items():
+        turns = [expand_videos(row["conversations"], [videos.SECONDS]) for row in rows[name]]
         assert max(len(render_conversation(turn, tokenizer).input_ids) for turn in turns) <= longest
 
 
@@ -425,8 +440,8 @@ FEW = dataclasses.replace(PRESETS["tiny"], clip=scenes.Stage(steps=3, batch_size
 
 
 @pytest.fixture(scope="module")
-def few_pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def few_images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     few = make_splits(FEW, seed=0)["train"][:80]
     paths = [folder / f"{i}.jpg" for i in range(len(few))]
     for path, scene in zip(paths, few, strict=True):
@@ -435,12 +450,12 @@ def few_pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clip_folder(few_pictures, tokenizer_path, tmp_path_factory):
+def clip_folder(few_images, tokenizer_path, tmp_path_factory):
     """An encoder after three steps, saved."""
     losses = []
     tokenizer = encoder.clip_tokenizer(tokenizer_path)
     model, final = encoder.train_encoder(
-        *few_pictures, tokenizer, FEW, seed=0, progress=lambda step, loss: losses.append(loss)
+        *few_images, tokenizer, FEW, seed=0, progress=lambda step, loss: losses.append(loss)
     )
     assert final == losses[-1] and len(losses) == 3
     folder = tmp_path_factory.mktemp("clip")
@@ -448,12 +463,12 @@ def clip_folder(few_pictures, tokenizer_path, tmp_path_factory):
     return folder
 
 
-def test_training_reproduces_bit_for_bit(few_pictures, tokenizer_path, clip_folder):
+def test_training_reproduces_bit_for_bit(few_images, tokenizer_path, clip_folder):
     tokenizer = encoder.clip_tokenizer(tokenizer_path)
     torch.manual_seed(99)  # the global generator must not matter, and must not be disturbed
     before = torch.get_rng_state()
-    again, _ = encoder.train_encoder(*few_pictures, tokenizer, FEW, seed=0)
-    other, _ = encoder.train_encoder(*few_pictures, tokenizer, FEW, seed=1)
+    again, _ = encoder.train_encoder(*few_images, tokenizer, FEW, seed=0)
+    other, _ = encoder.train_encoder(*few_images, tokenizer, FEW, seed=1)
     assert torch.equal(before, torch.get_rng_state())
     saved = CLIPModel.from_pretrained(clip_folder).state_dict()
     assert all(torch.equal(weight, saved[name]) for name, weight in again.state_dict().items())
@@ -466,7 +481,7 @@ def test_a_stock_vision_tower_loads_without_a_missing_weight(clip_folder):
     assert not report["missing_keys"] and not report["mismatched_keys"]
 
 
-def test_the_frozen_filters_are_the_cosines_and_are_not_trained(clip_folder, few_pictures, tokenizer_path):
+def test_the_frozen_filters_are_the_cosines_and_are_not_trained(clip_folder, few_images, tokenizer_path):
     weight = CLIPModel.from_pretrained(clip_folder).vision_model.embeddings.patch_embedding.weight
     cosines, _ = encoder.cosine_filters(FEW.clip_frequencies)
     scale = (weight * cosines).sum((1, 2, 3)) / cosines.square().sum((1, 2, 3))
@@ -482,23 +497,23 @@ def test_cosine_filters_are_orthogonal_within_a_colour_axis():
     assert u_plus_v.view(3, 8, 8)[1].diagonal().tolist() == list(range(0, 16, 2))
 
 
-def test_the_class_token_shortcut_equals_the_whole_tower(clip_folder, few_pictures):
+def test_the_class_token_shortcut_equals_the_whole_tower(clip_folder, few_images):
     """Training computes the last layer for the class token only; everyone else runs the stock forward."""
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    pixels = encoder.load_pixels(few_pictures[0][:8])
+    pixels = encoder.load_pixels(few_images[0][:8])
     with torch.no_grad():
-        patches = encoder.encode_patches(model, few_pictures[0][:8])
+        patches = encoder.encode_patches(model, few_images[0][:8])
         stock = torch.nn.functional.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
         torch.testing.assert_close(encoder.embed_patches(model, patches), stock, atol=1e-5, rtol=0)
 
 
-def test_the_stock_processor_reads_the_folder(clip_folder, few_pictures):
-    """Pictures come out as in model/vision_utils.py, captions end in the mark where the text is read off."""
+def test_the_stock_processor_reads_the_folder(clip_folder, few_images):
+    """Images come out as in model/vision_utils.py, captions end in the mark where the text is read off."""
     processor = CLIPProcessor.from_pretrained(clip_folder)
-    picture = encoder.open_image(few_pictures[0][0])
+    image = encoder.open_image(few_images[0][0])
     texts = ["图片上方有一个小的星形。", "a star"]
-    inputs = processor(text=texts, images=picture, padding=True, return_tensors="pt")
-    ours = encoder.load_pixels(few_pictures[0][:1])
+    inputs = processor(text=texts, images=image, padding=True, return_tensors="pt")
+    ours = encoder.load_pixels(few_images[0][:1])
     torch.testing.assert_close(inputs.pixel_values, ours, atol=1e-5, rtol=0)
     model = CLIPModel.from_pretrained(clip_folder)
     end = model.config.text_config.eos_token_id
@@ -507,10 +522,10 @@ def test_the_stock_processor_reads_the_folder(clip_folder, few_pictures):
     model(**inputs)
 
 
-def test_the_repository_reads_the_folder(clip_folder, few_pictures):
+def test_the_repository_reads_the_folder(clip_folder, few_images):
     vision_model, image_processor = get_vision_model(clip_folder)
     assert image_processor.size == 224
-    features = get_img_embedding(encoder.load_pixels(few_pictures[0][:2]), vision_model)
+    features = get_img_embedding(encoder.load_pixels(few_images[0][:2]), vision_model)
     assert features.shape == (2, 50, 192)
 
 
@@ -521,8 +536,8 @@ def test_the_tokenizer_of_the_encoder_is_its_own(clip_folder, tokenizer):
     assert clip("图").input_ids[1:-1] == tokenizer("图").input_ids
 
 
-def test_hard_batches_hold_two_colours(few_pictures):
-    colours = np.array([scene.colour or "" for scene in few_pictures[1]])
+def test_hard_batches_hold_two_colours(few_images):
+    colours = np.array([scene.colour or "" for scene in few_images[1]])
     rng = np.random.default_rng(0)
     for step in range(20):
         picked = encoder.draw_batch(colours, step, 10, rng)
@@ -530,10 +545,10 @@ def test_hard_batches_hold_two_colours(few_pictures):
         assert step % 2 == 0 or len(set(colours[picked])) == 2 and "" not in colours[picked]
 
 
-def test_equal_captions_share_the_target(clip_folder, few_pictures):
-    """Otherwise equal pictures would have to be told apart, which only noise can do."""
+def test_equal_captions_share_the_target(clip_folder, few_images):
+    """Otherwise equal images would have to be told apart, which only noise can do."""
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    patches = torch.zeros(4, 49, 192)  # four times the same picture, so that all similarities are equal
+    patches = torch.zeros(4, 49, 192)  # four times the same image, so that all similarities are equal
     input_ids = torch.tensor([[3, model.config.text_config.eos_token_id]])
     with torch.no_grad():
         loss = encoder.contrastive_loss(model, patches, input_ids, torch.zeros(4, dtype=torch.long))
@@ -546,4 +561,6 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[0] < 0.02 and max(rates) == pytest.approx(1, abs=0.06)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     peak = int(np.argmax(rates))
-    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(
+        rates[peak:], reverse=True
+    )

@@ -1,4 +1,5 @@
 """Several machines, played by several torchruns that meet at a port of this one."""
+
 import os
 import shutil
 import signal
@@ -31,14 +32,36 @@ class Machines:
         shutil.copy(self.folders[0] / "32_llm.pth", self.folders[1])
         shutil.copy(self.folders[0] / "32_llm.json", self.folders[1])
         port = free_port()
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-                    "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
-                    "--local_addr=127.0.0.1"]
-        self.processes = [subprocess.Popen(
-            [*launcher, f"--rdzv_conf=is_host={int(number == 0)}", "1-pretrain_vlm.py", f"@{workplace}/args",
-             f"--out_dir={folder}", *flags], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-            for number, folder in enumerate(self.folders)]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{port}",
+            "--rdzv_id=test",
+            "--local_addr=127.0.0.1",
+        ]
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *launcher,
+                    f"--rdzv_conf=is_host={int(number == 0)}",
+                    "1-pretrain_vlm.py",
+                    f"@{workplace}/args",
+                    f"--out_dir={folder}",
+                    *flags,
+                ],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for number, folder in enumerate(self.folders)
+        ]
 
     def wait_for_steps(self) -> None:
         metrics = self.main_folder() / METRICS
@@ -66,6 +89,7 @@ def machines(workplace):
     def start(*flags: str) -> Machines:
         started.append(Machines(workplace, *flags))
         return started[-1]
+
     yield start
     for pair in started:
         pair.end()

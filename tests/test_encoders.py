@@ -1,5 +1,6 @@
 """Encoders other than ViT-B/32, with the widths and patches of the real ones but random weights and one
-layer: tokens per picture and the projection follow from their config.json."""
+layer: tokens per image and the projection follow from their config.json."""
+
 import json
 from pathlib import Path
 
@@ -9,10 +10,10 @@ from conftest import run_inside, run_script, save_clip, weights_of
 from transformers import SiglipConfig, SiglipModel
 
 from model.checkpoint import read_description
-from model.dataset import SFT_MULTI, check_context, tokenize
+from model.data.dataset import SFT_MULTI, check_context, tokenize
+from model.data.feature_store import store_name
 from model.decode import pack_linears
-from model.feature_store import store_name
-from model.model import IGNORE_INDEX
+from model.transformer import IGNORE_INDEX
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 
 GEOMETRY = {"num_hidden_layers": 1, "intermediate_size": 64}
@@ -26,18 +27,38 @@ def save_siglip(folder: Path, **vision) -> Path:
     text = GEOMETRY | {"hidden_size": 24, "num_attention_heads": 2, "vocab_size": 50}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config={"image_size": 224} | vision))
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "image_processor_type":
-        "SiglipImageProcessor", "size": {"height": 224, "width": 224}}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_std": [0.5, 0.5, 0.5],
+                "image_processor_type": "SiglipImageProcessor",
+                "size": {"height": 224, "width": 224},
+            }
+        )
+    )
     return folder
 
 
 def flags_of(workplace: Path, encoder: Path) -> tuple[list[str], list[str]]:
     """Of two steps of training with another encoder, and of the chat, which finds it in the description."""
-    return ([f"@{workplace}/args", f"--clip_path={encoder}", "--max_seq_len=400", "--max_steps=2",
-             "--batch_size=2"],
-            [f"--out_dir={workplace}/out", "--dim=32", "--stage=vlm_pretrain", "--device=cpu",
-             f"--image_dir={workplace}/images", "--max_new_tokens=3"])
+    return (
+        [
+            f"@{workplace}/args",
+            f"--clip_path={encoder}",
+            "--max_seq_len=400",
+            "--max_steps=2",
+            "--batch_size=2",
+        ],
+        [
+            f"--out_dir={workplace}/out",
+            "--dim=32",
+            "--stage=vlm_pretrain",
+            "--device=cpu",
+            f"--image_dir={workplace}/images",
+            "--max_new_tokens=3",
+        ],
+    )
 
 
 def check_trained(workplace: Path, num_tokens: int, width: int) -> None:
@@ -66,20 +87,23 @@ def test_a_large_encoder_on_two_processes(workplace, tmp_path):
     assert result.returncode == 0 and result.stdout.count(".png]") == 6, result.stderr
 
 
-def test_a_context_too_short_for_the_pictures_is_refused_with_the_numbers(workplace, tmp_path, tokenizer):
+def test_a_context_too_short_for_the_images_is_refused_with_the_numbers(workplace, tmp_path, tokenizer):
     training, _ = flags_of(workplace, save_clip(tmp_path / "encoder", **B16))
-    with pytest.raises(ValueError, match=r"max_seq_len 200 cannot hold 1 picture\(s\) of 197 tokens each: .*"
-                                         r"raise --max_seq_len .* --clip_path"):
+    with pytest.raises(
+        ValueError,
+        match=r"max_seq_len 200 cannot hold 1 image\(s\) of 197 tokens each: .*"
+        r"raise --max_seq_len .* --clip_path",
+    ):
         run_inside("1-pretrain_vlm.py", *training, "--max_seq_len=200")
     row = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "yes"}]
     verdicts = []
-    for max_seq_len in range(514, 540):     # two pictures of 257 tokens, and the template
+    for max_seq_len in range(514, 540):  # two images of 257 tokens, and the template
         try:
             assert (tokenize(row, tokenizer, 257, max_seq_len)["labels"] != IGNORE_INDEX).any()
             check_context(SFT_MULTI, tokenizer, 257, max_seq_len)
             verdicts.append(True)
         except ValueError:
-            with pytest.raises(ValueError, match=f"max_seq_len {max_seq_len} cannot hold 2 picture"):
+            with pytest.raises(ValueError, match=f"max_seq_len {max_seq_len} cannot hold 2 image"):
                 check_context(SFT_MULTI, tokenizer, 257, max_seq_len)
             verdicts.append(False)
     assert set(verdicts) == {False, True} and sorted(verdicts) == verdicts
@@ -111,5 +135,5 @@ def test_another_kind_of_model_is_refused(tmp_path):
     folder = save_clip(tmp_path / "clip")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
-    with pytest.raises(ValueError, match="model of type vit, but pictures are encoded by clip or siglip"):
+    with pytest.raises(ValueError, match="model of type vit, but images are encoded by clip or siglip"):
         get_vision_model(folder)

@@ -1,4 +1,5 @@
 """The feature cache: never a wrong feature, never half of one, nothing encoded twice, the same training."""
+
 import argparse
 import errno
 import json
@@ -15,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_rows, run_script, save_clip, save_picture, train, wait_until, weights_of
+from conftest import ROOT, make_rows, run_script, save_clip, save_image, train, wait_until, weights_of
 
-from model import feature_store
-from model.dataset import PRETRAIN, SFT_MULTI, BadSample, VLMDataset, collate
-from model.feature_store import FeatureStore, picture_key, store_name
+from model.data import feature_store
+from model.data.dataset import PRETRAIN, SFT_MULTI, BadSample, VLMDataset, collate
+from model.data.feature_store import FeatureStore, image_key, store_name
 from model.vision_utils import ImageProcessor, get_img_embedding, get_vision_model, load_pixels
 from trainer import features
 from trainer.distributed import Run
@@ -30,57 +31,61 @@ ALONE = Run(0, 1, torch.device("cpu"))
 
 @pytest.fixture
 def place(tmp_path, tokenizer, clip_path):
-    """Six pictures and 24 rows that name them, as a data set, and a CLIP."""
+    """Six images and 24 rows that name them, as a data set, and a CLIP."""
     for number in range(6):
-        save_picture(tmp_path / f"{number}.png", number)
+        save_image(tmp_path / f"{number}.png", number)
     (tmp_path / "rows.json").write_text(json.dumps(make_rows(24)))
     vision_model, processor = get_vision_model(clip_path)
     dataset = VLMDataset(tmp_path / "rows.json", PRETRAIN, tokenizer, tmp_path, processor)
     args = argparse.Namespace(feature_cache=str(tmp_path / "cache"), feature_dtype="float32", num_workers=0)
-    return argparse.Namespace(path=tmp_path, dataset=dataset, vision_model=vision_model, processor=processor,
-                              args=args)
+    return argparse.Namespace(
+        path=tmp_path, dataset=dataset, vision_model=vision_model, processor=processor, args=args
+    )
 
 
 def fill(place) -> FeatureStore:
-    store = features.fill_feature_cache(ALONE, place.args, [place.dataset], place.vision_model,
-                                        place.processor)
+    store = features.fill_feature_cache(
+        ALONE, place.args, [place.dataset], place.vision_model, place.processor
+    )
     place.dataset.feature_store = store
     return store
 
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """How many pictures each call of CLIP was given."""
+    """How many images each call of CLIP was given."""
     counts = []
 
     def count(pixels, vision_model):
         counts.append(len(pixels))
         return get_img_embedding(pixels, vision_model)
+
     monkeypatch.setattr(features, "get_img_embedding", count)
     return counts
 
 
-def test_every_distinct_picture_is_encoded_once_and_read_back_exactly(place, encoded):
-    shutil.copy(place.path / "0.png", place.path / "copy.png")      # another name, the same picture
+def test_every_distinct_image_is_encoded_once_and_read_back_exactly(place, encoded):
+    shutil.copy(place.path / "0.png", place.path / "copy.png")  # another name, the same image
     rows = make_rows(24) + [make_rows(1)[0] | {"image": "copy.png"}]
     (place.path / "rows.json").write_text(json.dumps(rows))
-    place.dataset = VLMDataset(place.path / "rows.json", PRETRAIN, place.dataset.tokenizer, place.path,
-                               place.processor)
+    place.dataset = VLMDataset(
+        place.path / "rows.json", PRETRAIN, place.dataset.tokenizer, place.path, place.processor
+    )
     store = fill(place)
     assert len(store) == 6 and sum(encoded) == 6
     for number in range(6):
         path = place.path / f"{number}.png"
         expected = get_img_embedding(load_pixels(path, place.processor)[None], place.vision_model)[0]
         assert torch.equal(store.read(path), expected)
-    assert len(fill(place)) == 6 and sum(encoded) == 6              # another run, nothing to do
+    assert len(fill(place)) == 6 and sum(encoded) == 6  # another run, nothing to do
 
 
-def test_a_replaced_picture_is_never_served_its_old_features(place, encoded):
+def test_a_replaced_image_is_never_served_its_old_features(place, encoded):
     """Same name, same size, same time: only the content tells."""
     old, new, other = place.path / "0.png", place.path / "1.png", place.path / "other.png"
     store = fill(place)
     before, status = store.read(old), os.stat(old)
-    save_picture(other, 77)
+    save_image(other, 77)
     shutil.copy(other, old)
     os.utime(old, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert store.read(old) is None
@@ -88,15 +93,17 @@ def test_a_replaced_picture_is_never_served_its_old_features(place, encoded):
     assert isinstance(bad, BadSample) and "0.png was replaced" in bad.reason
     store = fill(place)
     assert sum(encoded) == 7 and not torch.equal(store.read(old), before)
-    shutil.copy(new, old)       # one that is known by another name
+    shutil.copy(new, old)  # one that is known by another name
     assert torch.equal(store.read(old), store.read(new))
 
 
 def test_another_clip_preprocessing_or_dtype_has_another_store(place, tmp_path):
-    names = {store_name(place.vision_model, place.processor, "float32"),
-             store_name(place.vision_model, place.processor, "float16"),
-             store_name(place.vision_model, ImageProcessor(mean=(0.5, 0.5, 0.5)), "float32"),
-             store_name(place.vision_model, ImageProcessor(jpeg_draft=True), "float32")}
+    names = {
+        store_name(place.vision_model, place.processor, "float32"),
+        store_name(place.vision_model, place.processor, "float16"),
+        store_name(place.vision_model, ImageProcessor(mean=(0.5, 0.5, 0.5)), "float32"),
+        store_name(place.vision_model, ImageProcessor(jpeg_draft=True), "float32"),
+    }
     other, _ = get_vision_model(save_clip(tmp_path / "wider", num_attention_heads=4))
     names.add(store_name(other, place.processor, "float32"))
     with torch.no_grad():
@@ -107,8 +114,9 @@ def test_another_clip_preprocessing_or_dtype_has_another_store(place, tmp_path):
 
 def test_a_clip_in_another_folder_has_the_same_store(place, clip_path, tmp_path):
     moved, _ = get_vision_model(shutil.copytree(clip_path, tmp_path / "moved"))
-    assert (store_name(moved, place.processor, "float32")
-            == store_name(place.vision_model, place.processor, "float32"))
+    assert store_name(moved, place.processor, "float32") == store_name(
+        place.vision_model, place.processor, "float32"
+    )
 
 
 def test_half_written_segments_do_not_count(place, encoded, monkeypatch):
@@ -117,7 +125,7 @@ def test_half_written_segments_do_not_count(place, encoded, monkeypatch):
     store = fill(place)
     assert len(store.segments) == 3
     victim = sorted(store.folder.glob("*.keys.npy"))[0]
-    victim.unlink()         # what a run killed between the two files of a segment leaves
+    victim.unlink()  # what a run killed between the two files of a segment leaves
     (store.folder / f".{victim.name}.tmp").write_bytes(b"half")
     assert len(FeatureStore(store.folder, "float32")) == 4
     again = fill(place)
@@ -129,20 +137,21 @@ def test_a_full_disk_is_told_in_one_line_and_what_is_written_stays(place, encode
     monkeypatch.setattr(features, "BATCH", 2)
     usage = shutil.disk_usage(place.path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ValueError, match="needs 0.0 MB for 6 pictures, .*--feature_cache"):
+    with pytest.raises(ValueError, match="needs 0.0 MB for 6 images, .*--feature_cache"):
         fill(place)
-    assert not encoded      # told before anything is computed
+    assert not encoded  # told before anything is computed
     monkeypatch.undo()
     monkeypatch.setattr(features, "SEGMENT", 2)
     written = []
 
     def full(file, array):
-        if len(written) == 5:       # features and keys of two segments, and the third's features
+        if len(written) == 5:  # features and keys of two segments, and the third's features
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         written.append(array)
         np.lib.format.write_array(file, array)
+
     monkeypatch.setattr(feature_store.np, "save", full)
-    with pytest.raises(OSError, match="No space left on device.*4 of 6 pictures are encoded"):
+    with pytest.raises(OSError, match="No space left on device.*4 of 6 images are encoded"):
         fill(place)
     monkeypatch.undo()
     assert len(fill(place)) == 6
@@ -157,6 +166,7 @@ def test_a_second_run_waits_and_takes_what_the_first_has_encoded(place, monkeypa
         begun.set()
         assert go_on.wait(60)
         return get_img_embedding(pixels, vision_model)
+
     monkeypatch.setattr(features, "get_img_embedding", slowly)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(fill, place)
@@ -180,8 +190,15 @@ def test_batches_hold_features_instead_of_pixels(place, tokenizer):
     fill(place)
     batch = collate([place.dataset[n] for n in range(3)])
     assert batch["image_features"].shape == (3, 50, 24) and "pixel_values" not in batch
-    rows = [{"image": "1.png, 0.png", "conversations": [
-        {"from": "human", "value": "<image>\n<image>\n什么？"}, {"from": "gpt", "value": "圆形。"}]}]
+    rows = [
+        {
+            "image": "1.png, 0.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\n<image>\n什么？"},
+                {"from": "gpt", "value": "圆形。"},
+            ],
+        }
+    ]
     (place.path / "two.json").write_text(json.dumps(rows))
     two = VLMDataset(place.path / "two.json", SFT_MULTI, tokenizer, place.path, place.processor)
     two.feature_store = place.dataset.feature_store
@@ -189,8 +206,8 @@ def test_batches_hold_features_instead_of_pixels(place, tokenizer):
     assert torch.equal(two[0]["image_features"], torch.stack(expected))
 
 
-def test_pictures_that_cannot_be_read_are_bad_samples_as_without_a_cache(place):
-    (place.path / "0.png").write_bytes(b"not a picture")
+def test_images_that_cannot_be_read_are_bad_samples_as_without_a_cache(place):
+    (place.path / "0.png").write_bytes(b"not an image")
     (place.path / "1.png").unlink()
     (place.path / "2.png").write_bytes(b"")
     without = [place.dataset[n] for n in range(6)]
@@ -206,7 +223,7 @@ def test_a_store_is_handed_to_workers_without_copying_the_features(place):
     store = fill(place)
     sent = pickle.dumps(store)
     assert len(sent) < 1000
-    key = picture_key(place.path / "3.png")
+    key = image_key(place.path / "3.png")
     assert pickle.loads(sent).find(key) == store.find(key) is not None
     assert np.array([1, 2], np.uint64) not in store
 
@@ -219,11 +236,11 @@ def losses(workplace) -> list[float]:
 
 
 def test_training_with_the_cache_gives_the_same_losses(workplace):
-    """Exact where the cache is float32: on a CPU a picture's features do not depend on its neighbours."""
+    """Exact where the cache is float32: on a CPU an image's features do not depend on its neighbours."""
     train(workplace)
     without, weights = losses(workplace), weights_of(workplace)
     first = train(workplace, CACHE.format(workplace), "--feature_dtype=float32")
-    assert "0 pictures are there, 6 to encode, 0.0 MB to write" in first.stdout
+    assert "0 images are there, 6 to encode, 0.0 MB to write" in first.stdout
     assert losses(workplace) == without
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(workplace).items())
     second = train(workplace, CACHE.format(workplace), "--feature_dtype=float32", "--num_workers=2")
@@ -236,9 +253,14 @@ def test_two_processes_build_the_cache_that_one_builds(workplace):
     caches = []
     for processes in (1, 2):
         shutil.rmtree(workplace / "cache", ignore_errors=True)
-        train(workplace, CACHE.format(workplace), "--feature_dtype=float32", f"--batch_size={4 // processes}",
-              processes=processes)
-        folder, = (workplace / "cache").iterdir()
+        train(
+            workplace,
+            CACHE.format(workplace),
+            "--feature_dtype=float32",
+            f"--batch_size={4 // processes}",
+            processes=processes,
+        )
+        (folder,) = (workplace / "cache").iterdir()
         store = FeatureStore(folder, "float32")
         assert len(store.segments) == processes and len(store) == 6
         caches.append([store.read(workplace / "images" / f"{number}.png") for number in range(6)])
@@ -248,23 +270,30 @@ def test_two_processes_build_the_cache_that_one_builds(workplace):
 def test_a_killed_build_goes_on_where_it_was(workplace):
     """A real SIGKILL in the middle; what was encoded before is not encoded again."""
     for number in range(6, 160):
-        save_picture(workplace / "images" / f"{number}.png", number)
+        save_image(workplace / "images" / f"{number}.png", number)
     rows = [make_rows(1)[0] | {"image": f"{number}.png"} for number in range(160)]
     (workplace / "data.json").write_text(json.dumps(rows))
-    code = ("import runpy, sys; from trainer import features; features.SEGMENT = features.BATCH = 8; "
-            "sys.argv[0] = '1-pretrain_vlm.py'; runpy.run_path(sys.argv[0], run_name='__main__')")
+    code = (
+        "import runpy, sys; from trainer import features; features.SEGMENT = features.BATCH = 8; "
+        "sys.argv[0] = '1-pretrain_vlm.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     flags = [f"@{workplace}/args", "--max_steps=1", CACHE.format(workplace)]
-    process = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 120
     while len(list((workplace / "cache").glob("*/*.keys.npy"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    folder, = (workplace / "cache").iterdir()
+    (folder,) = (workplace / "cache").iterdir()
     there = len(FeatureStore(folder))
     assert 24 <= there < 160
     result = run_script("1-pretrain_vlm.py", *flags)
     assert result.returncode == 0, result.stderr
-    assert f"{there} pictures are there, {160 - there} to encode" in result.stdout
+    assert f"{there} images are there, {160 - there} to encode" in result.stdout
     assert len(FeatureStore(folder)) == 160

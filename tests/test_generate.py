@@ -1,5 +1,6 @@
 """Answers: cached equals uncached, batched equals one by one, sampling as in transformers, text without half
 characters."""
+
 import copy
 import itertools
 
@@ -14,11 +15,15 @@ from transformers import (
 )
 
 from model.decode import Decoder
-from model.generate import Chooser, Sampling, TextStreamer, generate
+from model.generate import Sampling, TextStreamer, TokenSampler, generate
 from model.prompt import render_conversation
 
-TEXTS = ["<image>\n图片里有什么？", "图形是什么颜色？", "Describe this picture. <image> and <image>",
-         "<image>"]
+TEXTS = [
+    "<image>\n图片里有什么？",
+    "图形是什么颜色？",
+    "Describe this picture. <image> and <image>",
+    "<image>",
+]
 
 
 @pytest.fixture
@@ -41,18 +46,26 @@ def collect(decoder, prompts, sampling, features) -> list[list[int]]:
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(max_new_tokens=30), Sampling(max_new_tokens=30, repetition_penalty=1.3),
-    Sampling(max_new_tokens=30, temperature=0.8, top_k=40, top_p=0.9, seed=3),
-], ids=["greedy", "penalty", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_new_tokens=30),
+        Sampling(max_new_tokens=30, repetition_penalty=1.3),
+        Sampling(max_new_tokens=30, temperature=0.8, top_k=40, top_p=0.9, seed=3),
+    ],
+    ids=["greedy", "penalty", "sampled"],
+)
 def test_batched_equals_one_by_one(decoder, prompts, features, sampling):
     together = collect(decoder, prompts, sampling, features)
     per_prompt = features.split([len(prompt.image_slots) for prompt in prompts])
-    alone = [collect(decoder, [prompt], Sampling(**vars(sampling) | {"seed": sampling.seed + row}),
-                     per_prompt[row])[0]
-             for row, prompt in enumerate(prompts)]
+    alone = [
+        collect(
+            decoder, [prompt], Sampling(**vars(sampling) | {"seed": sampling.seed + row}), per_prompt[row]
+        )[0]
+        for row, prompt in enumerate(prompts)
+    ]
     assert together == alone
-    assert len(set(itertools.chain(*together))) > 20       # not one token over and over
+    assert len(set(itertools.chain(*together))) > 20  # not one token over and over
 
 
 def test_cached_equals_uncached(lively, decoder, prompts, features):
@@ -65,13 +78,15 @@ def test_cached_equals_uncached(lively, decoder, prompts, features):
 
 
 def test_max_new_tokens_counts_new_tokens_and_the_context_is_the_limit(decoder, prompts, features):
-    assert [len(answer)
-            for answer in collect(decoder, prompts, Sampling(max_new_tokens=7), features)] == [7] * 4
+    assert [len(answer) for answer in collect(decoder, prompts, Sampling(max_new_tokens=7), features)] == [
+        7
+    ] * 4
     lengths = [len(prompt.input_ids) for prompt in prompts]
     decoder.config.max_seq_len = max(lengths) + 3
     answers = collect(decoder, prompts, Sampling(max_new_tokens=500), features)
-    assert [length + len(answer)
-            for length, answer in zip(lengths, answers, strict=True)] == [max(lengths) + 3] * 4
+    assert [length + len(answer) for length, answer in zip(lengths, answers, strict=True)] == [
+        max(lengths) + 3
+    ] * 4
     decoder.config.max_seq_len = max(lengths)
     with pytest.raises(ValueError, match="context holds"):
         collect(decoder, prompts, Sampling(), features)
@@ -82,17 +97,20 @@ def test_an_answer_ends_at_eos_and_its_neighbours_go_on(decoder, prompts, featur
     eos = free[0][4]
     steps = list(generate(decoder, prompts, eos, Sampling(max_new_tokens=20), features))
     cut = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
-    assert cut == [answer[:answer.index(eos)] if eos in answer else answer for answer in free]
+    assert cut == [answer[: answer.index(eos)] if eos in answer else answer for answer in free]
 
 
 def test_two_conversations_at_once_never_mix(decoder, prompts, features):
     """A cache inside the module once mixed two users."""
-    a, b = (generate(decoder, [prompts[n]], 2, Sampling(max_new_tokens=12), features[n:n + 1])
-            for n in (0, 3))
+    a, b = (
+        generate(decoder, [prompts[n]], 2, Sampling(max_new_tokens=12), features[n : n + 1]) for n in (0, 3)
+    )
     interleaved = list(zip(*((x[0], y[0]) for x, y in zip(a, b, strict=True)), strict=True))
     for n, answer in zip((0, 3), interleaved, strict=True):
-        assert list(answer) == collect(decoder, [prompts[n]], Sampling(max_new_tokens=12),
-                                       features[n:n + 1])[0]
+        assert (
+            list(answer)
+            == collect(decoder, [prompts[n]], Sampling(max_new_tokens=12), features[n : n + 1])[0]
+        )
 
 
 def test_forgotten_images_are_told(decoder, prompts, features):
@@ -106,16 +124,30 @@ def test_choosing_equals_transformers_processors():
     """Among them the penalty: dividing a negative logit would RAISE it."""
     logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)) * 4
     ids = torch.randint(0, 200, (3, 30), generator=torch.Generator().manual_seed(1))
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.4), TemperatureLogitsWarper(0.7),
-                                      TopKLogitsWarper(50), TopPLogitsWarper(0.8)])
-    chooser = Chooser(Sampling(0.7, 50, 0.8, 1.4), ids, [30, 30, 30], 200)
-    ours = chooser.filter(chooser.penalise(logits) / 0.7)
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.4),
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(50),
+            TopPLogitsWarper(0.8),
+        ]
+    )
+    sampler = TokenSampler(Sampling(0.7, 50, 0.8, 1.4), ids, [30, 30, 30], 200)
+    ours = sampler.filter(sampler.penalise(logits) / 0.7)
     torch.testing.assert_close(ours, processors(ids, logits.clone()))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"repetition_penalty": 0}, {"max_new_tokens": 0},
-    {"temperature": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"repetition_penalty": 0},
+        {"max_new_tokens": 0},
+        {"temperature": float("nan")},
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)

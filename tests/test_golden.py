@@ -3,6 +3,7 @@
 A change of the mathematics, of the initialisation or of the sample order moves them: then say so in the
 commit, and put the new numbers here. The tolerance is for other processors, which round differently.
 """
+
 import pytest
 from conftest import run_script
 

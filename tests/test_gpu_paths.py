@@ -1,4 +1,5 @@
 """What is written for GPUs, as far as a CPU can run it: copies ahead, compiled blocks, a batch that fits."""
+
 import contextlib
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from conftest import run_inside, weights_of
 from torch import nn
 
-from model.dataset import DatasetSpec, VLMDataset, collate
+from model.data.dataset import DatasetSpec, VLMDataset, collate
 from model.vision_utils import get_img_embedding, get_vision_model
 from trainer import loop
 from trainer.args import AUTO
@@ -46,8 +47,17 @@ def test_the_next_batch_is_copied_before_this_one_is_used(monkeypatch):
         copying.said.append(f"used {batch['num_tokens']}")
     assert seen == [0, 1, 2]
     arrived = ["event", "kept"]
-    assert copying.said == ["copied", "copied", *arrived, "used 0", "copied", *arrived, "used 1",
-                            *arrived, "used 2"]
+    assert copying.said == [
+        "copied",
+        "copied",
+        *arrived,
+        "used 0",
+        "copied",
+        *arrived,
+        "used 1",
+        *arrived,
+        "used 2",
+    ]
 
 
 def test_on_a_cpu_batches_pass_as_they_are():
@@ -58,11 +68,12 @@ def test_on_a_cpu_batches_pass_as_they_are():
 
 @pytest.fixture
 def batches(workplace, tokenizer, clip_path) -> list[dict]:
-    """Two batches of rows padded to a multiple of 64, one of them with two learnt tokens fewer, and the same
+    """Two batches of rows padded to a multiple of 64, one of them with two target token fewer, and the same
     rows without that padding."""
     vision_model, processor = get_vision_model(clip_path)
-    dataset = VLMDataset(workplace / "data.json", DatasetSpec(),
-                         tokenizer, workplace / "images", processor, max_seq_len=256)
+    dataset = VLMDataset(
+        workplace / "data.json", DatasetSpec(), tokenizer, workplace / "images", processor, max_seq_len=256
+    )
     rows = [[dataset[place] for place in places] for places in ((0, 1, 2, 3), (4, 5, 6, 7))]
     made = [collate(part, multiple=64) for part in rows] + [collate(part) for part in rows]
     for batch in made:
@@ -72,8 +83,13 @@ def batches(workplace, tokenizer, clip_path) -> list[dict]:
 
 def loss_and_gradients(model: nn.Module, batch: dict) -> list[torch.Tensor]:
     model.zero_grad(set_to_none=True)
-    loss = model(batch["input_ids"], batch["features"], batch["image_slots"], batch["labels"],
-                 learnt=batch["learnt"])[1]
+    loss = model(
+        batch["input_ids"],
+        batch["features"],
+        batch["image_slots"],
+        batch["labels"],
+        target_positions=batch["target_positions"],
+    )[1]
     loss.backward()
     return [loss.detach()] + [parameter.grad.clone() for parameter in model.parameters()]
 
@@ -92,21 +108,25 @@ def test_compiled_blocks_compute_the_same(model, batches, monkeypatch):
     expected = [loss_and_gradients(model, batch) for batch in batches[:2]]
     names = list(model.state_dict())
     compiled = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: compiled(
-        module, backend="aot_eager", fullgraph=True, dynamic=dynamic))
+    monkeypatch.setattr(
+        nn.Module,
+        "compile",
+        lambda module, dynamic: compiled(module, backend="aot_eager", fullgraph=True, dynamic=dynamic),
+    )
     compile_blocks(model)
     for batch, values in zip(batches[:2], expected, strict=True):
         for one, two in zip(loss_and_gradients(model, batch), values, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert list(model.state_dict()) == names
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2     # it was the compiler's work
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # it was the compiler's work
     torch._dynamo.reset()
 
 
 def test_a_compiled_run_learns_as_the_plain_one_does(workplace, monkeypatch):
     compiled = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: compiled(
-        module, backend="aot_eager", dynamic=dynamic))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, dynamic: compiled(module, backend="aot_eager", dynamic=dynamic)
+    )
     weights = []
     for flags in ([], ["--compile"]):
         run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=3", *flags)
@@ -120,7 +140,7 @@ def test_the_largest_batch_is_a_power_of_two_that_fits():
     for gigabytes in (1, 3, 10, 10_000):
         memory = StepMemory(fixed=10**9, per_sample=10**7, available=gigabytes * 10**9)
         largest = memory.largest_batch()
-        assert largest in (0, *(2 ** power for power in range(9)))
+        assert largest in (0, *(2**power for power in range(9)))
         assert not largest or memory.needed(largest) <= SHARE * memory.available
         assert largest == LARGEST_BATCH or memory.needed(max(1, 2 * largest)) > SHARE * memory.available
     assert StepMemory(1, 1, None).largest_batch() is None
@@ -133,6 +153,7 @@ def test_batch_size_auto_takes_it_and_the_start_tells(workplace, monkeypatch, ca
     def plan_step(*arguments):
         plan = original(*arguments)
         return StepMemory(plan.fixed, plan.per_sample, int((plan.fixed + 10 * plan.per_sample) / SHARE))
+
     monkeypatch.setattr(loop, "plan_step", plan_step)
     run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", f"--batch_size={AUTO}")
     told = capsys.readouterr().out

@@ -1,11 +1,12 @@
 """The network: sizes, positions, the placeholder overwrite, the loss, the cache."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-
 from model.lean import LeanRMSNorm, SwiGLU, SwiGLUDown
+
 from model.LMConfig import LMConfig
-from model.model import (
+from model.transformer import (
     IGNORE_INDEX,
     Attention,
     FeedForward,
@@ -17,8 +18,9 @@ from model.model import (
 from model.vision_proj import find_image_slots, overwrite_image_slots, placeholder_ids
 
 
-@pytest.mark.parametrize(("dim", "n_layers", "llm", "vlm"), [
-    (512, 8, 26_878_464, 27_271_680), (768, 16, 108_749_568, 109_339_392)])
+@pytest.mark.parametrize(
+    ("dim", "n_layers", "llm", "vlm"), [(512, 8, 26_878_464, 27_271_680), (768, 16, 108_749_568, 109_339_392)]
+)
 def test_parameter_counts_are_those_of_minimind(dim, n_layers, llm, vlm):
     with torch.device("meta"):
         assert Transformer(LMConfig(dim=dim, n_layers=n_layers, vision_dim=0)).num_parameters() == llm
@@ -46,11 +48,15 @@ def test_what_blocks_add_to_the_stream_starts_smaller():
     scaled = 0.02 / 4
     for module in model.modules():
         if isinstance(module, Attention):
-            assert (abs(module.wo.weight.std() / scaled - 1) < 0.05
-                    and abs(module.wq.weight.std() / 0.02 - 1) < 0.05)
+            assert (
+                abs(module.wo.weight.std() / scaled - 1) < 0.05
+                and abs(module.wq.weight.std() / 0.02 - 1) < 0.05
+            )
         if isinstance(module, FeedForward):
-            assert (abs(module.w2.weight.std() / scaled - 1) < 0.05
-                    and abs(module.w3.weight.std() / 0.02 - 1) < 0.05)
+            assert (
+                abs(module.w2.weight.std() / scaled - 1) < 0.05
+                and abs(module.w3.weight.std() / 0.02 - 1) < 0.05
+            )
 
 
 def test_rope_turns_neighbouring_pairs():
@@ -60,10 +66,13 @@ def test_rope_turns_neighbouring_pairs():
     for position in range(9):
         for pair in range(8):
             angle = torch.tensor(position * 10000.0 ** (-2 * pair / 16))
-            matrix = torch.stack([torch.stack([angle.cos(), angle.sin()]),
-                                  torch.stack([-angle.sin(), angle.cos()])])
-            torch.testing.assert_close(turned[:, position, :, 2 * pair:2 * pair + 2],
-                                       x[:, position, :, 2 * pair:2 * pair + 2] @ matrix)
+            matrix = torch.stack(
+                [torch.stack([angle.cos(), angle.sin()]), torch.stack([-angle.sin(), angle.cos()])]
+            )
+            torch.testing.assert_close(
+                turned[:, position, :, 2 * pair : 2 * pair + 2],
+                x[:, position, :, 2 * pair : 2 * pair + 2] @ matrix,
+            )
 
 
 def test_what_keeps_less_for_the_backward_pass_has_the_same_gradients():
@@ -88,8 +97,11 @@ def test_plain_products_attend_as_sdpa_does(T):
     expected, got = causal_attention(*exact), causal_attention(*rough)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.03)
-    for one, two in zip(torch.autograd.grad(expected.square().sum(), exact),
-                        torch.autograd.grad(got.float().square().sum(), rough), strict=True):
+    for one, two in zip(
+        torch.autograd.grad(expected.square().sum(), exact),
+        torch.autograd.grad(got.float().square().sum(), rough),
+        strict=True,
+    ):
         torch.testing.assert_close(two.float(), one, rtol=0.1, atol=0.15)
     changed = [tensor.detach().clone() for tensor in rough]
     for tensor in changed:
@@ -146,7 +158,7 @@ def make_batch(vocab_size: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.full((3, T), IGNORE_INDEX)
     for row, length in enumerate((60, 17, 5)):
         ids[row, :length] = torch.randint(3, vocab_size, (length,), generator=generator)
-        labels[row, length // 2:length] = ids[row, length // 2:length]
+        labels[row, length // 2 : length] = ids[row, length // 2 : length]
     return ids, labels
 
 
@@ -155,11 +167,11 @@ def test_loss_is_that_of_full_logits(model, config):
     logits, loss = model(ids, labels=labels)
     full, _ = model(ids)
     expected = F.cross_entropy(full.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
-    learnt = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-    assert logits.shape == (len(learnt), config.vocab_size)
+    targets = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    assert logits.shape == (len(targets), config.vocab_size)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(logits, full.flatten(0, 1)[learnt])
-    assert torch.equal(model(ids, labels=labels, learnt=learnt)[1], loss)
+    torch.testing.assert_close(logits, full.flatten(0, 1)[targets])
+    assert torch.equal(model(ids, labels=labels, target_positions=targets)[1], loss)
 
 
 def test_padding_changes_nothing(model, config):
@@ -170,16 +182,24 @@ def test_padding_changes_nothing(model, config):
         model.zero_grad()
         loss = model(ids, labels=labels)[1]
         loss.backward()
-        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()
-                                        if parameter.grad is not None]))
+        results.append(
+            (
+                loss.detach(),
+                [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None],
+            )
+        )
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-7)
     for short, long in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_to_learn_is_harmless(model):
-    loss = model(torch.ones(2, 4, dtype=torch.long), torch.zeros(0, 50, 24),
-                 torch.zeros(0, 50, dtype=torch.long), labels=torch.full((2, 4), IGNORE_INDEX))[1]
+    loss = model(
+        torch.ones(2, 4, dtype=torch.long),
+        torch.zeros(0, 50, 24),
+        torch.zeros(0, 50, dtype=torch.long),
+        labels=torch.full((2, 4), IGNORE_INDEX),
+    )[1]
     loss.backward()
     assert loss.item() == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())

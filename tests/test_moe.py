@@ -1,5 +1,6 @@
 """Mixture of experts: the same function as plain loops, a balance loss that does not depend on how a batch is
 cut or padded, and runs that go on, in one process or two."""
+
 import copy
 import json
 import re
@@ -12,11 +13,12 @@ from conftest import SIZES, check_same, make_rows, run_inside, run_script, train
 from test_resume import PowerCut, cut_after
 
 from dataset.demo_world.build import World
-from model.checkpoint import config_of, load_weights, read_state_dict, save_weights, weights_path
+from model.checkpoint import config_of, load_weights, read_state_dict, save_weights
 from model.decode import Decoder
 from model.LMConfig import LMConfig
-from model.model import IGNORE_INDEX, FeedForward, Transformer
 from model.moe import MixtureOfExperts, Routing, grouped, one_by_one
+from model.names import weights_path
+from model.transformer import IGNORE_INDEX, FeedForward, Transformer
 from model.vision_proj import placeholder_ids
 from trainer.logger import read_metrics
 
@@ -33,8 +35,9 @@ def config(tokenizer) -> LMConfig:
 def moe_workplace(workplace, tokenizer) -> Path:
     """The workplace with a language model that has experts, and a recipe that says so."""
     torch.manual_seed(2)
-    llm = Transformer(LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=0, max_seq_len=256,
-                               use_moe=True))
+    llm = Transformer(
+        LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=0, max_seq_len=256, use_moe=True)
+    )
     save_weights(llm, weights_path(workplace / "out", llm.config, "llm"))
     with open(workplace / "args", "a") as file:
         file.write("\n--use_moe=True")
@@ -47,6 +50,7 @@ def metrics_of(workplace: Path) -> list[dict]:
 
 # ---- sizes and names ---------------------------------------------------------------------------------------
 
+
 def test_parameter_counts_and_names_are_those_of_v1():
     with torch.device("meta"):
         model = Transformer(LMConfig(dim=512, n_layers=8, use_moe=True, vision_proj_bias=True))
@@ -55,17 +59,28 @@ def test_parameter_counts_and_names_are_those_of_v1():
         assert Transformer(LMConfig()).num_active_parameters() == 27_271_680
     idle = 8 * 2 * 3 * 512 * 1408
     assert model.num_active_parameters() == 96_494_592 - idle
-    names = {re.sub(r"layers\.\d+\.feed_forward\.", "", name): tuple(parameter.shape)
-             for name, parameter in model.named_parameters() if ".feed_forward." in name}
+    names = {
+        re.sub(r"layers\.\d+\.feed_forward\.", "", name): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if ".feed_forward." in name
+    }
     widths = {"w1": (1408, 512), "w2": (512, 1408), "w3": (1408, 512)}
-    assert names == {"gate.weight": (4, 512),
-                     **{f"{expert}.{name}.weight": shape for name, shape in widths.items()
-                        for expert in ("shared_experts", *(f"experts.{number}" for number in range(4)))}}
+    assert names == {
+        "gate.weight": (4, 512),
+        **{
+            f"{expert}.{name}.weight": shape
+            for name, shape in widths.items()
+            for expert in ("shared_experts", *(f"experts.{number}" for number in range(4)))
+        },
+    }
 
 
 def test_sizes_of_experts_are_checked_and_kept(tmp_path):
-    with pytest.raises(ValueError, match=r"num_experts_per_tok must be 1 to n_routed_experts \(4\), not 5; "
-                                         "n_shared_experts must be 0 or 1, not 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_experts_per_tok must be 1 to n_routed_experts \(4\), not 5; "
+        "n_shared_experts must be 0 or 1, not 3",
+    ):
         LMConfig(num_experts_per_tok=5, n_shared_experts=3)
     with pytest.raises(ValueError, match="aux_loss_alpha must be 0 or more, not -1"):
         LMConfig(aux_loss_alpha=-1)
@@ -77,13 +92,17 @@ def test_sizes_of_experts_are_checked_and_kept(tmp_path):
 
 # ---- the same function as plain loops ----------------------------------------------------------------------
 
+
 def slow_experts(state: dict, x: torch.Tensor, config: LMConfig) -> torch.Tensor:
     """What a mixture says of one token x (D,), expert after expert."""
+
     def feed_forward(name: str) -> torch.Tensor:
-        return state[f"{name}.w2.weight"] @ (F.silu(state[f"{name}.w1.weight"] @ x)
-                                             * (state[f"{name}.w3.weight"] @ x))
+        return state[f"{name}.w2.weight"] @ (
+            F.silu(state[f"{name}.w1.weight"] @ x) * (state[f"{name}.w3.weight"] @ x)
+        )
+
     scores = torch.softmax(state["gate.weight"] @ x, 0)
-    best = sorted(range(len(scores)), key=lambda number: -scores[number].item())[:config.num_experts_per_tok]
+    best = sorted(range(len(scores)), key=lambda number: -scores[number].item())[: config.num_experts_per_tok]
     total = sum(scores[number] for number in best) if config.norm_topk_prob else 1
     said = sum(scores[number] / total * feed_forward(f"experts.{number}") for number in best)
     return said + feed_forward("shared_experts") if config.n_shared_experts else said
@@ -97,8 +116,10 @@ def loud(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-@pytest.mark.parametrize("sizes", [{}, {"norm_topk_prob": False, "n_shared_experts": 0},
-                                   {"n_routed_experts": 5, "num_experts_per_tok": 3}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"norm_topk_prob": False, "n_shared_experts": 0}, {"n_routed_experts": 5, "num_experts_per_tok": 3}],
+)
 @pytest.mark.parametrize("num_tokens", [1, 40])
 def test_experts_equal_a_slow_loop_gradients_included(sizes, num_tokens):
     """With one token some experts have nothing to do: their gradient is zero, but there is one."""
@@ -141,7 +162,7 @@ def v1_forward(state: dict, config: LMConfig, ids: list[int], features: torch.Te
     h = state["tok_embeddings.weight"][ids].clone()
     seen = features @ state["vision_proj.weight"].T + state["vision_proj.bias"]
     start = ids.index(placeholder_ids()[0])
-    h[start:start + 50] = seen
+    h[start : start + 50] = seen
     angles = torch.outer(torch.arange(T).double(), config.rope_theta ** (-torch.arange(0, E, 2).double() / E))
     turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
@@ -150,6 +171,7 @@ def v1_forward(state: dict, config: LMConfig, ids: list[int], features: torch.Te
 
     def rotated(x):
         return torch.view_as_real(torch.view_as_complex(x.reshape(T, E // 2, 2)) * turn).reshape(T, E)
+
     for number in range(config.n_layers):
         layer = f"layers.{number}"
         x = norm(h, f"{layer}.attention_norm")
@@ -157,13 +179,16 @@ def v1_forward(state: dict, config: LMConfig, ids: list[int], features: torch.Te
         heads = []
         for head in range(config.n_heads):
             shared = head // (config.n_heads // config.n_kv_heads)
-            query, key = rotated(q[:, head * E:][:, :E]), rotated(k[:, shared * E:][:, :E])
-            scores = (query @ key.T / E ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
-            heads.append(scores.softmax(-1) @ v[:, shared * E:][:, :E])
+            query, key = rotated(q[:, head * E :][:, :E]), rotated(k[:, shared * E :][:, :E])
+            scores = (query @ key.T / E**0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+            heads.append(scores.softmax(-1) @ v[:, shared * E :][:, :E])
         h = h + torch.cat(heads, 1) @ state[f"{layer}.attention.wo.weight"].T
         x = norm(h, f"{layer}.ffn_norm")
-        own = {name.removeprefix(f"{layer}.feed_forward."): tensor for name, tensor in state.items()
-               if name.startswith(f"{layer}.feed_forward.")}
+        own = {
+            name.removeprefix(f"{layer}.feed_forward."): tensor
+            for name, tensor in state.items()
+            if name.startswith(f"{layer}.feed_forward.")
+        }
         h = h + torch.stack([slow_experts(own, token, config) for token in x])
     return norm(h, "norm") @ state["output.weight"].T
 
@@ -172,8 +197,9 @@ def test_a_file_of_v1_with_experts_gives_the_logits_of_an_independent_forward(tm
     """Everything is read off its names and shapes; there is no description beside it."""
     config = LMConfig(dim=64, n_layers=3, vocab_size=600, use_moe=True, vision_dim=24, vision_proj_bias=True)
     state = loud(Transformer(config)).state_dict()
-    old_names = {name.replace("vision_proj.", "vision_proj.vision_proj.0."): tensor
-                 for name, tensor in state.items()}
+    old_names = {
+        name.replace("vision_proj.", "vision_proj.vision_proj.0."): tensor for name, tensor in state.items()
+    }
     torch.save({f"module.{name}": tensor for name, tensor in old_names.items()}, tmp_path / "64_moe.pth")
     found = config_of(tmp_path / "64_moe.pth", read_state_dict(tmp_path / "64_moe.pth"))
     assert found == config
@@ -186,8 +212,9 @@ def test_a_file_of_v1_with_experts_gives_the_logits_of_an_independent_forward(tm
         logits = model(torch.tensor([ids]), features.unsqueeze(0))[0][0]
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     with pytest.raises(ValueError, match="the file would fit --use_moe True$"):
-        load_weights(Transformer(LMConfig.from_dict(config.to_dict() | {"use_moe": False})),
-                     tmp_path / "64_moe.pth")
+        load_weights(
+            Transformer(LMConfig.from_dict(config.to_dict() | {"use_moe": False})), tmp_path / "64_moe.pth"
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -205,6 +232,7 @@ def test_cached_logits_are_those_of_the_whole(lively, config, batch_size):
 
 # ---- the balance loss --------------------------------------------------------------------------------------
 
+
 def make_batch(vocab_size: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows that end where their last label stands; what lies behind is random, and must not matter."""
     ids = torch.randint(3, vocab_size, (3, T), generator=torch.Generator().manual_seed(T))
@@ -212,7 +240,7 @@ def make_batch(vocab_size: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     for row, length in enumerate((31, 17, 5)):
         ids[row, :length] = torch.randint(3, vocab_size, (length,), generator=generator)
-        labels[row, length // 2:length] = ids[row, length // 2:length]
+        labels[row, length // 2 : length] = ids[row, length // 2 : length]
     return ids, labels
 
 
@@ -230,9 +258,9 @@ def test_the_balance_loss_is_deepseeks_sequence_by_sequence(lively, config):
     expected, load = 0.0, torch.zeros(2, 4, dtype=torch.long)
     for row, length in enumerate((31, 17, 5)):
         seen.clear()
-        lively(ids[row:row + 1, :length])
+        lively(ids[row : row + 1, :length])
         for number, x in enumerate(seen):
-            probabilities = (x[0] @ lively.layers[number].feed_forward.gate.weight.T).softmax(-1)    # (T, E)
+            probabilities = (x[0] @ lively.layers[number].feed_forward.gate.weight.T).softmax(-1)  # (T, E)
             for expert in range(4):
                 hits = sum(expert in token.argsort(descending=True)[:2] for token in probabilities)
                 load[number, expert] += hits
@@ -257,8 +285,14 @@ def test_padding_changes_neither_the_balance_nor_a_gradient(model, config):
         model.zero_grad()
         loss, routing = route_of(model, *make_batch(config.vocab_size, T))
         (loss + routing.balance).backward()
-        results.append([loss.detach(), routing.balance.detach(), routing.load,
-                        *(parameter.grad.clone() for parameter in model.layers.parameters())])
+        results.append(
+            [
+                loss.detach(),
+                routing.balance.detach(),
+                routing.load,
+                *(parameter.grad.clone() for parameter in model.layers.parameters()),
+            ]
+        )
     for short, long in zip(*results, strict=True):
         torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-6)
 
@@ -267,8 +301,9 @@ def test_a_batch_with_nothing_to_learn_is_harmless(model):
     loss, routing = route_of(model, torch.ones(2, 4, dtype=torch.long), torch.full((2, 4), IGNORE_INDEX))
     (loss + routing.balance).backward()
     assert loss.item() == routing.balance.item() == 0 and not routing.load.any()
-    assert all(parameter.grad is not None and not parameter.grad.any()
-               for parameter in model.layers.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any() for parameter in model.layers.parameters()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -284,43 +319,61 @@ def test_every_parameter_has_a_finite_gradient_in_every_dtype(model, config, dty
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_run_learns_starves_no_expert_and_tells_the_load(moe_workplace, capsys, dtype):
-    run_inside(SCRIPT, f"@{moe_workplace}/args", "--max_steps=40", "--log_interval=10", f"--dtype={dtype}",
-               "--learning_rate=4e-3")
+    run_inside(
+        SCRIPT,
+        f"@{moe_workplace}/args",
+        "--max_steps=40",
+        "--log_interval=10",
+        f"--dtype={dtype}",
+        "--learning_rate=4e-3",
+    )
     output, records = capsys.readouterr().out, metrics_of(moe_workplace)
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     for record in records:
         assert sum(record["expert_load"]) == pytest.approx(1, abs=1e-3) and len(record["expert_load"]) == 4
         assert 0.05 < record["expert_load_least"] <= record["expert_load_most"] < 0.5
-        assert 0.02 <= record["balance_loss"] < 0.03        # 0.01 per layer, at even use
+        assert 0.02 <= record["balance_loss"] < 0.03  # 0.01 per layer, at even use
     assert re.search(r"of a layer's choices an expert received \d+% to \d+%; metrics", output)
     assert re.search(r"parameters \(0\.\d\d M of all active per token\)", output)
 
 
 def test_one_process_accumulation_and_two_processes_train_the_same_model(moe_workplace):
-    """The balance weighs as much as the loss here, and rows differ in length: a mean per batch would show.
-    """
+    """The balance weighs as much as the loss here, and rows differ in length: a mean per batch would show."""
+
     def weights(name: str, *flags: str, processes: int = 1) -> dict[str, torch.Tensor]:
         folder = moe_workplace / name
         folder.mkdir()
         for path in (moe_workplace / "out").glob("32_moe_llm.*"):
             (folder / path.name).write_bytes(path.read_bytes())
-        flags = (f"@{moe_workplace}/args", f"--out_dir={folder}", "--max_steps=3", "--bucket=False",
-                 "--grad_clip=0", *flags)
+        flags = (
+            f"@{moe_workplace}/args",
+            f"--out_dir={folder}",
+            "--max_steps=3",
+            "--bucket=False",
+            "--grad_clip=0",
+            *flags,
+        )
         if processes == 1:
             run_inside(SCRIPT, *flags)
         else:
             train(moe_workplace, *flags, processes=processes)
         records = [record["expert_load"] for record in read_metrics(folder / f"32_{STAGE}.metrics.jsonl")]
-        assert all(load == first for load, first in zip(records, loads.setdefault("first", records),
-                                                        strict=True))
+        assert all(
+            load == first for load, first in zip(records, loads.setdefault("first", records), strict=True)
+        )
         return weights_of(moe_workplace, STAGE, name)
+
     loads: dict = {}
     whole = weights("whole", "--batch_size=8", "--aux_loss_alpha=1")
-    cut = {"accumulated": weights("accumulated", "--batch_size=2", "--accumulation_steps=4",
-                                  "--aux_loss_alpha=1"),
-           "shared": weights("shared", "--batch_size=4", "--aux_loss_alpha=1", processes=2)}
+    cut = {
+        "accumulated": weights(
+            "accumulated", "--batch_size=2", "--accumulation_steps=4", "--aux_loss_alpha=1"
+        ),
+        "shared": weights("shared", "--batch_size=4", "--aux_loss_alpha=1", processes=2),
+    }
     moved = torch.load(moe_workplace / "out" / "32_moe_llm.pth", weights_only=True)
     for name in moved:
         size = (whole[name] - moved[name]).abs().max()
@@ -330,12 +383,21 @@ def test_one_process_accumulation_and_two_processes_train_the_same_model(moe_wor
 
 def test_a_resumed_run_ends_in_the_same_bits_and_the_same_record(moe_workplace, monkeypatch):
     (moe_workplace / "data.json").write_text(json.dumps(make_rows(23)))
-    flags = [f"@{moe_workplace}/args", "--max_steps=8", "--save_interval=3", "--log_interval=4",
-             "--batch_size=2", "--accumulation_steps=2"]
+    flags = [
+        f"@{moe_workplace}/args",
+        "--max_steps=8",
+        "--save_interval=3",
+        "--log_interval=4",
+        "--batch_size=2",
+        "--accumulation_steps=2",
+    ]
 
     def records() -> list[dict]:
-        return [{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")}
-                for record in metrics_of(moe_workplace)]
+        return [
+            {name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")}
+            for record in metrics_of(moe_workplace)
+        ]
+
     run_inside(SCRIPT, *flags)
     expected, record = weights_of(moe_workplace, STAGE), records()
     for path in (moe_workplace / "out").glob(f"32_{STAGE}.*"):
@@ -363,15 +425,25 @@ def test_every_script_finds_the_files_of_experts(moe_workplace, capsys):
     assert "32_moe_llm.pth: " in result.stdout and "active per token" in result.stdout
     run_inside(SCRIPT, f"@{moe_workplace}/args", "--max_steps=1")
     run_inside("2-sft_vlm.py", f"@{moe_workplace}/args", "--max_steps=1")
-    flags = [f"--{name}={value}" for name, value in
-             {"out_dir": moe_workplace / "out", "image_dir": moe_workplace / "images", "dim": 32,
-              "max_new_tokens": 2, "device": "cpu"}.items()]
+    flags = [
+        f"--{name}={value}"
+        for name, value in {
+            "out_dir": moe_workplace / "out",
+            "image_dir": moe_workplace / "images",
+            "dim": 32,
+            "max_new_tokens": 2,
+            "device": "cpu",
+        }.items()
+    ]
     capsys.readouterr()
     run_inside("3-eval_chat.py", *flags, "--use_moe")
     output = capsys.readouterr().out
     assert "32_moe_vlm_sft.pth: " in output and output.count("0.png]") == 1
-    with pytest.raises(FileNotFoundError, match="32_vlm_sft.pth not found, but 32_moe_vlm_pretrain.pth, "
-                                                "32_moe_vlm_sft.pth: choose by --dim, --use_moe and --stage"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="32_vlm_sft.pth not found, but 32_moe_vlm_pretrain.pth, "
+        "32_moe_vlm_sft.pth: choose by --dim, --use_moe and --stage",
+    ):
         run_inside("3-eval_chat.py", *flags)
 
 

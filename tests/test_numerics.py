@@ -1,4 +1,5 @@
 """Arithmetic that cannot spoil a run: steps that are not finite are skipped, and freezing freezes."""
+
 import re
 
 import pytest
@@ -7,14 +8,14 @@ from conftest import run_inside, weights_of
 
 from model.checkpoint import read_description
 from trainer.logger import read_metrics
-from trainer.loop import Stepper
+from trainer.loop import Trainer
 
 SCRIPT = "1-pretrain_vlm.py"
 
 
 def spoil(monkeypatch, steps: set[int], value: float, at: str = "loss") -> None:
     """Let the loss, or only the gradient, of some steps (counted from 1) not be finite."""
-    original, taken = Stepper.forward, []
+    original, taken = Trainer.forward, []
 
     def forward(self, *arguments, **settings):
         taken.append(1)
@@ -24,24 +25,34 @@ def spoil(monkeypatch, steps: set[int], value: float, at: str = "loss") -> None:
                 return loss * value
             loss.register_hook(lambda gradient: gradient * value)
         return loss
-    monkeypatch.setattr(Stepper, "forward", forward)
+
+    monkeypatch.setattr(Trainer, "forward", forward)
 
 
-@pytest.mark.parametrize(("dtype", "value", "at"), [
-    ("float32", float("nan"), "loss"), ("bfloat16", float("inf"), "loss"),
-    ("float32", float("nan"), "gradient"), ("float16", float("inf"), "gradient")])
+@pytest.mark.parametrize(
+    ("dtype", "value", "at"),
+    [
+        ("float32", float("nan"), "loss"),
+        ("bfloat16", float("inf"), "loss"),
+        ("float32", float("nan"), "gradient"),
+        ("float16", float("inf"), "gradient"),
+    ],
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(workplace, monkeypatch, dtype, value, at):
     """The weights after a spoilt second step are those after the first, and so is Adam's state."""
     states = []
-    original = Stepper.step
+    original = Trainer.step
 
     def step(self, *arguments):
         result = original(self, *arguments)
-        tensors = [*self.model.state_dict().values(),
-                   *(value for state in self.optimizer.state.values() for value in state.values())]
+        tensors = [
+            *self.model.state_dict().values(),
+            *(value for state in self.optimizer.state.values() for value in state.values()),
+        ]
         states.append([tensor.clone() for tensor in tensors])
         return result
-    monkeypatch.setattr(Stepper, "step", step)
+
+    monkeypatch.setattr(Trainer, "step", step)
     spoil(monkeypatch, {2}, value, at)
     run_inside(SCRIPT, f"@{workplace}/args", "--max_steps=4", f"--dtype={dtype}")
     assert all(torch.equal(one, two) for one, two in zip(states[0], states[1], strict=True))
@@ -53,7 +64,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(workplace, mon
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_good_weights(workplace, monkeypatch):
-    spoil(monkeypatch, {2, 4, 5, 6}, float("nan"))      # one alone does not
+    spoil(monkeypatch, {2, 4, 5, 6}, float("nan"))  # one alone does not
     with pytest.raises(ValueError, match="the last 3 steps was not finite.*--learning_rate.*--dtype"):
         run_inside(SCRIPT, f"@{workplace}/args", "--max_steps=20", "--max_bad_steps=3")
     assert all(tensor.isfinite().all() for tensor in weights_of(workplace).values())
@@ -63,7 +74,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_good_weights(workplace, mo
 @pytest.mark.parametrize(("dtype", "scaled"), [("float32", False), ("bfloat16", False), ("float16", True)])
 def test_only_float16_has_a_scaler(workplace, monkeypatch, dtype, scaled):
     scales, products = [], []
-    original = Stepper.step
+    original = Trainer.step
 
     def step(self, *arguments):
         result = original(self, *arguments)
@@ -71,17 +82,28 @@ def test_only_float16_has_a_scaler(workplace, monkeypatch, dtype, scaled):
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             products.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
         return result
-    monkeypatch.setattr(Stepper, "step", step)
+
+    monkeypatch.setattr(Trainer, "step", step)
     run_inside(SCRIPT, f"@{workplace}/args", "--max_steps=1", f"--dtype={dtype}")
     assert scales == [scaled] and products == [getattr(torch, dtype)]
 
 
-@pytest.mark.parametrize(("choice", "trained", "line"), [
-    ("all", ".*",
-     r"trained \(all\): 0.05 M parameters, 0.00 M of them the projection; frozen: 0.08 M \(CLIP\)\n"),
-    ("projection", r"vision_proj\.weight", r"trained \(projection\): .* and 0.05 M \(language model\)"),
-    ("projection+last", r"vision_proj\.weight|layers\.1\..*|norm\.weight", r"trained \(projection\+last\): "),
-])
+@pytest.mark.parametrize(
+    ("choice", "trained", "line"),
+    [
+        (
+            "all",
+            ".*",
+            r"trained \(all\): 0.05 M parameters, 0.00 M of them the projection; frozen: 0.08 M \(CLIP\)\n",
+        ),
+        ("projection", r"vision_proj\.weight", r"trained \(projection\): .* and 0.05 M \(language model\)"),
+        (
+            "projection+last",
+            r"vision_proj\.weight|layers\.1\..*|norm\.weight",
+            r"trained \(projection\+last\): ",
+        ),
+    ],
+)
 def test_what_is_frozen_stays_as_it_was(workplace, capsys, choice, trained, line):
     before = torch.load(workplace / "out" / "32_llm.pth", weights_only=True)
     run_inside(SCRIPT, f"@{workplace}/args", "--max_steps=2", f"--train={choice}")

@@ -1,4 +1,5 @@
 """Rendering: the placeholder in every context, what is learnt, and text that looks like markup."""
+
 import os
 from pathlib import Path
 
@@ -20,12 +21,16 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"],
-                                  show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([" < <<<<<<<< >>>>>>>>", "a <b> user assistant"] * 50, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
-                                   eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.fixture(params=["demo", "merging", "minimind"])
@@ -41,9 +46,18 @@ def human(text: str) -> list[dict]:
     return [{"from": "human", "value": text}]
 
 
-@pytest.mark.parametrize("text", [
-    "<image>", "see <image>", "x\n<image>\ny", "看<image>图", "<image><image>", "<image> <image>",
-    "context: Source Image: <image> Target Image: <image> Instruction: what?"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<image>",
+        "see <image>",
+        "x\n<image>\ny",
+        "看<image>图",
+        "<image><image>",
+        "<image> <image>",
+        "context: Source Image: <image> Target Image: <image> Instruction: what?",
+    ],
+)
 def test_the_placeholder_is_found_in_every_context(any_tokenizer, text):
     prompt = render_conversation(human(text), any_tokenizer)
     assert len(prompt.image_slots) == text.count("<image>")
@@ -53,8 +67,9 @@ def test_the_placeholder_is_found_in_every_context(any_tokenizer, text):
     assert found.tolist() == prompt.image_slots
 
 
-@pytest.mark.parametrize("text", [
-    "<s>user\nhi</s>", "a </s> b", "<<<<" + "<" * 25 + ">" * 25, "<unk>", "<b>html</b>"])
+@pytest.mark.parametrize(
+    "text", ["<s>user\nhi</s>", "a </s> b", "<<<<" + "<" * 25 + ">" * 25, "<unk>", "<b>html</b>"]
+)
 def test_text_that_looks_like_markup_stays_text(any_tokenizer, text):
     prompt = render_conversation(human(text), any_tokenizer)
     assert prompt.image_slots == []
@@ -65,22 +80,30 @@ def test_text_that_looks_like_markup_stays_text(any_tokenizer, text):
 
 
 def test_template_and_answer_mask(any_tokenizer):
-    turns = [{"from": "system", "value": "hi "}, *human("<image>\nA?"), {"from": "gpt", "value": "B <image>"},
-             *human("C?"), {"from": "gpt", "value": "D"}]
+    turns = [
+        {"from": "system", "value": "hi "},
+        *human("<image>\nA?"),
+        {"from": "gpt", "value": "B <image>"},
+        *human("C?"),
+        {"from": "gpt", "value": "D"},
+    ]
     prompt = render_conversation(turns, any_tokenizer)
-    text = "".join("#" if position in prompt.image_slots[0] else any_tokenizer.decode([token])
-                   for position, token in enumerate(prompt.input_ids))
-    assert text.replace("#" * 50, "#") == ("hi <s>user\n#\nA?</s>\n<s>assistant\nB <image></s>\n"
-                                           "<s>user\nC?</s>\n<s>assistant\nD</s>\n")
-    learnt = [token for token, learn in zip(prompt.input_ids, prompt.answer_mask, strict=True) if learn]
-    assert any_tokenizer.decode(learnt) == "B <image></s>D</s>"
+    text = "".join(
+        "#" if position in prompt.image_slots[0] else any_tokenizer.decode([token])
+        for position, token in enumerate(prompt.input_ids)
+    )
+    assert text.replace("#" * 50, "#") == (
+        "hi <s>user\n#\nA?</s>\n<s>assistant\nB <image></s>\n<s>user\nC?</s>\n<s>assistant\nD</s>\n"
+    )
+    targets = [token for token, learn in zip(prompt.input_ids, prompt.answer_mask, strict=True) if learn]
+    assert any_tokenizer.decode(targets) == "B <image></s>D</s>"
 
 
 def test_a_question_ends_where_its_answer_begins(any_tokenizer):
     """What generation continues from is, token for token, what training saw in front of the answer."""
     question = render_conversation(human("<image>\nA?"), any_tokenizer)
     trained = render_conversation([*human("<image>\nA?"), {"from": "gpt", "value": "B"}], any_tokenizer)
-    assert trained.input_ids[:len(question.input_ids)] == question.input_ids
+    assert trained.input_ids[: len(question.input_ids)] == question.input_ids
     assert trained.answer_mask.index(True) == len(question.input_ids)
 
 
@@ -92,10 +115,11 @@ def test_minimind_ids_of_the_answer_header():
 
 
 def test_length_is_cut_after_an_answer_never_through_an_image(tokenizer):
-    prompt = render_conversation([*human("<image>\n描述这张图片。"),
-                                  {"from": "gpt", "value": "图片里有什么？" * 9}], tokenizer)
+    prompt = render_conversation(
+        [*human("<image>\n描述这张图片。"), {"from": "gpt", "value": "图片里有什么？" * 9}], tokenizer
+    )
     first = prompt.answer_mask.index(True)
-    assert check_length(prompt, 999) == len(prompt.input_ids) - 1      # the newline after </s> is not learnt
+    assert check_length(prompt, 999) == len(prompt.input_ids) - 1  # the newline after </s> is not learnt
     assert check_length(prompt, first + 3) == first + 3
     with pytest.raises(ValueError, match="answer begins at token"):
         check_length(prompt, first)
@@ -113,8 +137,9 @@ def test_marks_are_put_where_a_person_leaves_them_out():
 
 def test_another_tokenizer_is_refused(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<": 1, ">": 2}, unk_token="<unk>"))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
-                                   eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     with pytest.raises(ValueError, match="exactly 50 placeholder ids"):
         check_tokenizer(fast, "somewhere")
     with pytest.raises(FileNotFoundError, match="--tokenizer_path"):

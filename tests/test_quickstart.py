@@ -1,4 +1,5 @@
 """quickstart.sh itself, with the tiny demo world: it learns to see, and a second call repeats nothing."""
+
 import json
 import os
 import shutil
@@ -16,14 +17,20 @@ from benchmarks.llava import to_llava, to_llava_ids
 from model.chat import load_chat
 from model.checkpoint import load_weights, read_description, read_state_dict
 from model.generate import Sampling, generate
-from model.model import Transformer
+from model.transformer import Transformer
 from model.vision_utils import get_img_process, get_vision_model, open_image
 
 
 def quickstart(place: Path, *arguments: str) -> subprocess.CompletedProcess:
     world = {"WORLD": f"{place}/demo", "OUT": f"{place}/out", "PRESET": "tiny", "SEED": "3"}
-    return subprocess.run(["bash", "quickstart.sh", *arguments], cwd=ROOT, env=os.environ | world,
-                          timeout=900, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", "quickstart.sh", *arguments],
+        cwd=ROOT,
+        env=os.environ | world,
+        timeout=900,
+        capture_output=True,
+        text=True,
+    )
 
 
 def times_of(folder: Path) -> dict[str, int]:
@@ -47,7 +54,7 @@ def test_the_model_sees_what_it_was_never_shown_and_the_controls_do_not(place):
     assert {"world", "pretrain", "sft", "multi", "evaluation", "evaluation_multi"} <= set(report["seconds"])
     for split in ("known", "unseen", "unseen_pairs"):
         assert set(report[split]) == {"colour", "shape", "position", "size", "description"}
-    for kind in ("colour", "shape"):        # four of each: guessing gives .25
+    for kind in ("colour", "shape"):  # four of each: guessing gives .25
         assert report["unseen"][kind]["real"] >= 0.8, report
         assert report["unseen"][kind]["blank"] <= 0.45 and report["unseen"][kind]["shuffled"] <= 0.45, report
     assert Image.open(place / "out" / "answers.png").size[0] > 800
@@ -62,16 +69,21 @@ def test_the_trained_model_answers_as_transformers_llava_does(place):
     load_weights(model, place / "out" / "96_vlm_sft.pth")
     llava = to_llava(model, get_vision_model(place / "demo" / "clip")[0])
     rows = [json.loads(line) for line in (place / "demo" / "questions_unseen.jsonl").read_text().splitlines()]
-    rows = rows[::max(1, len(rows) // 40)][:40]
-    pictures = [open_image(place / "demo" / row["image"]) for row in rows]
+    rows = rows[:: max(1, len(rows) // 40)][:40]
+    images = [open_image(place / "demo" / row["image"]) for row in rows]
     prompts = [chat.render([{"from": "human", "value": row["question"]}]) for row in rows]
-    steps = list(generate(chat.decoder, prompts, 2, Sampling(max_new_tokens=30), chat.encode(pictures)))
+    steps = list(generate(chat.decoder, prompts, 2, Sampling(max_new_tokens=30), chat.encode(images)))
     ours = [[token for token in answer if token is not None] for answer in zip(*steps, strict=True)]
-    for prompt, picture, answer in zip(prompts, pictures, ours, strict=True):
+    for prompt, image, answer in zip(prompts, images, ours, strict=True):
         ids = to_llava_ids(torch.tensor([prompt.input_ids]), torch.tensor(prompt.image_slots))
-        theirs = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30,
-                                pixel_values=get_img_process(picture, chat.image_processor)[None],
-                                do_sample=False, eos_token_id=2)[0, ids.shape[1]:].tolist()
+        theirs = llava.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            pixel_values=get_img_process(image, chat.image_processor)[None],
+            do_sample=False,
+            eos_token_id=2,
+        )[0, ids.shape[1] :].tolist()
         assert answer == [token for token in theirs if token != 2]
     assert len({tuple(answer) for answer in ours}) > 5
 
@@ -115,15 +127,16 @@ def test_the_recipes_run_all_scripts_and_later_flags_win(place, tmp_path):
     assert result.returncode == 0 and result.stdout.count("unseen_") == 8, result.stderr
 
 
-def test_pairs_and_films_are_scored_with_their_controls(place):
+def test_pairs_and_videos_are_scored_with_their_controls(place):
     """What fifty steps teach is not promised; the scores of the full world are in README."""
     report = json.loads((place / "out" / "report.json").read_text())
     assert set(report["two_images"]) == {"zh", "en", "colour", "shape"}
     assert all({"real", "blank", "shuffled", "swapped"} <= set(row) for row in report["two_images"].values())
     assert all("swapped_follows" in report["two_images"][language] for language in ("zh", "en"))
-    assert set(report["films"]) == {"movement", "colour_change"}
-    assert all({"real", "blank", "shuffled", "shuffled_frames"} <= set(row)
-               for row in report["films"].values())
+    assert set(report["videos"]) == {"movement", "colour_change"}
+    assert all(
+        {"real", "blank", "shuffled", "shuffled_frames"} <= set(row) for row in report["videos"].values()
+    )
 
 
 def check_whole(out: Path) -> None:
@@ -158,7 +171,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(place, tmp_path):
     kills = int(os.environ.get("MINIMIND_KILLS", 4))
     flags = [f"@{place}/demo/pretrain.args", *([f"--max_steps={25 * kills}"] if kills > 4 else [])]
     python, script = ROOT / ".venv/bin/python", "1-pretrain_vlm.py"
-    expected = place / "out"        # quickstart.sh has trained it without an interruption
+    expected = place / "out"  # quickstart.sh has trained it without an interruption
     for folder in (tmp_path / "whole", tmp_path / "killed"):
         folder.mkdir()
         shutil.copy(place / "out" / "96_llm.pth", folder)
@@ -166,8 +179,15 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(place, tmp_path):
         expected = tmp_path / "whole"
         subprocess.run([python, script, *flags, f"--out_dir={expected}"], cwd=ROOT, check=True)
     out = tmp_path / "killed"
-    command = [python, script, *flags, f"--out_dir={out}", "--save_interval=2", "--log_interval=1",
-               "--resume"]
+    command = [
+        python,
+        script,
+        *flags,
+        f"--out_dir={out}",
+        "--save_interval=2",
+        "--log_interval=1",
+        "--resume",
+    ]
     random, steps = np.random.default_rng(int(os.environ.get("MINIMIND_KILL_SEED", 0))), []
     for _ in range(kills):
         kill_at_a_random_moment(command, out, random, longest=0.3 if kills <= 4 else 3)
@@ -181,19 +201,30 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(place, tmp_path):
 
 
 def test_a_world_is_never_mixed_with_another(place):
-    check_refused(run_script("-m", "dataset.demo_world", f"--out={place}/demo", "--preset=tiny", "--seed=4"),
-                  "holds another demo world", "choose another --out")
+    check_refused(
+        run_script("-m", "dataset.demo_world", f"--out={place}/demo", "--preset=tiny", "--seed=4"),
+        "holds another demo world",
+        "choose another --out",
+    )
 
 
 def test_an_interrupted_build_goes_on_and_leaves_no_half_world(place, tmp_path):
     """Stop the build within a part: no world yet; the next call finishes, and it is the same world."""
-    hurry = ("from dataclasses import replace; from dataset.demo_world import build, scenes; "
-             "tiny = scenes.PRESETS['tiny']; few = replace(tiny.llm, steps=4); "
-             "scenes.PRESETS['tiny'] = replace(tiny, clip=few, llm=few); build.main()")
+    hurry = (
+        "from dataclasses import replace; from dataset.demo_world import build, scenes; "
+        "tiny = scenes.PRESETS['tiny']; few = replace(tiny.llm, steps=4); "
+        "scenes.PRESETS['tiny'] = replace(tiny, clip=few, llm=few); build.main()"
+    )
     build = ["-c", hurry, f"--out={tmp_path}/demo", "--preset=tiny", "--seed=3"]
     python = ROOT / ".venv/bin/python"
-    process = subprocess.Popen([python, *build], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [python, *build],
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     for line in iter(lambda: process.stderr.read(200), ""):
         if "clip" in line:
             process.kill()
@@ -201,9 +232,9 @@ def test_an_interrupted_build_goes_on_and_leaves_no_half_world(place, tmp_path):
     process.wait()
     process.stderr.close()
     assert not (tmp_path / "demo").exists() and (tmp_path / "demo.building").exists()
-    pictures = times_of(tmp_path / "demo.building" / "images")
+    images = times_of(tmp_path / "demo.building" / "images")
     result = run_script(*build)
     assert result.returncode == 0, result.stderr
-    assert times_of(tmp_path / "demo" / "images") == pictures
+    assert times_of(tmp_path / "demo" / "images") == images
     for name in ("sft.json", "questions_unseen.jsonl", "tokenizer/tokenizer.json"):
         assert (tmp_path / "demo" / name).read_bytes() == (place / "demo" / name).read_bytes()

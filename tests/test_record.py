@@ -1,4 +1,5 @@
 """What a run records beside its weights: the metrics, the curve, validation, wandb."""
+
 import json
 import re
 
@@ -8,7 +9,7 @@ from conftest import make_rows, run_inside, train, weights_of
 
 from model.checkpoint import read_description
 from trainer.logger import read_metrics
-from trainer.loop import Stepper
+from trainer.loop import Trainer
 from trainer.validation import Validation
 
 SCRIPT = "1-pretrain_vlm.py"
@@ -20,18 +21,20 @@ def metrics_of(workplace) -> list[dict]:
 
 # ---- validation --------------------------------------------------------------------------------------------
 
+
 def test_the_validation_loss_is_that_of_the_weights_on_all_rows(workplace, monkeypatch):
     """Measured again with the saved weights in one batch: a mean over tokens, not over batches."""
     (workplace / "val.json").write_text(json.dumps(make_rows(7)))
     seen = []
-    original = Stepper.forward
+    original = Trainer.forward
 
     def forward(self, batch, model=None, **settings):
         loss = original(self, batch, model, **settings)
         if model is not None:
             seen.append((self.model.training, loss.requires_grad))
         return loss
-    monkeypatch.setattr(Stepper, "forward", forward)
+
+    monkeypatch.setattr(Trainer, "forward", forward)
     flags = [f"@{workplace}/args", f"--val_data_path={workplace}/val.json"]
     run_inside(SCRIPT, *flags, "--max_steps=5", "--save_interval=2")
     measured = [record for record in metrics_of(workplace) if "val_loss" in record]
@@ -39,8 +42,14 @@ def test_the_validation_loss_is_that_of_the_weights_on_all_rows(workplace, monke
     description = read_description(workplace / "out" / "32_vlm_pretrain.pth")
     assert description["val_loss"] == measured[-1]["val_loss"]
     # The training loss of a step over those very rows, from those very weights, is the same number.
-    run_inside(SCRIPT, f"@{workplace}/args", f"--data_path={workplace}/val.json", "--batch_size=7",
-               "--max_steps=1", "--resume_weights_only")
+    run_inside(
+        SCRIPT,
+        f"@{workplace}/args",
+        f"--data_path={workplace}/val.json",
+        "--batch_size=7",
+        "--max_steps=1",
+        "--resume_weights_only",
+    )
     assert metrics_of(workplace)[0]["loss"] == pytest.approx(measured[-1]["val_loss"], rel=1e-5)
 
 
@@ -54,6 +63,7 @@ def test_a_validation_share_is_never_trained_on_and_is_the_same_for_two_processe
     assert len(one) == 2 and two == pytest.approx(one, abs=1e-4)
 
     from trainer import loop
+
     trained, validated = [], []
     original = loop.split_off
 
@@ -62,6 +72,7 @@ def test_a_validation_share_is_never_trained_on_and_is_the_same_for_two_processe
         trained.extend(sets[0].indices.tolist())
         validated.extend(sets[1].indices.tolist())
         return sets
+
     monkeypatch.setattr(loop, "split_off", split_off)
     run_inside(SCRIPT, f"@{workplace}/args", *flags, "--max_steps=1")
     assert sorted(trained + validated) == list(range(24)) and len(validated) == 6
@@ -70,16 +81,17 @@ def test_a_validation_share_is_never_trained_on_and_is_the_same_for_two_processe
 def test_the_best_weights_are_kept_on_request(workplace, monkeypatch):
     """Also across an interruption: a later, worse loss does not replace them."""
     losses = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(Validation, "measure", lambda self, stepper: {"val_loss": next(losses)})
+    monkeypatch.setattr(Validation, "measure", lambda self, trainer: {"val_loss": next(losses)})
     flags = [f"@{workplace}/args", "--val_fraction=0.25", "--keep_best", "--save_interval=1", "--max_steps=4"]
-    original = Stepper.step
+    original = Trainer.step
 
-    def step(self, passes, num_learnt, rate):
+    def step(self, micro_batches, num_targets, rate):
         if rate < 5e-4:
             raise InterruptedError
-        return original(self, passes, num_learnt, rate)
+        return original(self, micro_batches, num_targets, rate)
+
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(Stepper, "step", step)
+        patch.setattr(Trainer, "step", step)
         run_inside(SCRIPT, *flags)
     run_inside(SCRIPT, *flags, "--resume")
     description = read_description(workplace / "out" / "32_vlm_pretrain.best.pth")
@@ -88,21 +100,25 @@ def test_the_best_weights_are_kept_on_request(workplace, monkeypatch):
     assert not torch.equal(kept["norm.weight"], weights_of(workplace)["norm.weight"])
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--val_fraction=0.01"], "leaves nothing to validate on"),
-    (["--val_fraction=0.99"], "leaves no row to train on"),
-    (["--val_fraction=1.5"], "--val_fraction must be below 1"),
-    (["--keep_best"], "--keep_best needs a validation loss"),
-    (["--val_fraction=0.1", "--val_data_path=x.json"], "exclude each other"),
-    (["--resume", "--resume_weights_only"], "give one of them"),
-    (["--resume_weights_only"], "there is no earlier run to take weights from"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--val_fraction=0.01"], "leaves nothing to validate on"),
+        (["--val_fraction=0.99"], "leaves no row to train on"),
+        (["--val_fraction=1.5"], "--val_fraction must be below 1"),
+        (["--keep_best"], "--keep_best needs a validation loss"),
+        (["--val_fraction=0.1", "--val_data_path=x.json"], "exclude each other"),
+        (["--resume", "--resume_weights_only"], "give one of them"),
+        (["--resume_weights_only"], "there is no earlier run to take weights from"),
+    ],
+)
 def test_flags_that_cannot_be_meant(workplace, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         run_inside(SCRIPT, f"@{workplace}/args", "--max_steps=1", *flags)
 
 
 # ---- wandb -------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(("mode", "key"), [("offline", None), ("online", None), ("online", "0" * 40)])
 def test_wandb_records_and_never_stops_a_run(workplace, mode, key, monkeypatch):
@@ -124,11 +140,15 @@ def test_a_resumed_run_goes_on_with_its_wandb_run(workplace, monkeypatch):
 
     def stop(self, *arguments):
         raise InterruptedError
+
     flags = [f"@{workplace}/args", "--use_wandb", "--max_steps=3", "--save_interval=1"]
-    original = Stepper.step
+    original = Trainer.step
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(Stepper, "step", lambda self, *arguments: (
-            original(self, *arguments) if self.learning_rate == 0 else stop(self)))
+        patch.setattr(
+            Trainer,
+            "step",
+            lambda self, *arguments: original(self, *arguments) if self.learning_rate == 0 else stop(self),
+        )
         run_inside(SCRIPT, *flags)
     saved = torch.load(workplace / "out" / "32_vlm_pretrain.resume", weights_only=True)
     run_inside(SCRIPT, *flags, "--resume")

@@ -1,4 +1,5 @@
 """Interrupted runs: they go on to the same bits, nothing good is lost, other settings are refused."""
+
 import argparse
 import json
 import os
@@ -26,8 +27,8 @@ from model.checkpoint import read_description
 from trainer.distributed import Run
 from trainer.interrupt import Interruption
 from trainer.logger import read_metrics
-from trainer.loop import Stepper
-from trainer.saves import Saves
+from trainer.loop import Trainer
+from trainer.saves import RunFiles
 
 SCRIPT = "1-pretrain_vlm.py"
 
@@ -37,31 +38,44 @@ class PowerCut(Exception):
 
 
 def cut_after(monkeypatch, steps: int) -> None:
-    """Let Stepper.step fail in the middle of step number steps + 1 of a process."""
-    original, taken = Stepper.step, []
+    """Let Trainer.step fail in the middle of step number steps + 1 of a process."""
+    original, taken = Trainer.step, []
 
     def step(self, *arguments):
         if len(taken) == steps:
             raise PowerCut
         taken.append(1)
         return original(self, *arguments)
-    monkeypatch.setattr(Stepper, "step", step)
+
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 def records_of(workplace: Path) -> list[dict]:
     """The metrics, without what depends on the clock."""
     records = read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")
-    return [{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")}
-            for record in records]
+    return [
+        {name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")}
+        for record in records
+    ]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--dtype=float32"], ["--dtype=bfloat16"],
-    ["--dtype=float16", "--batch_size=2", "--accumulation_steps=2"],
-    ["--batch_size=2", "--accumulation_steps=3", "--val_fraction=0.2", "--save_interval=4",
-     "--log_interval=3"],
-    ["--num_workers=2", "--save_interval=0", "--warmup_steps=3", "--weight_decay=0.1"],
-    ["--train=projection+last"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dtype=float32"],
+        ["--dtype=bfloat16"],
+        ["--dtype=float16", "--batch_size=2", "--accumulation_steps=2"],
+        [
+            "--batch_size=2",
+            "--accumulation_steps=3",
+            "--val_fraction=0.2",
+            "--save_interval=4",
+            "--log_interval=3",
+        ],
+        ["--num_workers=2", "--save_interval=0", "--warmup_steps=3", "--weight_decay=0.1"],
+        ["--train=projection+last"],
+    ],
+)
 def test_a_resumed_run_ends_in_the_same_bits_and_the_same_record(workplace, monkeypatch, flags):
     """Twice interrupted, in the middle of a step; 23 rows: epochs end raggedly, within the run."""
     (workplace / "data.json").write_text(json.dumps(make_rows(23)))
@@ -82,11 +96,12 @@ def test_a_resumed_run_ends_in_the_same_bits_and_the_same_record(workplace, monk
 
 def test_random_numbers_go_on_too(workplace, monkeypatch):
     """MiniMind has no dropout; whoever adds it finds that every step and rank has a stream of its own."""
-    original = Stepper.forward
+    original = Trainer.forward
 
     def noisy(self, *arguments, **settings):
         return original(self, *arguments, **settings) * (1 + torch.rand(()))
-    monkeypatch.setattr(Stepper, "forward", noisy)
+
+    monkeypatch.setattr(Trainer, "forward", noisy)
     flags = [f"@{workplace}/args", "--max_steps=4"]
     run_inside(SCRIPT, *flags)
     expected = weights_of(workplace)
@@ -109,16 +124,19 @@ def test_an_unfinished_run_is_never_overwritten_silently(workplace, monkeypatch,
     with pytest.raises(ValueError, match="32_vlm_pretrain.resume is an unfinished run: go on with --resume"):
         run_inside(SCRIPT, *flags)
     (workplace / "data.json").write_text(json.dumps(make_rows(25)))
-    with pytest.raises(ValueError, match=r"rows 24 then, 25 now; data \w+ then, \w+ now; "
-                                         r"batch_size 4 then, 2 now.*--resume_weights_only"):
+    with pytest.raises(
+        ValueError,
+        match=r"rows 24 then, 25 now; data \w+ then, \w+ now; "
+        r"batch_size 4 then, 2 now.*--resume_weights_only",
+    ):
         run_inside(SCRIPT, *flags, "--resume", "--batch_size=2")
     check_same(weights_of(workplace), interrupted)
 
-    run_inside("2-sft_vlm.py", *flags, "--max_steps=1")     # it may be used, but not unknowingly
+    run_inside("2-sft_vlm.py", *flags, "--max_steps=1")  # it may be used, but not unknowingly
     assert "; of an unfinished run (step 4 of 6)" in capsys.readouterr().out
     run_inside(SCRIPT, *flags, "--resume_weights_only", "--max_steps=1", "--learning_rate=1e-30")
     assert "new schedule from the weights in" in capsys.readouterr().out
-    for name, tensor in weights_of(workplace).items():      # a step of no length: they were really loaded
+    for name, tensor in weights_of(workplace).items():  # a step of no length: they were really loaded
         torch.testing.assert_close(tensor, interrupted[name])
 
 
@@ -146,17 +164,28 @@ def start(workplace: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     process = subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), SCRIPT, f"@{workplace}/args", *flags],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True)
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     metrics = workplace / "out" / "32_vlm_pretrain.metrics.jsonl"
     wait_until(lambda: process.poll() is not None or metrics.is_file() and len(read_metrics(metrics)) >= 3)
     assert process.poll() is None, process.communicate()[0]
     return process
 
 
-@pytest.mark.parametrize(("number", "processes", "workers", "status"), [
-    (signal.SIGTERM, 1, 0, 143), (signal.SIGINT, 1, 0, 130), (signal.SIGTERM, 1, 2, 143),
-    (signal.SIGTERM, 2, 0, 0)])
+@pytest.mark.parametrize(
+    ("number", "processes", "workers", "status"),
+    [
+        (signal.SIGTERM, 1, 0, 143),
+        (signal.SIGINT, 1, 0, 130),
+        (signal.SIGTERM, 1, 2, 143),
+        (signal.SIGTERM, 2, 0, 0),
+    ],
+)
 def test_told_to_stop_it_saves_once_and_ends_as_told(workplace, number, processes, workers, status):
     """With loader processes the whole group gets the signal, as from a job scheduler or a terminal. Under
     torchrun the processes that train get it: torchrun itself, when it is told to stop, always ends with a
@@ -178,14 +207,19 @@ def test_told_to_stop_it_saves_once_and_ends_as_told(workplace, number, processe
 
 
 def test_two_processes_stopped_by_torchrun_and_resumed_end_in_the_same_bits(workplace):
-    flags = ["--max_steps=40", "--save_interval=0", "--batch_size=2", "--accumulation_steps=2",
-             "--dtype=bfloat16"]
+    flags = [
+        "--max_steps=40",
+        "--save_interval=0",
+        "--batch_size=2",
+        "--accumulation_steps=2",
+        "--dtype=bfloat16",
+    ]
     train(workplace, *flags, processes=2)
     expected, record = weights_of(workplace), records_of(workplace)
     for path in (workplace / "out").glob("32_vlm_pretrain.*"):
         path.unlink()
     process = start(workplace, *flags, processes=2)
-    os.kill(process.pid, signal.SIGTERM)        # torchrun passes it on
+    os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on
     output = process.communicate(timeout=120)[0]
     assert "stopped and saved at step" in output, output
     train(workplace, *flags, "--resume", processes=2)
@@ -194,14 +228,16 @@ def test_two_processes_stopped_by_torchrun_and_resumed_end_in_the_same_bits(work
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    code = ("import os, signal, time\nfrom trainer.interrupt import Interruption\n"
-            "with Interruption() as stop:\n"
-            "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
-            "    time.sleep(1.1); print('still here', flush=True)\n"
-            "    os.kill(os.getpid(), signal.SIGINT); print('too late', flush=True)\n")
+    code = (
+        "import os, signal, time\nfrom trainer.interrupt import Interruption\n"
+        "with Interruption() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(1.1); print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print('too late', flush=True)\n"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == -signal.SIGINT and result.stdout == "still here\n"
-    assert Interruption.GRACE > 0.5     # torchrun repeats a Ctrl-C within milliseconds
+    assert Interruption.GRACE > 0.5  # torchrun repeats a Ctrl-C within milliseconds
 
 
 def test_a_full_disk_costs_no_good_file(workplace, monkeypatch):
@@ -215,10 +251,17 @@ def test_a_full_disk_costs_no_good_file(workplace, monkeypatch):
         cut_after(patch, 2)
         run_inside(SCRIPT, *flags)
     good = weights_of(workplace)
-    limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
-               f"sys.argv[0] = {SCRIPT!r}; runpy.run_path({SCRIPT!r}, run_name='__main__')")
-    result = subprocess.run([sys.executable, "-c", limited, *flags], cwd=ROOT, capture_output=True, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        f"sys.argv[0] = {SCRIPT!r}; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", limited, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     check_refused(result, "cannot write", "32_vlm_pretrain.pth: File too large", "as it was")
     assert result.stdout.count("training goes on and saves again later") == 3
     check_same(weights_of(workplace), good)
@@ -233,7 +276,12 @@ def test_no_room_and_no_permission_are_told_before_training(workplace, monkeypat
     with pytest.raises(OSError, match=r"out has 0 MB free, but the saves of this run need \d+ MB.*--out_dir"):
         run_inside(SCRIPT, f"@{workplace}/args", "--max_steps=1")
     monkeypatch.undo()
-    saves = Saves(Run(0, 1, torch.device("cpu")), argparse.Namespace(keep_best=False),
-                  Path("/proc/self/nowhere/32_vlm_sft.pth"), {}, {})      # not even root can write there
+    saves = RunFiles(
+        Run(0, 1, torch.device("cpu")),
+        argparse.Namespace(keep_best=False),
+        Path("/proc/self/nowhere/32_vlm_sft.pth"),
+        {},
+        {},
+    )  # not even root can write there
     with pytest.raises(OSError, match="cannot write to /proc/self/nowhere.*--out_dir"):
         saves.check_room(torch.nn.Linear(2, 2))

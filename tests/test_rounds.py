@@ -1,4 +1,5 @@
 """Conversations of several rounds: learnt answer by answer, and remembered by a chat as far as they fit."""
+
 import json
 import os
 import random
@@ -11,11 +12,11 @@ import torch
 from conftest import ROOT, make_rows, run_inside
 from test_structure import load_script
 
-from model.chat import load_chat
+from model.chat import Round, load_chat, recent_turns
 from model.checkpoint import save_weights
-from model.dataset import VLMDataset
+from model.data.dataset import VLMDataset
 from model.generate import Sampling
-from model.prompt import Round, recent_turns, render_conversation
+from model.prompt import render_conversation
 from model.vision_utils import ImageProcessor, open_image
 
 
@@ -24,7 +25,7 @@ def human(text: str) -> dict:
 
 
 def random_chat(seed: int) -> list[Round]:
-    """Rounds with 0 to 2 pictures, named by numbers; some without an answer, some with marks typed in."""
+    """Rounds with 0 to 2 images, named by numbers; some without an answer, some with marks typed in."""
     dice, number, rounds = random.Random(seed), 0, []
     for position in range(dice.randint(1, 9)):
         images = [f"{number + more}.png" for more in range(dice.choice([0, 0, 1, 2]))]
@@ -36,7 +37,7 @@ def random_chat(seed: int) -> list[Round]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_the_newest_rounds_that_fit_with_every_picture_they_speak_of(tokenizer, seed):
+def test_the_newest_rounds_that_fit_with_every_image_they_speak_of(tokenizer, seed):
     rounds, limit = random_chat(seed), random.Random(-seed).randint(60, 500)
 
     def length(turns) -> int:
@@ -46,7 +47,7 @@ def test_the_newest_rounds_that_fit_with_every_picture_they_speak_of(tokenizer, 
     asked = [int(re.search(r"question (\d+)", turn["value"]).group(1)) for turn in turns[::2]]
     # The newest rounds that have an answer, and the question; whole and in order.
     answered = [n for n, one in enumerate(rounds) if one.answer or n == len(rounds) - 1]
-    assert asked == answered[-len(asked):]
+    assert asked == answered[-len(asked) :]
     assert [turn["value"] for turn in turns[1::2]] == [rounds[n].answer for n in asked[:-1]]
     # Within the limit, and one more would not be.
     everything, _ = recent_turns(rounds, lambda turns: True)
@@ -56,23 +57,33 @@ def test_the_newest_rounds_that_fit_with_every_picture_they_speak_of(tokenizer, 
     if len(asked) < len(answered):
         longer, _ = recent_turns(rounds, lambda turns: True, max_rounds=len(asked) + 1)
         assert len(longer) == len(turns) + 2 and length(longer) > limit
-    # A picture for every mark, none twice; each question stands behind the pictures shown last before it.
+    # An image for every mark, none twice; each question stands behind the images shown last before it.
     assert len(render_conversation(turns, tokenizer).image_slots) == len(images) == len(set(images))
     marks = 0
     for question, n in zip(turns[::2], asked, strict=True):
         marks += question["value"].count("<image>")
-        shown = next((one.images for one in reversed(rounds[:n + 1]) if one.images), [])
-        assert images[max(0, marks - len(shown)):marks] == shown
+        shown = next((one.images for one in reversed(rounds[: n + 1]) if one.images), [])
+        assert images[max(0, marks - len(shown)) : marks] == shown
 
 
-def test_the_mark_of_a_picture_moves_when_its_round_goes():
-    rounds = [Round("what?", ["a"], "a cat"), Round("colour?", [], "black"),
-              Round("and <image> this?", ["b"])]
-    whole = [human("<image>\nwhat?"), {"from": "gpt", "value": "a cat"}, human("colour?"),
-             {"from": "gpt", "value": "black"}, human("and <image> this?")]
+def test_the_mark_of_a_image_moves_when_its_round_goes():
+    rounds = [
+        Round("what?", ["a"], "a cat"),
+        Round("colour?", [], "black"),
+        Round("and <image> this?", ["b"]),
+    ]
+    whole = [
+        human("<image>\nwhat?"),
+        {"from": "gpt", "value": "a cat"},
+        human("colour?"),
+        {"from": "gpt", "value": "black"},
+        human("and <image> this?"),
+    ]
     assert recent_turns(rounds, lambda turns: True) == (whole, ["a", "b"])
     assert recent_turns(rounds, lambda turns: len(turns) < 5) == (
-        [human("<image>\ncolour?"), *whole[3:]], ["a", "b"])
+        [human("<image>\ncolour?"), *whole[3:]],
+        ["a", "b"],
+    )
     assert recent_turns(rounds, lambda turns: False) == (whole[4:], ["b"])
 
 
@@ -86,10 +97,22 @@ def speaker(workplace, lively, tokenizer_path, clip_path):
 
 def test_the_terminal_chat_remembers(workplace, speaker):
     questions = ["什么颜色？", "and the shape?", "where?"]
-    result = subprocess.run([sys.executable, "3-eval_chat.py", f"--load_from={speaker}", "--max_new_tokens=9",
-                             f"--chat={workplace}/images/0.png", "--device=cpu"], cwd=ROOT, timeout=120,
-                            input="\n".join([*questions, ""]), capture_output=True, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        [
+            sys.executable,
+            "3-eval_chat.py",
+            f"--load_from={speaker}",
+            "--max_new_tokens=9",
+            f"--chat={workplace}/images/0.png",
+            "--device=cpu",
+        ],
+        cwd=ROOT,
+        timeout=120,
+        input="\n".join([*questions, ""]),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     chat, turns, expected = load_chat(speaker), [], []
     for question in questions:
@@ -101,9 +124,9 @@ def test_the_terminal_chat_remembers(workplace, speaker):
 
 
 def test_a_chat_leaves_room_for_the_answer_and_a_question_too_long_is_told(workplace, speaker):
-    chat = load_chat(speaker)       # its context holds 256 tokens
+    chat = load_chat(speaker)  # its context holds 256 tokens
     rounds = [Round(f"question {n}?", ["0.png"] if n == 0 else [], "an answer") for n in range(40)]
-    for room, limit in ((20, 236), (200, 128)):         # no more than half of it
+    for room, limit in ((20, 236), (200, 128)):  # no more than half of it
         turns, images = chat.recall(rounds, room)
         assert limit - 30 < len(chat.render(turns).input_ids) <= limit and images == ["0.png"]
     assert chat.recall(rounds, 20, max_rounds=1) == ([human("<image>\nquestion 39?")], ["0.png"])
@@ -119,12 +142,18 @@ def test_stage_two_learns_as_many_rounds_as_it_is_told(workplace, tokenizer, liv
     (workplace / "data.json").write_text(json.dumps(rows))
     script = load_script("2-sft_vlm.py")
     specs = []
-    for flags, learnt in (([], 1), (["--max_rounds=2"], 2), (["--max_rounds=0"], 3), (["--multi"], 3),
-                          (["--multi", "--max_rounds=1"], 1)):
+    for flags, num_rounds in (
+        ([], 1),
+        (["--max_rounds=2"], 2),
+        (["--max_rounds=0"], 3),
+        (["--multi"], 3),
+        (["--multi", "--max_rounds=1"], 1),
+    ):
         script.main([f"@{workplace}/args", *flags], do=lambda run, args, spec, **more: specs.append(spec))
-        dataset = VLMDataset(workplace / "data.json", specs[-1], tokenizer, workplace / "images",
-                             ImageProcessor())
-        assert (dataset[0]["labels"] == tokenizer.eos_token_id).sum() == learnt, flags
+        dataset = VLMDataset(
+            workplace / "data.json", specs[-1], tokenizer, workplace / "images", ImageProcessor()
+        )
+        assert (dataset[0]["labels"] == tokenizer.eos_token_id).sum() == num_rounds, flags
 
 
 def test_the_number_of_rounds_is_a_setting_of_the_run(workplace, lively):

@@ -1,5 +1,6 @@
 """Rows of a data file without its dicts in memory: spans, errors, and an index that is never stale, torn or
 in the way."""
+
 import json
 import multiprocessing
 import os
@@ -13,15 +14,27 @@ import pandas
 import pytest
 from conftest import make_rows, run_script
 
-from model import rows as rows_module
-from model.checkpoint import atomic_write
-from model.rows import Rows
+from model.data import rows as rows_module
+from model.data.rows import Rows
+from model.files import atomic_write
 
 AWKWARD = [
-    {"id": 'quotes " and \\ and ] and } and , in text', "value": "[{\"a\": 1}, ]"},
-    {"value": "中文 \u2028 é 😀"}, {"escaped": "\u0001\n\r\t\\u4e2d"}, [1, [2, [3]]], "text ] , [", 7,
-    -1.5e-3, 1e300, None, True, False, {}, [], "",
-    {"nested": {"deep": [{"x": [[]]}]}}, {"long": "长" * 5000},
+    {"id": 'quotes " and \\ and ] and } and , in text', "value": '[{"a": 1}, ]'},
+    {"value": "中文 \u2028 é 😀"},
+    {"escaped": "\u0001\n\r\t\\u4e2d"},
+    [1, [2, [3]]],
+    "text ] , [",
+    7,
+    -1.5e-3,
+    1e300,
+    None,
+    True,
+    False,
+    {},
+    [],
+    "",
+    {"nested": {"deep": [{"x": [[]]}]}},
+    {"long": "长" * 5000},
 ]
 
 
@@ -75,9 +88,24 @@ def test_lengths_are_those_of_the_rows_in_the_file(tmp_path):
     assert Rows(tmp_path / "a.jsonl").num_bytes.tolist() == [len(json.dumps(row)) for row in rows]
 
 
-@pytest.mark.parametrize("bad", [b'{"a": 1}, {"b": }]', b'{"a": 1} {"b": 2}]', b"1, 2", b"1,]", b"", b"{",
-                                 b'{"a": "\xe4\xb8\xad\n"}]', b"1] x", b"[" * 100_000, b"9" * 5000 + b"]",
-                                 b"\n\n{\"a\"\xe4\xb8\xad}]", b"tru]", b"1..2]"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"a": 1}, {"b": }]',
+        b'{"a": 1} {"b": 2}]',
+        b"1, 2",
+        b"1,]",
+        b"",
+        b"{",
+        b'{"a": "\xe4\xb8\xad\n"}]',
+        b"1] x",
+        b"[" * 100_000,
+        b"9" * 5000 + b"]",
+        b'\n\n{"a"\xe4\xb8\xad}]',
+        b"tru]",
+        b"1..2]",
+    ],
+)
 def test_an_error_is_where_json_says_it_is(tmp_path, window, bad):
     (tmp_path / "a.json").write_bytes(b"[" + bad)
     with pytest.raises(ValueError) as expected:
@@ -92,19 +120,23 @@ def test_an_error_is_where_json_says_it_is(tmp_path, window, bad):
     assert getattr(expected.value, "msg", "") in str(found.value)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.json", b"\xef\xbb\xbf", "not valid JSON: line 1 column 1: Expecting value"),
-    ("a.json", b'{"id": 1}\n{"id": 2}', "line 2 column 1: Extra data; one object per line is .jsonl"),
-    ("a.json", b"[1]\n\n [2]", "line 3 column 2: Extra data"),
-    ("a.json", b" [ ] ", "holds no rows"), ("a.jsonl", b"\n \n", "holds no rows"),
-    ("a.jsonl", b"", "holds no rows"),
-    ("a.json", '["中'.encode("gb18030") + b'"]', "not UTF-8 text: byte 2, in line 1"),
-    ("a.jsonl", b'"a"\n"\xff"\n', "not UTF-8 text: byte 5, in line 2"),
-    ("a.json", "[1]".encode("utf-16"), "not UTF-8 text: byte 0"),
-    ("a.json", b'["\xed\xa0\x80"]', "not UTF-8 text"),
-    ("a.jsonl", b'{"a": 1}\n{"a": 1} 2\n', "line 2 column 10: Extra data"),
-    ("a.jsonl", '{"a": 1}\n\n{"中": 文}\n'.encode(), "line 3 column 7: Expecting value"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"\xef\xbb\xbf", "not valid JSON: line 1 column 1: Expecting value"),
+        ("a.json", b'{"id": 1}\n{"id": 2}', "line 2 column 1: Extra data; one object per line is .jsonl"),
+        ("a.json", b"[1]\n\n [2]", "line 3 column 2: Extra data"),
+        ("a.json", b" [ ] ", "holds no rows"),
+        ("a.jsonl", b"\n \n", "holds no rows"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.json", '["中'.encode("gb18030") + b'"]', "not UTF-8 text: byte 2, in line 1"),
+        ("a.jsonl", b'"a"\n"\xff"\n', "not UTF-8 text: byte 5, in line 2"),
+        ("a.json", "[1]".encode("utf-16"), "not UTF-8 text: byte 0"),
+        ("a.json", b'["\xed\xa0\x80"]', "not UTF-8 text"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1} 2\n', "line 2 column 10: Extra data"),
+        ("a.jsonl", '{"a": 1}\n\n{"中": 文}\n'.encode(), "line 3 column 7: Expecting value"),
+    ],
+)
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path, window, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as found:
@@ -117,7 +149,7 @@ def test_parquet_of_any_column_type(tmp_path, indexed):
     table = pandas.DataFrame(rows)
     table["when"], table["bytes"], table["none"] = pandas.Timestamp("2026-11-24"), b"\xff\xd8", None
     table.to_parquet(tmp_path / "a.parquet")
-    for _ in range(2):      # converted, and read from the index
+    for _ in range(2):  # converted, and read from the index
         read = Rows(tmp_path / "a.parquet")
         assert [{key: row[key] for key in rows[0]} for row in read] == rows
         assert read[0]["when"].startswith("2026-11-24") and read[0]["none"] is None
@@ -163,7 +195,7 @@ def test_a_large_file_is_indexed_once(data, monkeypatch):
     again = Rows(data)
     assert again.index_seconds == 0 and list(again) == rows and again.fingerprint == first.fingerprint
     assert isinstance(again.spans.base.base, np.memmap) or isinstance(again.spans.base, np.memmap)
-    assert list(pickle.loads(pickle.dumps(again))) == rows        # as a spawned loader worker gets it
+    assert list(pickle.loads(pickle.dumps(again))) == rows  # as a spawned loader worker gets it
 
 
 def test_a_changed_file_is_never_read_by_a_stale_index(data):
@@ -184,9 +216,15 @@ def test_a_changed_file_is_never_read_by_a_stale_index(data):
         pickle.loads(pickle.dumps(before))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda file: file.unlink(), lambda file: file.write_bytes(b""),
-    lambda file: file.write_bytes(file.read_bytes()[:-9]), lambda file: file.write_bytes(b"x" * 500)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-9]),
+        lambda file: file.write_bytes(b"x" * 500),
+    ],
+)
 def test_a_torn_index_is_built_again(data, damage):
     rows = write_rows(data)
     for file in sorted(Rows(data).folder.glob("*-v*")):
@@ -224,6 +262,7 @@ def test_where_nothing_can_be_written_at_all_the_index_stays_in_memory(data, tmp
 def test_a_full_disk_does_no_harm(data, monkeypatch):
     def full(path, write):
         raise OSError("No space left on device")
+
     rows = write_rows(data)
     monkeypatch.setattr(rows_module, "atomic_write", full)
     read = Rows(data)
@@ -245,7 +284,8 @@ def test_what_is_worked_out_once_is_remembered(tmp_path, indexed):
     calls = []
     for _ in range(3):
         assert Rows(tmp_path / "a.json").remember("n", lambda: calls.append(1) or {"found": [1, None]}) == {
-            "found": [1, None]}
+            "found": [1, None]
+        }
     assert len(calls) == 1
 
 
@@ -269,6 +309,7 @@ def test_of_processes_that_open_a_file_at_once_one_builds(data, tmp_path, monkey
 
     def check():
         assert list(Rows(data)) == rows
+
     monkeypatch.setattr(Rows, "build", slow_build)
     assert in_processes(4, check) == [0, 0, 0, 0]
     assert len(list(tmp_path.glob("built by *"))) == 1
@@ -279,12 +320,18 @@ def test_a_builder_that_is_killed_leaves_nothing_that_is_used(data, monkeypatch)
 
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
-    for place in ("spans.npy", "json"):     # while it saves the one or the other
+
+    for place in ("spans.npy", "json"):  # while it saves the one or the other
         with monkeypatch.context() as patch:
-            patch.setattr(rows_module, "atomic_write", lambda path, write, place=place:
-                          die() if path.name.endswith(f"v1.{place}") else atomic_write(path, write))
+            patch.setattr(
+                rows_module,
+                "atomic_write",
+                lambda path, write, place=place: (
+                    die() if path.name.endswith(f"v1.{place}") else atomic_write(path, write)
+                ),
+            )
             assert in_processes(1, lambda: Rows(data)) == [-signal.SIGKILL]
-    read = Rows(data)       # its lock is gone with it
+    read = Rows(data)  # its lock is gone with it
     assert read.index_seconds > 0 and list(read) == rows
 
 
@@ -293,4 +340,4 @@ def test_the_benchmark_runs(tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "data_scale.json").read_text())
     assert [one["kind"] for one in report["results"]] == ["rows", "list"]
-    assert all(len(one["at_work"]["rss_mb"]) == 2 for one in report["results"])     # trainer and worker
+    assert all(len(one["at_work"]["rss_mb"]) == 2 for one in report["results"])  # trainer and worker

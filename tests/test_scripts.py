@@ -1,4 +1,5 @@
 """The numbered scripts, each run as a process: the stages, torchrun, same seed same bits, evaluation."""
+
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ def test_the_chain_of_stages(workplace):
     for stage in ("vlm_pretrain", "vlm_sft", "vlm_sft_multi"):
         now = weights_of(workplace, stage)
         assert not torch.equal(before["norm.weight"], now["norm.weight"])
-        assert not any("vision_model" in name for name in now)        # CLIP is in no checkpoint
+        assert not any("vision_model" in name for name in now)  # CLIP is in no checkpoint
         path = workplace / "out" / f"32_{stage}.pth"
         assert read_description(path)["stage"] == stage and read_description(path)["step"] == 6
         records = read_metrics(path.with_suffix(".metrics.jsonl"))
@@ -44,21 +45,29 @@ def test_the_same_seed_gives_the_same_bits_and_workers_change_nothing(workplace)
     assert not torch.equal(runs[0]["norm.weight"], runs[2]["norm.weight"])
 
 
-@pytest.mark.parametrize(("flags", "processes"), [
-    (["--batch_size=4"], 2), (["--batch_size=2", "--accumulation_steps=4"], 1),
-    (["--batch_size=2", "--accumulation_steps=2"], 2)])
+@pytest.mark.parametrize(
+    ("flags", "processes"),
+    [
+        (["--batch_size=4"], 2),
+        (["--batch_size=2", "--accumulation_steps=4"], 1),
+        (["--batch_size=2", "--accumulation_steps=2"], 2),
+    ],
+)
 def test_one_global_batch_however_it_is_split(workplace, flags, processes):
     """1 x 8, 2 x 4 and 2 x 2 x 2 accumulated end in the same weights after 20 steps, though answers differ
-    much in length: the loss is normalised by the learnt tokens of the whole global batch. 7 samples are left
+    much in length: the loss is normalised by the target token of the whole global batch. 7 samples are left
     for an epoch's last step."""
     (workplace / "data.json").write_text(json.dumps(make_rows(23)))
     run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=20", "--batch_size=8")
     expected, losses = (
-        weights_of(workplace), read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl"))
+        weights_of(workplace),
+        read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl"),
+    )
     train(workplace, "--max_steps=20", *flags, processes=processes)
     for name, tensor in weights_of(workplace).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=5e-5,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-4, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
     split = read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")
     for one, other in zip(losses, split, strict=True):
         assert abs(one["loss"] - other["loss"]) < 1e-4 and one["step"] == other["step"]
@@ -69,32 +78,54 @@ def test_reduced_precision_stays_close_to_float32(workplace, dtype):
     losses = []
     for flag in ("--dtype=float32", f"--dtype={dtype}"):
         train(workplace, flag)
-        losses.append([record["loss"]
-                       for record in read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")])
-    assert losses[0] != losses[1]       # it really decides
+        losses.append(
+            [record["loss"] for record in read_metrics(workplace / "out" / "32_vlm_pretrain.metrics.jsonl")]
+        )
+    assert losses[0] != losses[1]  # it really decides
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.05
 
 
 def test_evaluation_describes_and_scores_the_same_with_two_processes(workplace):
     train(workplace)
     train(workplace, script="2-sft_vlm.py")
-    questions = [{"image": f"images/{n % 6}.png", "question": "什么颜色？", "answer": "它是蓝色。",
-                  "kind": "colour"} for n in range(11)]
+    questions = [
+        {"image": f"images/{n % 6}.png", "question": "什么颜色？", "answer": "它是蓝色。", "kind": "colour"}
+        for n in range(11)
+    ]
     (workplace / "questions_x.jsonl").write_text("\n".join(json.dumps(row) for row in questions))
     outputs, reports = [], []
     for processes in (1, 2):
-        common = [f"--out_dir={workplace}/out", "--dim=32", "--device=cpu", "--max_new_tokens=8",
-                  "--batch_size=4"]
-        described = run_script("3-eval_chat.py", *common, f"--image_dir={workplace}/images",
-                               "--temperature=0.9", processes=processes)
+        common = [
+            f"--out_dir={workplace}/out",
+            "--dim=32",
+            "--device=cpu",
+            "--max_new_tokens=8",
+            "--batch_size=4",
+        ]
+        described = run_script(
+            "3-eval_chat.py",
+            *common,
+            f"--image_dir={workplace}/images",
+            "--temperature=0.9",
+            processes=processes,
+        )
         assert described.returncode == 0, described.stderr
-        outputs.append(described.stdout[described.stdout.index("["):])
-        scored = run_script("3-eval_chat.py", *common, f"--questions={workplace}/questions_x.jsonl",
-                            "--control", "real", "blank", "shuffled", f"--report={workplace}/report.json",
-                            processes=processes)
+        outputs.append(described.stdout[described.stdout.index("[") :])
+        scored = run_script(
+            "3-eval_chat.py",
+            *common,
+            f"--questions={workplace}/questions_x.jsonl",
+            "--control",
+            "real",
+            "blank",
+            "shuffled",
+            f"--report={workplace}/report.json",
+            processes=processes,
+        )
         assert scored.returncode == 0, scored.stderr
-        reports.append(((workplace / "report.json").read_text(),
-                        (workplace / "report.answers.jsonl").read_text()))
+        reports.append(
+            ((workplace / "report.json").read_text(), (workplace / "report.answers.jsonl").read_text())
+        )
     assert outputs[0] == outputs[1] and outputs[0].count("这个图片描述的是什么内容？") == 6
     assert reports[0] == reports[1]
     assert set(json.loads(reports[0][0])["x"]["colour"]) == {"real", "blank", "shuffled"}
@@ -103,11 +134,24 @@ def test_evaluation_describes_and_scores_the_same_with_two_processes(workplace):
 
 def test_chat_in_the_terminal(workplace):
     train(workplace)
-    result = subprocess.run([sys.executable, "3-eval_chat.py", f"--out_dir={workplace}/out", "--dim=32",
-                             "--stage=vlm_pretrain", f"--chat={workplace}/images/0.png",
-                             "--max_new_tokens=5", "--device=cpu"], cwd=ROOT, timeout=120,
-                            input="什么颜色？\nand the shape?\n\n", capture_output=True, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        [
+            sys.executable,
+            "3-eval_chat.py",
+            f"--out_dir={workplace}/out",
+            "--dim=32",
+            "--stage=vlm_pretrain",
+            f"--chat={workplace}/images/0.png",
+            "--max_new_tokens=5",
+            "--device=cpu",
+        ],
+        cwd=ROOT,
+        timeout=120,
+        input="什么颜色？\nand the shape?\n\n",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0 and result.stdout.count("> ") == 3, result.stderr
 
 

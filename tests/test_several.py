@@ -1,31 +1,45 @@
-"""Several pictures and films in evaluation: sets, films, question files with their controls; the data sets of
+"""Several images and videos in evaluation: sets, videos, question files with their controls; the data sets of
 v1."""
+
 import argparse
 import json
 
 import pytest
 import torch
-from conftest import run_inside, run_script, save_film, save_picture
+from conftest import run_inside, run_script, save_image, save_video
 
 from model.chat import load_chat
 from model.checkpoint import save_weights
-from model.dataset import SFT_MULTI, BadSample, VLMDataset, decode_sample
+from model.data.dataset import SFT_MULTI, BadSample, VLMDataset, decode_sample
+from model.data.video import Frame, find_frames, open_images
 from model.generate import Sampling
-from model.video import Frame, find_frames, open_pictures
 from model.vision_utils import ImageProcessor
 from trainer import scoring
 from trainer.distributed import Run
 from trainer.scoring import Question, find_stand_ins, read_questions, resample, show, successors
 
 # As the documents show them: image edits and bird comparisons.
-EDITS = {"id": "000000000000", "image": "0.jpg, 1.jpg", "conversations": [
-    {"from": "human", "value": "context: Source Image: <image> Target Image: <image> Instruction: What is "
-                               "the correct image edit instruction that can transfrom the source image to "
-                               "target image?"},
-    {"from": "gpt", "value": "take the people out of the back in the photo."}]}
-BIRDS = {"id": "000000013633", "image": "27266.jpg, 27267.jpg", "conversations": [
-    {"from": "human", "value": "<image>\n<image>\nName all the differences between these two birds."},
-    {"from": "gpt", "value": "animal1 has a brown head. animal2 has a black head."}]}
+EDITS = {
+    "id": "000000000000",
+    "image": "0.jpg, 1.jpg",
+    "conversations": [
+        {
+            "from": "human",
+            "value": "context: Source Image: <image> Target Image: <image> Instruction: What is "
+            "the correct image edit instruction that can transfrom the source image to "
+            "target image?",
+        },
+        {"from": "gpt", "value": "take the people out of the back in the photo."},
+    ],
+}
+BIRDS = {
+    "id": "000000013633",
+    "image": "27266.jpg, 27267.jpg",
+    "conversations": [
+        {"from": "human", "value": "<image>\n<image>\nName all the differences between these two birds."},
+        {"from": "gpt", "value": "animal1 has a brown head. animal2 has a black head."},
+    ],
+}
 
 
 @pytest.mark.parametrize("documented", [EDITS, BIRDS])
@@ -33,7 +47,7 @@ BIRDS = {"id": "000000013633", "image": "27266.jpg, 27267.jpg", "conversations":
 def test_both_multi_image_data_sets_are_read_as_documented(tmp_path, tokenizer, documented, form):
     names = documented["image"].split(", ")
     for number, name in enumerate(names):
-        save_picture((tmp_path / name).with_suffix(".png"), number)
+        save_image((tmp_path / name).with_suffix(".png"), number)
         (tmp_path / name).with_suffix(".png").rename(tmp_path / name)
     row = documented | {"image": form.join(names) if form else names}
     (tmp_path / "output.json").write_text(json.dumps([row]))
@@ -48,30 +62,35 @@ def test_both_multi_image_data_sets_are_read_as_documented(tmp_path, tokenizer, 
 
 # ---- controls ----
 
+
 def question(*parts: list) -> Question:
     return Question({}, list(parts), [])
 
 
-def film(path: str, count: int = 4) -> list[Frame]:
+def video(path: str, count: int = 4) -> list[Frame]:
     return [Frame(path, number) for number in range(count)]
 
 
 def test_every_control_shows_what_it_says():
-    one, two, three = question(["a"]), question(["a"], ["b"]), question(["c"], film("x"))
-    four = question(film("y", 3))
+    one, two, three = question(["a"]), question(["a"], ["b"]), question(["c"], video("x"))
+    four = question(video("y", 3))
     stand_ins = find_stand_ins([one, two, three, four], seed=0)
     for asked in (one, two, three, four):
-        flat = [picture for part in asked.parts for picture in part]
+        flat = [image for part in asked.parts for image in part]
         assert show(asked, "real", stand_ins, 0) == show(asked, "blank", stand_ins, 0) == flat
         other = show(asked, "shuffled", stand_ins, 0)
         assert len(other) == len(flat)
         for old, new in zip(flat, other, strict=True):
             assert isinstance(old, Frame) == isinstance(new, Frame)
-            assert old != new and (not isinstance(old, Frame) or old.film != new.film)
+            assert old != new and (not isinstance(old, Frame) or old.video != new.video)
     assert [show(asked, "swapped", stand_ins, 0) for asked in (one, two, three, four)] == [
-        None, ["b", "a"], None, None]
+        None,
+        ["b", "a"],
+        None,
+        None,
+    ]
     assert show(one, "shuffled_frames", stand_ins, 0) is show(two, "shuffled_frames", stand_ins, 0) is None
-    assert show(question(film("x", 1)), "shuffled_frames", stand_ins, 0) is None
+    assert show(question(video("x", 1)), "shuffled_frames", stand_ins, 0) is None
     for seed in range(20):
         kept, *frames = show(three, "shuffled_frames", stand_ins, seed)
         assert kept == "c" and sorted(frame.moment for frame in frames) == [0, 1, 2, 3]
@@ -83,7 +102,7 @@ def test_a_control_that_changes_nothing_leaves_a_question_out():
     assert show(alone, "shuffled", find_stand_ins([alone, alone], seed=0), 0) is None
 
 
-def test_no_place_follows_itself_and_films_of_other_lengths_stand_in():
+def test_no_place_follows_itself_and_videos_of_other_lengths_stand_in():
     for count in range(2, 9):
         for seed in range(10):
             after = successors(count, seed)
@@ -94,29 +113,48 @@ def test_no_place_follows_itself_and_films_of_other_lengths_stand_in():
 
 # ---- the script ----
 
+
 @pytest.fixture
 def place(workplace, model, tokenizer_path, clip_path):
-    """Weights that answer, sets of pictures, films and questions; yields the flags of 3-eval_chat.py."""
+    """Weights that answer, sets of images, videos and questions; yields the flags of 3-eval_chat.py."""
     with torch.no_grad():
         for parameter in model.layers.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(15)
     save_weights(model, workplace / "out" / "32_vlm_sft_multi.pth")
-    for number, films in enumerate(([10, 90, 170, 250], [250, 10, 250], [60, 120])):
-        save_film(workplace / "images" / f"{number}.mp4", films)
+    for number, videos in enumerate(([10, 90, 170, 250], [250, 10, 250], [60, 120])):
+        save_video(workplace / "images" / f"{number}.mp4", videos)
     for name, members in (("b", (3, 1)), ("a", (0, 1, 2))):
         (workplace / "sets" / name).mkdir(parents=True)
         for number in members:
-            save_picture(workplace / "sets" / name / f"{number}.png", number)
-    rows = [{"image": f"images/{n}.png, images/{n + 1}.png", "question": "<image> 和 <image> 不同？",
-             "answer": "甲", "swapped_answer": "乙", "kind": "two"} for n in range(5)]
-    rows += [{"image": f"images/{n}.png", "question": "什么？", "answer": "甲", "kind": "one"}
-             for n in range(3)]
-    rows += [{"video": f"images/{n}.mp4", "question": "它往哪里去？", "answer": "甲", "kind": "film"}
-             for n in range(3)]
+            save_image(workplace / "sets" / name / f"{number}.png", number)
+    rows = [
+        {
+            "image": f"images/{n}.png, images/{n + 1}.png",
+            "question": "<image> 和 <image> 不同？",
+            "answer": "甲",
+            "swapped_answer": "乙",
+            "kind": "two",
+        }
+        for n in range(5)
+    ]
+    rows += [
+        {"image": f"images/{n}.png", "question": "什么？", "answer": "甲", "kind": "one"} for n in range(3)
+    ]
+    rows += [
+        {"video": f"images/{n}.mp4", "question": "它往哪里去？", "answer": "甲", "kind": "video"}
+        for n in range(3)
+    ]
     (workplace / "questions_x.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return [f"--out_dir={workplace}/out", "--dim=32", "--device=cpu", "--max_new_tokens=6", "--batch_size=4",
-            f"--tokenizer_path={tokenizer_path}", f"--clip_path={clip_path}"]
+    return [
+        f"--out_dir={workplace}/out",
+        "--dim=32",
+        "--device=cpu",
+        "--max_new_tokens=6",
+        "--batch_size=4",
+        f"--tokenizer_path={tokenizer_path}",
+        f"--clip_path={clip_path}",
+    ]
 
 
 @pytest.fixture
@@ -133,8 +171,10 @@ def test_questions_are_scored_under_every_control_by_one_process_as_by_two(place
     run_inside("3-eval_chat.py", *flags, f"--report={workplace}/first.json")
     first = [json.loads(line) for line in (workplace / "first.answers.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in (workplace / "questions_x.jsonl").read_text().splitlines()]
-    given = {control: [record["given"] for record in first if record["control"] == control]
-             for control in CONTROLS[1:]}
+    given = {
+        control: [record["given"] for record in first if record["control"] == control]
+        for control in CONTROLS[1:]
+    }
     for number, row in enumerate(rows):
         row["answer"] = given["real"][number] or "甲"
         if row["kind"] == "two" and number < 4:
@@ -149,16 +189,20 @@ def test_questions_are_scored_under_every_control_by_one_process_as_by_two(place
     report = json.loads(alone[0])["x"]
     assert set(report["two"]) == {"real", "blank", "shuffled", "swapped", "swapped_follows"}
     assert set(report["one"]) == {"real", "blank", "shuffled"}
-    assert set(report["film"]) == {"real", "blank", "shuffled", "shuffled_frames"}
+    assert set(report["video"]) == {"real", "blank", "shuffled", "shuffled_frames"}
     records = [json.loads(line) for line in alone[1].splitlines()]
-    for kind, number in (("two", 5), ("one", 3), ("film", 3)):
+    for kind, number in (("two", 5), ("one", 3), ("video", 3)):
         for control in report[kind]:
-            of = [record for record in records if record["kind"] == kind
-                  and record["control"] == control.removesuffix("_follows")]
+            of = [
+                record
+                for record in records
+                if record["kind"] == kind and record["control"] == control.removesuffix("_follows")
+            ]
             right = [record["follows" if control.endswith("follows") else "right"] for record in of]
             assert len(of) == number and report[kind][control] == round(sum(right) / number, 4)
-    assert [record["video"] for record in records if record["kind"] == "film"][:3] == [
-        [f"{workplace}/images/{n}.mp4"] for n in range(3)]
+    assert [record["video"] for record in records if record["kind"] == "video"][:3] == [
+        [f"{workplace}/images/{n}.mp4"] for n in range(3)
+    ]
     assert report["two"]["swapped_follows"] >= 0.8
 
 
@@ -170,20 +214,23 @@ def test_what_the_model_sees_under_a_control(place, workplace, chat, monkeypatch
     def answer_batch(conversations, features, sampling):
         seen[control].append(features)
         return ["" for _ in conversations]
+
     monkeypatch.setattr(chat, "answer_batch", answer_batch)
     args = argparse.Namespace(batch_size=4, seed=0)
-    features = scoring.PictureFeatures(chat, [picture for asked in questions for part in asked.parts
-                                              for picture in part])
+    features = scoring.ImageFeatures(
+        chat, [image for asked in questions for part in asked.parts for image in part]
+    )
     for control in ("real", "blank", "swapped", "shuffled_frames"):
         seen[control] = []
         asked = [(one, given) for one in questions if (given := show(one, control, {}, 0))]
-        scoring.answer_questions(Run(0, 1, torch.device("cpu")), args, chat, asked, features, control,
-                                 lambda number: Sampling())
+        scoring.answer_questions(
+            Run(0, 1, torch.device("cpu")), args, chat, asked, features, control, lambda number: Sampling()
+        )
         seen[control] = torch.cat(seen[control])
-    pictures = [workplace / "images" / f"{n}.png" for n in range(6)]
-    films = [find_frames(workplace / "images" / f"{n}.mp4") for n in range(3)]
-    pairs = [pictures[n + place] for n in range(5) for place in (0, 1)]
-    expected = chat.encode(list(open_pictures([*pairs, *pictures[:3], *sum(films, [])])))
+    images = [workplace / "images" / f"{n}.png" for n in range(6)]
+    videos = [find_frames(workplace / "images" / f"{n}.mp4") for n in range(3)]
+    pairs = [images[n + place] for n in range(5) for place in (0, 1)]
+    expected = chat.encode(list(open_images([*pairs, *images[:3], *sum(videos, [])])))
     torch.testing.assert_close(seen["real"], expected, rtol=1e-5, atol=1e-6)
     assert not seen["blank"].any() and seen["blank"].shape == expected.shape
     swapped = expected[:10].unflatten(0, (5, 2)).flip(1).flatten(0, 1)
@@ -191,86 +238,111 @@ def test_what_the_model_sees_under_a_control(place, workplace, chat, monkeypatch
     frames = expected[13:]
     shuffled = seen["shuffled_frames"]
     assert len(shuffled) == len(frames) == 4 + 3 + 2
-    assert (shuffled[:4] - frames[:4]).abs().amax((1, 2)).min() > 1e-4      # none at its own place
+    assert (shuffled[:4] - frames[:4]).abs().amax((1, 2)).min() > 1e-4  # none at its own place
     torch.testing.assert_close(shuffled[:4].sum(0), frames[:4].sum(0), rtol=1e-4, atol=1e-4)
 
 
-def test_a_file_of_one_picture_says_nothing_about_swapping(place, workplace, capsys):
-    (workplace / "questions_x.jsonl").write_text(json.dumps(
-        {"image": "images/0.png", "question": "什么？", "answer": "甲", "kind": "one"}))
-    run_inside("3-eval_chat.py", *place, "--stage=vlm_sft_multi",
-               f"--questions={workplace}/questions_x.jsonl", "--control", "real", "swapped",
-               f"--report={workplace}/report.json")
+def test_a_file_of_one_image_says_nothing_about_swapping(place, workplace, capsys):
+    (workplace / "questions_x.jsonl").write_text(
+        json.dumps({"image": "images/0.png", "question": "什么？", "answer": "甲", "kind": "one"})
+    )
+    run_inside(
+        "3-eval_chat.py",
+        *place,
+        "--stage=vlm_sft_multi",
+        f"--questions={workplace}/questions_x.jsonl",
+        "--control",
+        "real",
+        "swapped",
+        f"--report={workplace}/report.json",
+    )
     assert "the control swapped says nothing about its questions" in capsys.readouterr().out
     assert set(json.loads((workplace / "report.json").read_text())["x"]["one"]) == {"real"}
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    ({"question": "q", "answer": "a", "kind": "k"}, "row 1: it has no image"),
-    ({"video": "images/0.mp4", "answer": "a", "kind": "k"}, "row 1: it has no question"),
-    ({"video": "gone.mp4", "question": "q", "answer": "a", "kind": "k"}, "film not found"),
-    ({"video": "images/0.png.mp4", "question": "q", "answer": "a", "kind": "k"}, "row 1: cannot read film"),
-    ({"video": "images/0.mp4", "question": "<video><video>", "answer": "a", "kind": "k"},
-     r"row 1: the question marks 2 film\(s\) but 1 were given"),
-    (7, "row 1: it has no image, question, answer, kind"),
-])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"question": "q", "answer": "a", "kind": "k"}, "row 1: it has no image"),
+        ({"video": "images/0.mp4", "answer": "a", "kind": "k"}, "row 1: it has no question"),
+        ({"video": "gone.mp4", "question": "q", "answer": "a", "kind": "k"}, "video not found"),
+        (
+            {"video": "images/0.png.mp4", "question": "q", "answer": "a", "kind": "k"},
+            "row 1: cannot read video",
+        ),
+        (
+            {"video": "images/0.mp4", "question": "<video><video>", "answer": "a", "kind": "k"},
+            r"row 1: the question marks 2 video\(s\) but 1 were given",
+        ),
+        (7, "row 1: it has no image, question, answer, kind"),
+    ],
+)
 def test_bad_question_rows_are_named(place, workplace, chat, bad, message):
-    (workplace / "images" / "0.png.mp4").write_bytes(b"no film")
+    (workplace / "images" / "0.png.mp4").write_bytes(b"no video")
     (workplace / "bad.jsonl").write_text(json.dumps(bad))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_questions(workplace / "bad.jsonl", chat, 8)
 
 
-def test_sets_of_pictures_are_described_together(place, workplace, chat, capsys):
+def test_sets_of_images_are_described_together(place, workplace, chat, capsys):
     run_inside("3-eval_chat.py", *place, "--multi", f"--image_dir={workplace}/sets")
     printed = capsys.readouterr().out
-    text = printed[printed.index("\n["):]
+    text = printed[printed.index("\n[") :]
     names = [workplace / "sets" / name for name in "ab"]
     assert text.count("\n[") == 2 and text.index(str(names[0])) < text.index(str(names[1]))
     for name in names:
         files = sorted(name.iterdir())
-        turns = [{"from": "human", "value": "<image>\n" * len(files)
-                  + "Name all the differences between these pictures."}]
-        answer = "".join(chat.stream(turns, list(open_pictures(files)), Sampling(max_new_tokens=6)))
+        turns = [
+            {
+                "from": "human",
+                "value": "<image>\n" * len(files) + "Name all the differences between these pictures.",
+            }
+        ]
+        answer = "".join(chat.stream(turns, list(open_images(files)), Sampling(max_new_tokens=6)))
         assert f"[{name}] Name all the differences between these pictures.\n{answer}\n" in text
 
 
-def test_a_film_is_described_and_asked_about(place, workplace, chat, capsys, monkeypatch):
-    film = workplace / "images" / "0.mp4"
-    run_inside("3-eval_chat.py", *place, f"--video={film}", "--prompt=它往哪里去？", "--max_frames=3")
-    frames = list(open_pictures(find_frames(film, 3)))
+def test_a_video_is_described_and_asked_about(place, workplace, chat, capsys, monkeypatch):
+    video = workplace / "images" / "0.mp4"
+    run_inside("3-eval_chat.py", *place, f"--video={video}", "--prompt=它往哪里去？", "--max_frames=3")
+    frames = list(open_images(find_frames(video, 3)))
     turns = [{"from": "human", "value": "<image>" * 3 + "\n它往哪里去？"}]
     answer = "".join(chat.stream(turns, frames, Sampling(max_new_tokens=6)))
-    assert capsys.readouterr().out.endswith(f"[{film}] 它往哪里去？\n{answer}\n") and len(frames) == 3
+    assert capsys.readouterr().out.endswith(f"[{video}] 它往哪里去？\n{answer}\n") and len(frames) == 3
     typed = iter(["它往哪里去？", "what colour?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    run_inside("3-eval_chat.py", *place, f"--video={film}", "--chat", "--max_frames=3")
+    run_inside("3-eval_chat.py", *place, f"--video={video}", "--chat", "--max_frames=3")
     greeting, first, second = capsys.readouterr().out.splitlines()[-3:]
-    assert str(film) in greeting and first == answer
+    assert str(video) in greeting and first == answer
 
 
-@pytest.mark.parametrize(("flags", "fragments"), [
-    (["--multi", "--image_dir={}/images"], ["no folders in", "--image_dir"]),
-    (["--multi", "--image_dir={}/gone"], ["picture folder not found", "--image_dir"]),
-    (["--multi", "--image_dir={}/many"],
-     ["holds 6 pictures of 50 tokens each", "holds 256", "at most 4 pictures fit"]),
-    (["--video={}/gone.mp4"], ["--video: there is no file", "gone.mp4"]),
-    (["--chat={}/gone.png"], ["--chat: there is no file", "gone.png"]),
-    (["--video={}/args"], ["cannot read film"]),
-    (["--chat"], ["--chat PICTURE", "--video FILE --chat"]),
-    (["--chat={}/images/0.png", "--video={}/images/0.mp4"], ["--video FILE --chat"]),
-    (["--max_frames=-1"], ["--max_frames must be at least 0"]),
-])
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (["--multi", "--image_dir={}/images"], ["no folders in", "--image_dir"]),
+        (["--multi", "--image_dir={}/gone"], ["image folder not found", "--image_dir"]),
+        (
+            ["--multi", "--image_dir={}/many"],
+            ["holds 6 images of 50 tokens each", "holds 256", "at most 4 images fit"],
+        ),
+        (["--video={}/gone.mp4"], ["--video: there is no file", "gone.mp4"]),
+        (["--chat={}/gone.png"], ["--chat: there is no file", "gone.png"]),
+        (["--video={}/args"], ["cannot read video"]),
+        (["--chat"], ["--chat IMAGE", "--video FILE --chat"]),
+        (["--chat={}/images/0.png", "--video={}/images/0.mp4"], ["--video FILE --chat"]),
+        (["--max_frames=-1"], ["--max_frames must be at least 0"]),
+    ],
+)
 def test_what_cannot_be_shown_is_told_in_one_line(place, workplace, flags, fragments):
     (workplace / "many" / "set").mkdir(parents=True)
     for number in range(6):
-        save_picture(workplace / "many" / "set" / f"{number}.png", number)
+        save_image(workplace / "many" / "set" / f"{number}.png", number)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         run_inside("3-eval_chat.py", *place, *[flag.format(workplace) for flag in flags])
     assert "\n" not in str(error.value) and all(fragment in str(error.value) for fragment in fragments)
 
 
-def test_numbers_of_pictures_and_frames_belong_to_the_stage_of_several(workplace):
+def test_numbers_of_images_and_frames_belong_to_the_stage_of_several(workplace):
     for flag in ("--max_images=2", "--max_frames=3"):
         with pytest.raises(ValueError, match="--max_images and --max_frames need --multi"):
             run_inside("2-sft_vlm.py", f"@{workplace}/args", flag)

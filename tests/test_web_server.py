@@ -1,8 +1,9 @@
 """The web page, run as a process and asked by two programs (gradio_client) and by a browser (Chromium).
 
 Gradio takes all chat text for HTML, even with render_markdown=False: `<b>` turned bold and a typed `<image>`
-vanished. And v1's page shared one picture among all its visitors.
+vanished. And v1's page shared one image among all its visitors.
 """
+
 import html
 import itertools
 import os
@@ -16,18 +17,17 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SIZES, check_refused, run_script, save_picture
+from conftest import ROOT, SIZES, check_refused, run_script, save_image
 from test_structure import load_script
 
-from model.chat import load_chat
+from model.chat import Round, load_chat
 from model.checkpoint import save_weights
 from model.generate import Sampling
 from model.LMConfig import LMConfig
-from model.model import Transformer
-from model.prompt import Round
+from model.transformer import Transformer
 from model.vision_utils import open_image
 
-TYPED = 'Describe <b>this</b> <s>picture</s>.\n  <<< <image> &lt; <!-- x --> <img src=x onerror=alert(1)> "\''
+TYPED = "Describe <b>this</b> <s>image</s>.\n  <<< <image> &lt; <!-- x --> <img src=x onerror=alert(1)> \"'"
 QUESTION = "图形是什么颜色？"
 
 
@@ -44,38 +44,54 @@ def read_until(process: subprocess.Popen, pattern: str, seconds: float = 60) -> 
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Two pictures, a broken one, and a folder of examples."""
+def images(tmp_path_factory):
+    """Two images, a broken one, and a folder of examples."""
     folder = tmp_path_factory.mktemp("web")
     (folder / "examples").mkdir()
     for number, name in enumerate(("first.png", "second.png", "examples/a.png")):
-        save_picture(folder / name, number)
+        save_image(folder / name, number)
     (folder / "broken.png").write_bytes((folder / "first.png").read_bytes()[:60])
     return folder
 
 
 @pytest.fixture(scope="module")
-def server(pictures, tokenizer, tokenizer_path, clip_path):
+def server(images, tokenizer, tokenizer_path, clip_path):
     """The address of a running web_server.py whose random weights speak at length."""
     torch.manual_seed(3)
     config = LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=24, max_seq_len=512)
-    weights = pictures / "32_vlm_sft.pth"
+    weights = images / "32_vlm_sft.pth"
     model = Transformer(config)
-    for name, weight in model.named_parameters():       # fresh weights would only repeat the last token
+    for name, weight in model.named_parameters():  # fresh weights would only repeat the last token
         if "vision_proj" in name or name.endswith(("wo.weight", "w2.weight")):
             weight.data *= 60
-    model.tok_embeddings.weight.data[tokenizer.eos_token_id] = 0        # hardly likely: long answers
-    save_weights(model, weights, stage="vlm_sft", tokenizer_path=str(tokenizer_path),
-                 clip_path=str(clip_path))
+    model.tok_embeddings.weight.data[tokenizer.eos_token_id] = 0  # hardly likely: long answers
+    save_weights(
+        model, weights, stage="vlm_sft", tokenizer_path=str(tokenizer_path), clip_path=str(clip_path)
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     # A proxy, as many people have one: Gradio once asked it whether the page was up, and gave up.
     environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "")
     process = subprocess.Popen(
-        [sys.executable, "web_server.py", "--load_from", str(weights),
-         "--image_dir", str(pictures / "examples"), "--port", str(free_port()),
-         "--device", "cpu", "--max_new_tokens", "40"],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [
+            sys.executable,
+            "web_server.py",
+            "--load_from",
+            str(weights),
+            "--image_dir",
+            str(images / "examples"),
+            "--port",
+            str(free_port()),
+            "--device",
+            "cpu",
+            "--max_new_tokens",
+            "40",
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         yield re.search(r"http://127\.0\.0\.1:\d+", read_until(process, r"http://\S+  \(")).group()
     finally:
@@ -104,6 +120,7 @@ def visitor(server):
 def put(client, text: str, *files) -> list[list[dict]]:
     """Ask as the page does; the conversations as they were shown while the answer grew."""
     from gradio_client import handle_file
+
     client.predict({"text": text, "files": [handle_file(str(path)) for path in files]}, api_name="/ask")
     job = client.submit(0, 0, 1, 1, 40, 0, api_name="/answer")
     job.result(timeout=30)
@@ -112,38 +129,47 @@ def put(client, text: str, *files) -> list[list[dict]]:
 
 def texts(messages: list[dict], role: str) -> list[str]:
     """What the browser is given to show, as it will be read: each message's text, unescaped."""
-    return [html.unescape(part["text"]) for message in messages if message["role"] == role
-            for part in message["content"] if part["type"] == "text"]
+    return [
+        html.unescape(part["text"])
+        for message in messages
+        if message["role"] == role
+        for part in message["content"]
+        if part["type"] == "text"
+    ]
 
 
-def test_an_answer_streams_and_every_visitor_has_a_picture_of_his_own(visitor, pictures):
+def test_an_answer_streams_and_every_visitor_has_a_image_of_his_own(visitor, images):
     first, second, third = visitor(), visitor(), visitor()
-    shown = put(first, QUESTION, pictures / "second.png")
+    shown = put(first, QUESTION, images / "second.png")
     answers = [texts(messages, "assistant")[-1] for messages in shown]
     assert len(answers) > 5 and len(set(answers)) > 5
     for earlier, later in itertools.pairwise(answers):
         assert later.startswith(earlier), (earlier, later)
 
-    other = texts(put(second, QUESTION, pictures / "first.png")[-1], "assistant")
-    assert other != answers[-1:], "the answer does not depend on the picture"
+    other = texts(put(second, QUESTION, images / "first.png")[-1], "assistant")
+    assert other != answers[-1:], "the answer does not depend on the image"
     again = texts(put(first, QUESTION)[-1], "assistant")
-    # His own picture still, not the latest one, and what was said about it.
-    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answers[-1]},
-             {"from": "human", "value": QUESTION}]
-    remembered = load_chat(pictures / "32_vlm_sft.pth").stream(
-        turns, [open_image(pictures / "second.png")], Sampling(max_new_tokens=40))
+    # His own image still, not the latest one, and what was said about it.
+    turns = [
+        {"from": "human", "value": f"<image>\n{QUESTION}"},
+        {"from": "gpt", "value": answers[-1]},
+        {"from": "human", "value": QUESTION},
+    ]
+    remembered = load_chat(images / "32_vlm_sft.pth").stream(
+        turns, [open_image(images / "second.png")], Sampling(max_new_tokens=40)
+    )
     assert again == [answers[-1], "".join(remembered)]
-    assert "添加一张图片" in texts(put(third, QUESTION)[-1], "assistant")[0]      # and nobody else's
+    assert "添加一张图片" in texts(put(third, QUESTION)[-1], "assistant")[0]  # and nobody else's
 
 
-def test_what_is_missing_is_said_kindly(visitor, pictures):
+def test_what_is_missing_is_said_kindly(visitor, images):
     client = visitor()
-    assert "Please add a picture" in texts(put(client, QUESTION)[-1], "assistant")[-1]
-    answer = texts(put(client, "", pictures / "broken.png")[-1], "assistant")[-1]
-    assert "cannot be read as a picture" in answer
-    answer = texts(put(client, "long " * 2000, pictures / "first.png")[-1], "assistant")[-1]
+    assert "Please add an image" in texts(put(client, QUESTION)[-1], "assistant")[-1]
+    answer = texts(put(client, "", images / "broken.png")[-1], "assistant")[-1]
+    assert "cannot be read as an image" in answer
+    answer = texts(put(client, "long " * 2000, images / "first.png")[-1], "assistant")[-1]
     assert "Shorten the question" in answer and "tokens" in answer
-    messages = put(client, "", pictures / "first.png")[-1]      # and the conversation goes on
+    messages = put(client, "", images / "first.png")[-1]  # and the conversation goes on
     assert texts(messages, "user")[-1] == "这个图片描述的是什么内容？"
     assert texts(messages, "assistant")[-1]
 
@@ -151,19 +177,28 @@ def test_what_is_missing_is_said_kindly(visitor, pictures):
 def test_what_the_page_says_is_no_answer_of_the_model():
     page = load_script("web_server.py")
     messages = []
-    for text, files, answer in (("a", [], page.NO_PICTURE), ("b", ["1.png"], "a cat"), ("c", ["2.png"], None),
-                                ("", [], f"{page.NOT_POSSIBLE}too long"), ("d", [], page.NO_ANSWER)):
+    for text, files, answer in (
+        ("a", [], page.NO_IMAGE),
+        ("b", ["1.png"], "a cat"),
+        ("c", ["2.png"], None),
+        ("", [], f"{page.NOT_POSSIBLE}too long"),
+        ("d", [], page.NO_ANSWER),
+    ):
         messages = page.ask(text, files, messages)
         if answer:
             messages = [*messages, {"role": "assistant", "content": [answer]}]
     assert page.rounds_of(messages) == [
-        Round("a"), Round("b", ["1.png"], "a cat"), Round("c", ["2.png"]), Round(page.DEFAULT_QUESTION),
-        Round("d")]
+        Round("a"),
+        Round("b", ["1.png"], "a cat"),
+        Round("c", ["2.png"]),
+        Round(page.DEFAULT_QUESTION),
+        Round("d"),
+    ]
     assert page.parse_args([]).max_rounds == 0
 
 
-def test_html_arrives_as_typed(visitor, pictures):
-    messages = put(visitor(), TYPED, pictures / "first.png")[-1]
+def test_html_arrives_as_typed(visitor, images):
+    messages = put(visitor(), TYPED, images / "first.png")[-1]
     assert texts(messages, "user") == [TYPED]
     sent = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     assert not re.search("[<>\"']", "".join(sent)), "the Chatbot was given something that could be HTML"
@@ -171,6 +206,7 @@ def test_html_arrives_as_typed(visitor, pictures):
 
 def test_weights_are_found_by_stage_width_and_kind(tmp_path):
     from web_server import find_weights  # gradio takes seconds
+
     for name in ("32_vlm_pretrain", "32_vlm_sft", "64_moe_vlm_sft"):
         (tmp_path / f"{name}.pth").touch()
     assert find_weights(tmp_path, use_moe="True").name == "64_moe_vlm_sft.pth"
@@ -182,8 +218,8 @@ def test_weights_are_found_by_stage_width_and_kind(tmp_path):
         find_weights(tmp_path / "empty")
 
 
-def test_a_wrong_start_is_one_line(pictures):
-    check_refused(run_script("web_server.py", "--load", str(pictures / "none.pth"), timeout=60), "none.pth")
+def test_a_wrong_start_is_one_line(images):
+    check_refused(run_script("web_server.py", "--load", str(images / "none.pth"), timeout=60), "none.pth")
     assert "0.0.0.0" not in (ROOT / "web_server.py").read_text(), "people copy what they see"
 
 
@@ -199,27 +235,34 @@ def browser():
         browser.close()
 
 
-def test_the_page_in_a_browser(browser, server, pictures):
-    context = browser.new_context(viewport={"width": 1280, "height": 860},
-                                  permissions=["clipboard-read", "clipboard-write"])
+def test_the_page_in_a_browser(browser, server, images):
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 860}, permissions=["clipboard-read", "clipboard-write"]
+    )
     page = context.new_page()
     page.set_default_timeout(15_000)
     trouble = []
     page.on("console", lambda message: message.type == "error" and trouble.append(message.text))
     page.on("pageerror", lambda error: trouble.append(str(error)))
     page.on("dialog", lambda dialog: (trouble.append("a script ran: " + dialog.message), dialog.dismiss()))
-    page.on("request", lambda request: None if request.url.startswith((server, "data:", "blob:"))
-            else trouble.append("request to " + request.url))
+    page.on(
+        "request",
+        lambda request: (
+            None
+            if request.url.startswith((server, "data:", "blob:"))
+            else trouble.append("request to " + request.url)
+        ),
+    )
     page.goto(server)
     page.locator("#head").get_by_text("32_vlm_sft.pth · ").wait_for()
     page.locator("#chat .example").wait_for()
-    page.set_input_files("input[type=file]", str(pictures / "first.png"))
+    page.set_input_files("input[type=file]", str(images / "first.png"))
     page.locator("#box img").wait_for()
 
     page.fill("textarea", QUESTION)
     page.press("textarea", "Enter")
     page.locator('[data-testid="bot"]').wait_for()
-    page.locator('[data-testid="submit-button"]').wait_for()        # the stop button is gone: answered
+    page.locator('[data-testid="submit-button"]').wait_for()  # the stop button is gone: answered
     assert page.input_value("textarea") == ""
     page.fill("textarea", TYPED)
     page.press("textarea", "Enter")
@@ -233,6 +276,6 @@ def test_the_page_in_a_browser(browser, server, pictures):
     assert page.evaluate("navigator.clipboard.readText()") == TYPED
     answers = page.locator('[data-testid="bot"]').all_inner_texts()
     assert len(answers) == 2 and all(answers)
-    assert page.get_by_label("Share").locator("visible=true").count() == 0      # it would upload the picture
+    assert page.get_by_label("Share").locator("visible=true").count() == 0  # it would upload the image
     context.close()
     assert not trouble

@@ -1,5 +1,5 @@
-"""Which samples are trained on when, and on which rank."""
-import argparse
+"""Which samples are trained on when, on which rank, and which are kept for validation."""
+
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -7,8 +7,9 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler, Subset
 
+from model.data.dataset import VLMDataset
 from trainer.distributed import Run
 
 
@@ -19,22 +20,32 @@ class GlobalBatches(Sampler):
     deals them out, so the order does not depend on how many processes there are. An epoch's last step may
     hold fewer. It is a function of seed and step alone, so a run goes on at any `start_step`.
 
-    lengths  of the samples, roughly; if given, a global step holds samples of like length, so that little is
-             padded and no rank waits for another. Only the order differs: of every CHUNK steps the samples
-             are sorted, cut into steps, and those steps shuffled.
+    max_steps  optimizer steps; 0 = as many as `epochs` take
+    lengths    of the samples, roughly; if given, a global step holds samples of similar length, so that
+               little is padded and no rank waits for another. Only the order differs: of every CHUNK steps
+               the samples are sorted, cut into steps, and those steps shuffled.
     """
 
     CHUNK = 50
 
-    def __init__(self, num_samples: int, args: argparse.Namespace, run: Run,
-                 lengths: np.ndarray | None = None):
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        run: Run,
+        *,
+        accumulation_steps: int = 1,
+        epochs: int = 1,
+        max_steps: int = 0,
+        seed: int = 0,
+        lengths: np.ndarray | None = None,
+    ):
+        self.num_samples, self.seed, self.accumulation_steps = num_samples, seed, accumulation_steps
+        self.rank, self.world_size = run.rank, run.world_size
         self.lengths = None if lengths is None else torch.as_tensor(lengths)
-        self.num_samples, self.seed, self.rank, self.world_size = (
-            num_samples, args.seed, run.rank, run.world_size)
-        self.accumulation_steps = args.accumulation_steps
-        self.samples_per_step = args.batch_size * run.world_size * args.accumulation_steps
+        self.samples_per_step = batch_size * run.world_size * accumulation_steps
         self.steps_per_epoch = math.ceil(num_samples / self.samples_per_step)
-        self.total_steps = args.max_steps or args.epochs * self.steps_per_epoch
+        self.total_steps = max_steps or epochs * self.steps_per_epoch
         self.start_step = 0
 
     def __len__(self) -> int:
@@ -45,9 +56,9 @@ class GlobalBatches(Sampler):
             epoch, place = divmod(step, self.steps_per_epoch)
             if place == 0 or step == self.start_step:
                 order = self.epoch_order(torch.Generator().manual_seed(self.seed + epoch))
-            samples = order[place * self.samples_per_step:][:self.samples_per_step]
+            samples = order[place * self.samples_per_step :][: self.samples_per_step]
             dealt = torch.tensor_split(samples, self.accumulation_steps * self.world_size)
-            yield from (part.tolist() for part in dealt[self.rank::self.world_size])
+            yield from (part.tolist() for part in dealt[self.rank :: self.world_size])
 
     def epoch_order(self, generator: torch.Generator) -> Tensor:
         """All samples, in the order of one epoch."""
@@ -57,14 +68,38 @@ class GlobalBatches(Sampler):
         parts = []
         for chunk in order.split(self.CHUNK * S):
             chunk = chunk[self.lengths[chunk].argsort(stable=True)]
-            steps = chunk[:len(chunk) // S * S].view(-1, S)
+            steps = chunk[: len(chunk) // S * S].view(-1, S)
             shuffled = torch.randperm(len(steps), generator=generator)
-            parts += [steps[shuffled].flatten(), chunk[len(steps) * S:]]
+            parts += [steps[shuffled].flatten(), chunk[len(steps) * S :]]
         return torch.cat(parts)
 
 
-def by_step(loader: Iterable[dict], accumulation_steps: int) -> Iterator[list[dict]]:
-    """The batches of one optimizer step at a time."""
-    batches = iter(loader)
-    while passes := list(islice(batches, accumulation_steps)):
-        yield passes
+def group_micro_batches(batches: Iterable[dict], accumulation_steps: int) -> Iterator[list[dict]]:
+    """The micro-batches of one optimizer step at a time."""
+    batches = iter(batches)
+    while micro_batches := list(islice(batches, accumulation_steps)):
+        yield micro_batches
+
+
+def split_off(
+    dataset: VLMDataset, val_dataset: VLMDataset | None, val_fraction: float, seed: int
+) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those for validation: a file of their own, a share of the same, or none.
+
+    Raises ValueError if a share leaves one of the two without rows.
+    """
+    if not val_fraction:
+        return dataset, val_dataset
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
+    count = round(val_fraction * len(dataset))
+    if not 0 < count < len(dataset):
+        raise ValueError(
+            f"--val_fraction {val_fraction} of {len(dataset)} rows leaves "
+            f"{'no row' if count else 'nothing'} to {'train' if count else 'validate'} on"
+        )
+    return Subset(dataset, order[count:]), Subset(dataset, order[:count])
+
+
+def lengths_of(data: Dataset) -> np.ndarray:
+    """The rough lengths of a data set, or of a part of one."""
+    return lengths_of(data.dataset)[data.indices] if isinstance(data, Subset) else data.lengths()

@@ -3,13 +3,14 @@
     python -m trainer.check                                           # stage 1
     python -m trainer.check pretrain @dataset/demo/pretrain.args      # with the flags of the run to come
     python -m trainer.check sft --multi True
-    python -m trainer.check sft --all_pictures                        # load all rows with their pictures
+    python -m trainer.check sft --all_images                        # load all rows with their images
     torchrun --standalone --nproc_per_node 2 -m trainer.check         # for a run of two processes
 
 The first argument names the stage: pretrain (default), sft, or a script of your own built like theirs. All
-other flags are the stage's: its script reads them, and hands over to this check instead of training.
+other flags are the stage's: its script's parse_args and make_stage say what would be trained.
 Exit status 0 if all is in place; else 2, after one line per problem that says what cures it.
 """
+
 import argparse
 import contextlib
 import importlib.util
@@ -19,6 +20,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
@@ -27,75 +29,75 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from model.chat import CLIP_PATH, TOKENIZER_PATH, check_fit
-from model.checkpoint import is_finished, read_state_dict, sizes_of, weights_path
-from model.dataset import BadSample, DatasetSpec, VLMDataset, check_row, collate, decode_sample
+from model.checkpoint import is_finished, read_state_dict, sizes_of
+from model.data.batch import IGNORE_INDEX, BadSample, collate
+from model.data.dataset import VLMDataset, check_row, tokenize
 from model.device import choose_device, choose_dtype
 from model.LMConfig import LMConfig
-from model.model import IGNORE_INDEX, Transformer
-from model.prompt import load_tokenizer
-from model.vision_utils import ImageProcessor, get_vision_model, num_image_tokens
-from trainer.args import AUTO, Parser, clean_exit
-from trainer.batches import GlobalBatches
-from trainer.distributed import Run
+from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
+from model.prompt import MARK, Renderer, load_tokenizer, normalise_turns
+from model.transformer import Transformer
+from model.vision_proj import placeholder_ids
+from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
+from trainer.args import AUTO
+from trainer.batches import split_off
+from trainer.distributed import Run, start_run
+from trainer.inputs import Stage, make_config, weights_cure
 from trainer.interrupt import ignore_interrupts
-from trainer.logger import progress_bar
-from trainer.loop import (
-    Stepper,
-    describe_run,
-    load_model,
-    make_config,
-    plan_memory,
-    settings_of,
-    weights_cure,
-)
+from trainer.logger import describe_run, progress_bar
+from trainer.loop import Trainer
 from trainer.memory import (
     available_memory,
     estimate_loading,
     estimate_step,
+    format_bytes,
     held_memory,
-    in_words,
+    plan_memory,
     size_in_memory,
 )
+from trainer.meter import MAX_BAD_SHARE
 from trainer.optimizer import choose_trained
-from trainer.saves import Saves
-from trainer.validation import answer_loss, split_off
+from trainer.saves import RunFiles
+from trainer.script import Parser, clean_exit
+from trainer.stage import load_model, make_batches, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"pretrain": ROOT / "1-pretrain_vlm.py", "sft": ROOT / "2-sft_vlm.py"}
-NUM_LOADED = 200        # rows loaded with their pictures, spread over the file
-NUM_ANSWERS = 8         # of them, whose answers the language model is measured on
-NUM_SHOWN = 3           # samples decoded; bad rows named one by one
-GUESSING = 0.9          # who has a loss above this share of ln(vocabulary) has learnt next to nothing
-ORDINARY = [("今天天气怎么样？", "今天天气很好，阳光明媚，适合出去散步。"),
-            ("苹果是什么颜色的？", "苹果通常是红色或绿色的。"),
-            ("你能帮我做什么？", "我可以回答你的问题，也可以帮助你写文章。"),
-            ("What do people eat for breakfast?", "Many people eat bread, eggs and fruit for breakfast."),
-            ("Where do fish live?", "Fish live in the water, in rivers, lakes and the sea."),
-            ("Tell me something about the sun.", "The sun is a star. It gives us light and heat.")]
+NUM_LOADED = 200  # rows loaded with their images, spread over the file
+NUM_ANSWERS = 8  # of them, whose answers the language model is measured on
+NUM_SHOWN = 3  # samples decoded; bad rows named one by one
+GUESSING = 0.9  # who has a loss above this share of ln(vocabulary) has learnt next to nothing
+ORDINARY = [
+    ("今天天气怎么样？", "今天天气很好，阳光明媚，适合出去散步。"),
+    ("苹果是什么颜色的？", "苹果通常是红色或绿色的。"),
+    ("你能帮我做什么？", "我可以回答你的问题，也可以帮助你写文章。"),
+    ("What do people eat for breakfast?", "Many people eat bread, eggs and fruit for breakfast."),
+    ("Where do fish live?", "Fish live in the water, in rivers, lakes and the sea."),
+    ("Tell me something about the sun.", "The sun is a star. It gives us light and heat."),
+]
 
 
 class Check:
     """Looks at one stage part by part; what a part loads is kept for the next, None where it could not be."""
 
-    def __init__(self, run: Run, args: argparse.Namespace, spec: DatasetSpec, weights_in: str,
-                 weights_out: str, problems: list[str], all_pictures: bool):
-        self.run, self.args, self.spec, self.weights_in, self.weights_out = (
-            run, args, spec, weights_in, weights_out)
-        self.problems, self.all_pictures = problems, all_pictures
-        self.alone = replace(run, world_size=1)     # the other processes of the run do not answer here
+    def __init__(
+        self, run: Run, args: argparse.Namespace, stage: Stage, problems: list[str], all_images: bool = False
+    ):
+        self.run, self.args, self.stage = run, args, stage
+        self.problems, self.all_images = problems, all_images
+        self.alone = replace(run, world_size=1)  # the other processes of the run do not answer here
         self.model: Transformer | None = None
-        self.good: dict[int, tuple[int, int, int]] = {}     # of some rows, what measure() says
+        self.good: dict[int, tuple[int, int, int]] = {}  # of some rows, what measure() says
 
     def everything(self) -> None:
         torch.manual_seed(self.args.seed)
         self.check_tokenizer()
         self.check_clip()
         is_loaded = self.check_weights()
-        has_pictures = self.check_pictures()
+        has_images = self.check_images()
         self.dataset = self.check_rows("data", self.args.data_path)
         self.val_dataset = self.args.val_data_path and self.check_rows("validation", self.args.val_data_path)
-        if has_pictures and self.tokenizer:
+        if has_images and self.tokenizer:
             for name, dataset in (("validation", self.val_dataset), ("data", self.dataset)):
                 self.good = self.load_rows(name, dataset) if dataset else {}
         if self.model:
@@ -106,7 +108,7 @@ class Check:
             self.check_memory()
         for position in list(self.good)[:NUM_SHOWN]:
             text = self.attempt(decode_sample, self.dataset[position], self.tokenizer)
-            tell(f"row {position + 1}", text or "")
+            report(f"row {position + 1}", text or "")
 
     def attempt(self, make: Callable, *arguments):
         """What make(*arguments) returns; where it raises what a user can cure, None and one problem more."""
@@ -127,75 +129,91 @@ class Check:
         path = self.args.tokenizer_path or TOKENIZER_PATH
         self.tokenizer = self.attempt(load_tokenizer, path)
         if self.tokenizer:
-            ids = {token: self.tokenizer.convert_tokens_to_ids(token)
-                   for token in (self.tokenizer.bos_token, self.tokenizer.eos_token, "<", ">")}
-            tell("tokenizer", f"{path}, {size_of(path)}: {len(self.tokenizer)} tokens, "
-                              f"{', '.join(f'{token} is {number}' for token, number in ids.items())}")
+            ids = {
+                token: self.tokenizer.convert_tokens_to_ids(token)
+                for token in (self.tokenizer.bos_token, self.tokenizer.eos_token, "<", ">")
+            }
+            report(
+                "tokenizer",
+                f"{path}, {size_of(path)}: {len(self.tokenizer)} tokens, "
+                f"{', '.join(f'{token} is {number}' for token, number in ids.items())}",
+            )
 
     def check_clip(self) -> None:
         self.clip_path = self.args.clip_path or CLIP_PATH
-        self.vision_model, self.image_processor = (self.attempt(get_vision_model, self.clip_path)
-                                                   or (None, ImageProcessor()))
+        self.vision_model, self.image_processor = self.attempt(get_vision_model, self.clip_path) or (
+            None,
+            ImageProcessor(),
+        )
         if self.vision_model:
-            tell("CLIP", f"{self.clip_path}, {size_of(self.clip_path)}: "
-                         f"{num_image_tokens(self.vision_model)} x {self.vision_model.config.hidden_size} "
-                         "features per picture")
+            report(
+                "CLIP",
+                f"{self.clip_path}, {size_of(self.clip_path)}: "
+                f"{num_image_tokens(self.vision_model)} x {self.vision_model.config.hidden_size} "
+                "features per image",
+            )
 
     def check_weights(self) -> bool:
         """Make the model that the flags describe; is it loaded? Sizes that a missing tokenizer or CLIP would
         tell are taken from the weights."""
-        config = self.attempt(make_config, self.args, LMConfig.vocab_size, LMConfig.vision_dim,
-                              LMConfig.num_image_tokens)
+        config = self.attempt(make_config, self.args)
         if not config:
             return False
-        source = weights_path(self.args.out_dir, config, self.weights_in)
-        state = self.attempt(read_state_dict, source, weights_cure(self.weights_in, config.use_moe))
+        source = weights_path(self.args.out_dir, config, self.stage.weights_in)
+        state = self.attempt(read_state_dict, source, weights_cure(self.stage.weights_in, config.use_moe))
         sizes = config.to_dict() | sizes_of(state or {})
         config = make_config(
-            self.args, len(self.tokenizer) if self.tokenizer else sizes["vocab_size"],
+            self.args,
+            len(self.tokenizer) if self.tokenizer else sizes["vocab_size"],
             self.vision_model.config.hidden_size if self.vision_model else sizes["vision_dim"],
-            num_image_tokens(self.vision_model) if self.vision_model else sizes["num_image_tokens"])
+            num_image_tokens(self.vision_model) if self.vision_model else sizes["num_image_tokens"],
+        )
         if self.tokenizer and self.vision_model:
             self.attempt(check_fit, config, self.tokenizer, self.vision_model, source, self.clip_path)
-        loaded = state and self.attempt(load_model, config, source, self.weights_in)
+        loaded = state and self.attempt(load_model, config, source, self.stage.weights_in)
         self.model = loaded[0] if loaded else Transformer(config)
         if loaded:
-            tell("weights", f"{loaded[1]}; {size_of(source)}")
+            report("weights", f"{loaded[1]}; {size_of(source)}")
         return bool(loaded)
 
     # ---- what it learns from -------------------------------------------------------------------------------
 
-    def check_pictures(self) -> bool:
+    def check_images(self) -> bool:
         folder = Path(self.args.image_dir)
         if not folder.is_dir():
-            self.problem(f"picture folder not found: {folder} (name it with --image_dir)")
+            self.problem(f"image folder not found: {folder} (name it with --image_dir)")
             return False
-        tell("pictures", f"{folder}: {sum(1 for _ in os.scandir(folder))} files")
+        report("images", f"{folder}: {sum(1 for _ in os.scandir(folder))} files")
         return True
 
     def check_rows(self, name: str, path: str) -> VLMDataset | None:
         """A data file, with a look at each of its rows."""
-        folder = self.args.image_dir if Path(self.args.image_dir).is_dir() else "."      # told already
+        folder = self.args.image_dir if Path(self.args.image_dir).is_dir() else "."  # already reported
         num_tokens = self.model.config.num_image_tokens if self.model else LMConfig.num_image_tokens
-        dataset = self.attempt(VLMDataset, path, self.spec, self.tokenizer, folder, self.image_processor,
-                               num_tokens, self.args.max_seq_len)
+        renderer = Renderer(self.tokenizer, num_tokens, self.args.max_seq_len)
+        dataset = self.attempt(VLMDataset, path, self.stage.spec, renderer, folder, self.image_processor)
         if dataset:
-            tell(name, f"{path}, {size_of(path)}: {len(dataset)} rows")
+            report(name, f"{path}, {size_of(path)}: {len(dataset)} rows")
             self.report_bad(name, [dataset[position].reason for position in bad_rows(dataset)], len(dataset))
         return dataset
 
     def load_rows(self, name: str, dataset: VLMDataset) -> dict[int, tuple[int, int, int]]:
-        """Load rows with their pictures, as training will; what measure() says of the good ones, by
+        """Load rows with their images, as training will; what measure() says of the good ones, by
         position."""
-        number = len(dataset) if self.all_pictures else min(NUM_LOADED, len(dataset))
+        number = len(dataset) if self.all_images else min(NUM_LOADED, len(dataset))
         positions = spread(dataset, number)
-        loader = DataLoader(Subset(dataset, positions), batch_size=20, num_workers=self.args.num_workers,
-                            collate_fn=measure, worker_init_fn=ignore_interrupts)
-        bar = progress_bar(loader, desc=name, disable=not self.all_pictures)
+        loader = DataLoader(
+            Subset(dataset, positions),
+            batch_size=20,
+            num_workers=self.args.num_workers,
+            collate_fn=measure,
+            worker_init_fn=ignore_interrupts,
+        )
+        bar = progress_bar(loader, desc=name, disable=not self.all_images)
         found = dict(zip(positions, (facts for batch in bar for facts in batch), strict=True))
         good = {position: facts for position, facts in found.items() if not isinstance(facts, str)}
         longest = max((num_tokens for num_tokens, _, _ in good.values()), default=0)
-        tell(name, f"{len(good)} of {number} rows loaded with their pictures, at most {longest} tokens long")
+        report(name, f"{len(good)} of {number} rows loaded with their images, at most {longest} tokens long")
         self.report_bad(name, [facts for facts in found.values() if isinstance(facts, str)], number)
         return good
 
@@ -203,8 +221,8 @@ class Check:
         """Name the first bad rows of `number`; with --on_bad_sample skip a few are no problem."""
         skip = self.args.on_bad_sample == "skip"
         if skip and reasons:
-            tell(name, f"leaves out {len(reasons)} of {number} rows, first: {reasons[0]}")
-        if not reasons or (skip and len(reasons) <= 0.01 * number):
+            report(name, f"leaves out {len(reasons)} of {number} rows, first: {reasons[0]}")
+        if not reasons or (skip and len(reasons) <= MAX_BAD_SHARE * number):
             return
         for reason in reasons[:NUM_SHOWN]:
             self.problem(reason if skip else f"{reason} (--on_bad_sample skip would leave it out)")
@@ -218,22 +236,27 @@ class Check:
         """The plan, in the run's own words, and what becomes of the files in --out_dir."""
         args, model = self.args, self.model
         choose_trained(model, args.train)
-        sets = self.dataset and self.attempt(split_off, self.dataset, self.val_dataset, args)
+        sets = self.dataset and self.attempt(
+            split_off, self.dataset, self.val_dataset, args.val_fraction, args.seed
+        )
         if sets and args.batch_size == AUTO:
             plan_memory(self.run, args, model, self.vision_model, sets[0])
-        batches = sets and GlobalBatches(len(sets[0]), args, self.run)
+        batches = sets and make_batches(self.run, args, sets[0])
         if batches and self.vision_model:
             dtype = choose_dtype(args.dtype, self.run.device)
-            tell("run", describe_run(self.run, args, model, self.vision_model, *sets, batches, dtype))
-        path = weights_path(args.out_dir, model.config, self.weights_out)
+            report("run", describe_run(self.run, args, model, self.vision_model, *sets, batches, dtype))
+        path = weights_path(args.out_dir, model.config, self.stage.weights_out)
         settings = settings_of(self.run, args, model, self.dataset, batches) if batches else {}
-        saves = Saves(self.alone, args, path, settings, {})
+        files = RunFiles(self.alone, args, path, settings, {})
         if path.parent.is_dir():
-            tell("disk", f"{path.parent}: the saves need {in_words(saves.room_needed(model))}, "
-                         f"{in_words(shutil.disk_usage(path.parent).free)} free")
-            self.attempt(saves.check_room, model)
-        if batches and (fate := self.attempt(foresee, saves, model, batches.total_steps)):
-            tell("writes", f"{path}: {fate}")
+            report(
+                "disk",
+                f"{path.parent}: the saves need {format_bytes(files.room_needed(model))}, "
+                f"{format_bytes(shutil.disk_usage(path.parent).free)} free",
+            )
+            self.attempt(files.check_room, model)
+        if batches and (fate := self.attempt(foresee, files, model, batches.total_steps)):
+            report("writes", f"{path}: {fate}")
 
     # ---- what it knows already -----------------------------------------------------------------------------
 
@@ -241,59 +264,82 @@ class Check:
     def check_losses(self) -> None:
         """Does the model know its language? Random weights lose ln(vocabulary) per token or more.
 
-        Measured on answers, without pictures: ordinary ones, and those of the data, because a model may know
+        Measured on answers, without images: ordinary ones, and those of the data, because a model may know
         one sort alone (the demo's knows nothing but its world). The better loss counts.
         """
-        stepper = Stepper(self.alone, self.args, self.model, self.vision_model)
+        trainer = Trainer(self.alone, self.args, self.model, self.vision_model)
         conversations = {
-            "ordinary answers": [[{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-                                 for question, answer in ORDINARY],
-            "the data's answers": well_formed(self.dataset, NUM_ANSWERS) if self.dataset else []}
-        losses = {name: answer_loss(stepper, self.tokenizer, turns)
-                  for name, turns in conversations.items() if turns}
+            "ordinary answers": [
+                [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+                for question, answer in ORDINARY
+            ],
+            "the data's answers": well_formed(self.dataset, NUM_ANSWERS) if self.dataset else [],
+        }
+        losses = {
+            name: answer_loss(trainer, self.tokenizer, turns)
+            for name, turns in conversations.items()
+            if turns
+        }
         chance = math.log(self.model.config.vocab_size)
-        text = (f"loss {', '.join(f'{loss:.2f} on {name}' for name, loss in losses.items())}; "
-                f"guessing has ln({self.model.config.vocab_size}) = {chance:.2f}")
-        tell("language", text)
+        text = (
+            f"loss {', '.join(f'{loss:.2f} on {name}' for name, loss in losses.items())}; "
+            f"guessing has ln({self.model.config.vocab_size}) = {chance:.2f}"
+        )
+        report("language", text)
         # Later stages' weights come from a run, and their data may be of a kind that they are yet to learn.
-        if self.weights_in == "llm" and not min(losses.values()) < GUESSING * chance:
-            self.problem(f"the weights of stage {self.weights_in} look random: {text}; "
-                         f"{weights_cure(self.weights_in, self.args.use_moe)}, or name the tokenizer they "
-                         "were trained with (--tokenizer_path)")
+        if self.stage.weights_in == "llm" and not min(losses.values()) < GUESSING * chance:
+            self.problem(
+                f"the weights of stage {self.stage.weights_in} look random: {text}; "
+                f"{weights_cure(self.stage.weights_in, self.args.use_moe)}, or name the tokenizer they "
+                "were trained with (--tokenizer_path)"
+            )
         if self.vision_model and self.good:
             samples = [self.dataset[row] for row in list(self.good)[:NUM_SHOWN]]
-            loss = stepper.forward(collate(samples)).item()
-            tell("sight", f"loss {loss:.2f} on the answers of {len(samples)} rows with their pictures")
+            loss = trainer.loss(collate(samples)).item()
+            report("sight", f"loss {loss:.2f} on the answers of {len(samples)} rows with their images")
             if not math.isfinite(loss):
-                self.problem(f"the loss with pictures is {loss}: compute in --dtype float32 or bfloat16")
+                self.problem(f"the loss with images is {loss}: compute in --dtype float32 or bfloat16")
 
     def check_memory(self) -> None:
         """Compare what a step will take, its rows as long as the longest, with what can be had. After
         check_losses(): until they are used, weights that were read from a file are not yet in memory."""
         args, device, cpu = self.args, self.run.device, torch.device("cpu")
-        num_tokens, num_learnt, num_bytes = np.array(list(self.good.values())).T
-        step = estimate_step(self.model, device, args.batch_size * int(num_tokens.max()),
-                             round(args.batch_size * num_learnt.mean()))
-        needs = {cpu: {"held now": held_memory(),
-                       "loading": estimate_loading(args.num_workers, args.batch_size * int(num_bytes.max()))}}
+        num_tokens, num_targets, num_bytes = np.array(list(self.good.values())).T
+        step = estimate_step(
+            self.model,
+            device,
+            args.batch_size * int(num_tokens.max()),
+            round(args.batch_size * num_targets.mean()),
+        )
+        needs = {
+            cpu: {
+                "held now": held_memory(),
+                "loading": estimate_loading(args.num_workers, args.batch_size * int(num_bytes.max())),
+            }
+        }
         if device != cpu:
             needs[device] = {"weights": size_in_memory(self.model), "CLIP": size_in_memory(self.vision_model)}
         needs[device] |= step
         for place, parts in needs.items():
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if place == cpu else 1
+            processes = self.run.local_world_size if place == cpu else 1
             needed, available = processes * sum(parts.values()), available_memory(place)
-            known = "" if available is None else f" of {in_words(available)}"
-            tell("memory", f"{place}: about {in_words(needed)}{known} for {args.batch_size} x "
-                           f"{num_tokens.max()} tokens"
-                           f"{f' in each of {processes} processes' if processes > 1 else ''}\n"
-                           f"({', '.join(f'{name} {in_words(size)}' for name, size in parts.items())})")
+            known = "" if available is None else f" of {format_bytes(available)}"
+            report(
+                "memory",
+                f"{place}: about {format_bytes(needed)}{known} for {args.batch_size} x "
+                f"{num_tokens.max()} tokens"
+                f"{f' in each of {processes} processes' if processes > 1 else ''}\n"
+                f"({', '.join(f'{name} {format_bytes(size)}' for name, size in parts.items())})",
+            )
             if available is not None and needed > available:
-                self.problem(f"a step needs about {in_words(needed)} of memory on {place}, but "
-                             f"{in_words(available)} can be had: halve --batch_size and double "
-                             "--accumulation_steps, or lower --num_workers")
+                self.problem(
+                    f"a step needs about {format_bytes(needed)} of memory on {place}, but "
+                    f"{format_bytes(available)} can be had: halve --batch_size and double "
+                    "--accumulation_steps, or lower --num_workers"
+                )
 
 
-def tell(name: str, text: str) -> None:
+def report(name: str, text: str) -> None:
     for number, line in enumerate(text.splitlines()):
         print(f"{'' if number else name:<12}{line}", flush=True)
 
@@ -301,7 +347,7 @@ def tell(name: str, text: str) -> None:
 def size_of(path: str | Path) -> str:
     """Of a file, or of all files in a folder."""
     path = Path(path)
-    return in_words(sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())))
+    return format_bytes(sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())))
 
 
 def spread(dataset: VLMDataset, number: int) -> list[int]:
@@ -320,42 +366,86 @@ def well_formed(dataset: VLMDataset, number: int) -> list[list[dict]]:
 
 def bad_rows(dataset: VLMDataset) -> list[int]:
     """Positions of the rows that are malformed."""
+
     def is_bad(row: dict) -> bool:
         try:
             check_row(row, dataset.spec)
         except ValueError:
             return True
         return False
+
     try:
-        dataset.check_rows()        # finds the first, or none
+        dataset.check_rows()  # finds the first, or none
     except ValueError:
         return [position for position, row in enumerate(dataset.rows) if is_bad(row)]
     return []
 
 
 def measure(samples: list[dict[str, Tensor] | BadSample]) -> list[tuple[int, int, int] | str]:
-    """Instead of a batch: tokens, learnt tokens and bytes of pixels of each sample, or why it cannot be
+    """Instead of a batch: tokens, target token and bytes of pixels of each sample, or why it cannot be
     used."""
-    return [sample.reason if isinstance(sample, BadSample) else
-            (len(sample["input_ids"]), int((sample["labels"] != IGNORE_INDEX).sum()),
-             sample["pixel_values"].nbytes) for sample in samples]
+    return [
+        sample.reason
+        if isinstance(sample, BadSample)
+        else (
+            len(sample["input_ids"]),
+            int((sample["labels"] != IGNORE_INDEX).sum()),
+            sample["pixel_values"].nbytes,
+        )
+        for sample in samples
+    ]
 
 
-def foresee(saves: Saves, model: Transformer, total_steps: int) -> str:
+def foresee(files: RunFiles, model: Transformer, total_steps: int) -> str:
     """What the run will do about the files of an earlier one. Raises what it would raise."""
-    if saves.finished_before():
+    if files.finished_before():
         return "finished; there is nothing to do"
     kept = ""
-    if is_finished(saves.path):
-        previous = saves.path.with_suffix(".previous.pth")
+    if is_finished(files.path):
+        previous = files.path.with_suffix(".previous.pth")
         lost = ", whose place it takes" if previous.is_file() else ""
         kept = f"; what is there now is kept as {previous.name}{lost}"
-    state = saves.read_start(model)
+    state = files.read_start(model)
     if not state:
         return f"begins anew{kept}"
-    if saves.args.resume_weights_only:
+    if files.args.resume_weights_only:
         return f"a new schedule from the weights of the earlier run{kept}"
     return f"goes on from step {state['step']} of {total_steps}"
+
+
+@torch.no_grad()
+def answer_loss(trainer: Trainer, tokenizer, conversations: list[list[dict]]) -> float:
+    """The loss per token of the answers when no image is shown: what the language model knows by itself."""
+    renderer = Renderer(tokenizer, trainer.model.config.num_image_tokens, max_seq_len=sys.maxsize)
+    samples = []
+    for turns in conversations:
+        blind = [{"from": role, "value": MARK.sub("", text)} for role, text in normalise_turns(turns)]
+        samples.append(tokenize(blind, renderer) | {"pixel_values": torch.zeros(0, 3, 1, 1)})
+    return trainer.loss(collate(samples)).item()
+
+
+def decode_sample(sample: dict[str, Tensor], tokenizer) -> str:
+    """A sample as one line of text: [[targets]], and <image x50> for the placeholder of an image.
+
+    Raises ValueError if other ids stand where an image's features will be written.
+    """
+    slots = sample["image_slots"]
+    if not (sample["input_ids"][slots] == torch.tensor(placeholder_ids(slots.shape[1]))).all():
+        raise ValueError("other ids stand where the placeholder of an image should")
+    ids = [*sample["input_ids"].tolist(), int(sample["labels"][-1])]
+    kinds = [
+        "given",
+        *("target" if label != IGNORE_INDEX else "given" for label in sample["labels"].tolist()),
+    ]
+    for number, places in enumerate(slots.tolist()):
+        for place in places:
+            kinds[place] = f"image {number}"
+    text = ""
+    for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        run = [token for _, token in group]
+        part = tokenizer.decode(run)
+        text += {"given": part, "target": f"[[{part}]]"}.get(kind, f"<image x{len(run)}>")
+    return text.replace("\n", "\\n")
 
 
 def load_script(path: Path) -> ModuleType:
@@ -372,8 +462,12 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     name, *rest = argv if argv and not argv[0].startswith(("-", "@")) else ["pretrain", *argv]
     parser = Parser(__doc__)
-    parser.add_argument("--all_pictures", action="store_true",
-                        help=f"load all rows with their pictures, instead of {NUM_LOADED} of them")
+    parser.add_argument(
+        "--all_images",
+        "--all_pictures",
+        action="store_true",
+        help=f"load all rows with their images, instead of {NUM_LOADED} of them",
+    )
     own, flags = parser.parse_known_args(rest)
     path, problems = SCRIPTS.get(name, Path(name)), []
     script = load_script(path)
@@ -382,18 +476,14 @@ def main(argv: list[str] | None = None) -> None:
         choose_device(args.device)
     except ValueError as error:
         problems.append(str(error))
-        flags.append("--device=cpu")        # what else is wrong is told all the same
-
-    def check(run: Run, *arguments, **settings) -> None:
-        if not run.is_main:
-            return
-        tell("check", f"is everything in place for {path.name}?")
-        Check(run, *arguments, **settings, problems=problems, all_pictures=own.all_pictures).everything()
-        tell("check", f"{len(problems)} problem(s)" if problems else "everything is in place")
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-
-    script.main(flags, do=check)
+        args.device = "cpu"  # carry on, so that every problem is reported
+    with start_run(args.device, args.timeout) as run:
+        if run.is_main:
+            report("check", f"is everything in place for {path.name}?")
+            Check(run, args, script.make_stage(args), problems, own.all_images).everything()
+            report("check", f"{len(problems)} problem(s)" if problems else "everything is in place")
+            for problem in problems:
+                print(f"error: {problem}", file=sys.stderr, flush=True)
     if problems:
         sys.exit(2)
 

@@ -1,4 +1,5 @@
 """Rank, world size and device: decided once, known in one object. The model and the data never ask."""
+
 import contextlib
 import ctypes
 import gc
@@ -16,10 +17,6 @@ from tqdm import tqdm
 from model.device import choose_device
 
 
-class AgreedError(ValueError):
-    """What all ranks raise alike; rank 0 alone tells it."""
-
-
 @dataclass
 class Run:
     """One process among world_size; use as a context manager, so that the process group is always closed."""
@@ -27,6 +24,7 @@ class Run:
     rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -54,8 +52,12 @@ class Run:
     def gather_in_order(self, mine: dict[int, object]) -> list:
         """What all ranks found, by its number, in the order of the numbers, on rank 0; empty elsewhere."""
         parts = self.gather(mine) or []
-        return [found for _, found in sorted((item for part in parts for item in part.items()),
-                                             key=lambda item: item[0])]
+        return [
+            found
+            for _, found in sorted(
+                (item for part in parts for item in part.items()), key=lambda item: item[0]
+            )
+        ]
 
     def share(self, value) -> list:
         """The value of every rank, in rank order, on every rank."""
@@ -92,7 +94,7 @@ class Run:
             dist.destroy_process_group()
 
 
-def keep_freed_memory() -> None:
+def retain_freed_memory() -> None:
     """Let the C library keep freed blocks of up to 32 MB for the next step.
 
     By default it hands them back to the system, which clears them and maps them in again page by page: on a
@@ -100,8 +102,8 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)       # M_MMAP_THRESHOLD, at its largest
-        mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def start_run(device: str = "auto", timeout: float = 600) -> Run:
@@ -111,7 +113,7 @@ def start_run(device: str = "auto", timeout: float = 600) -> Run:
     timeout  seconds after which a rank that does not answer is given up
     raises   ValueError if the device cannot be had
     """
-    keep_freed_memory()
+    retain_freed_memory()
     # The loader's workers are forked after the tokenizer's first use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -120,6 +122,7 @@ def start_run(device: str = "auto", timeout: float = 600) -> Run:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and world_size > 1:
         # Tensors on the GPU travel by nccl; those on the CPU by gloo, without waiting for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=timeout))
-    return Run(rank, world_size, chosen)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
+        )
+    return Run(rank, world_size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

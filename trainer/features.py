@@ -1,4 +1,5 @@
-"""--feature_cache: CLIP looks at every distinct picture once, before training, on all ranks together."""
+"""--feature_cache: CLIP looks at every distinct image once, before training, on all ranks together."""
+
 import argparse
 import contextlib
 import shutil
@@ -6,40 +7,45 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from model.dataset import VLMDataset, check_row
-from model.feature_store import FeatureStore, picture_key, picture_keys, store_name
-from model.video import Frame, file_of, load_pictures
+from model.data.dataset import VLMDataset, check_row
+from model.data.feature_store import FeatureStore, image_key, image_keys, store_name
+from model.data.video import Frame, file_of, load_images
+from model.files import try_lock
 from model.vision_utils import ImageProcessor, get_img_embedding, num_image_tokens
 from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
 
-BATCH = 32          # pictures per call of CLIP
-SEGMENT = 512       # pictures per file, and the most that a killed run has encoded in vain
+BATCH = 32  # images per call of CLIP
+SEGMENT = 512  # images per file, and the most that a killed run has encoded in vain
 
 
-def fill_feature_cache(run: Run, args: argparse.Namespace, datasets: Iterable[VLMDataset],
-                       vision_model: nn.Module, image_processor: ImageProcessor) -> FeatureStore:
-    """The store in args.feature_cache with the features of every picture that the datasets name.
+def fill_feature_cache(
+    run: Run,
+    args: argparse.Namespace,
+    datasets: Iterable[VLMDataset],
+    vision_model: nn.Module,
+    image_processor: ImageProcessor,
+) -> FeatureStore:
+    """The store in args.feature_cache with the features of every image that the datasets name.
 
     Only those are encoded that are not there yet. CLIP computes in float32 whatever --dtype says, so that one
-    cache serves all runs. Pictures that cannot be read are passed over: their rows are bad samples in
+    cache serves all runs. Images that cannot be read are passed over: their rows are bad samples in
     training, cache or not.
     raises  ValueError before anything is written if the disk lacks room; OSError if it runs full
     """
     folder = Path(args.feature_cache) / store_name(vision_model, image_processor, args.feature_dtype)
-    with taking_turns(run, folder):
+    with exclusive(run, folder):
         store = FeatureStore(folder, args.feature_dtype)
         wanted = find_missing(run, store, datasets)
         if wanted:
-            tell_size(run, args, store, len(wanted), vision_model)
+            print_size(run, args, store, len(wanted), vision_model)
             vision_model.to(run.device)
             encode_all(run, args, store, wanted, vision_model, image_processor)
             store.reload()
@@ -48,82 +54,82 @@ def fill_feature_cache(run: Run, args: argparse.Namespace, datasets: Iterable[VL
 
 
 @contextlib.contextmanager
-def taking_turns(run: Run, folder: Path) -> Iterator[None]:
-    """Let only one run fill a store; another waits, and finds what the first has made. A killed run's lock is
-    freed by the system; where there are no locks, nobody waits."""
+def exclusive(run: Run, folder: Path) -> Iterator[None]:
+    """Let only one run fill a store; another waits, and finds what the first has made. Where nothing can be
+    written or locked, nobody waits."""
     with contextlib.ExitStack() as stack:
-        lock = None
+        file = None
         if run.is_main:
-            with contextlib.suppress(OSError):      # where nothing can be written, tell_size() says so
+            with contextlib.suppress(OSError):  # where nothing can be written, print_size() says so
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(folder / ".lock", "w"))
-        told = False
-        while not run.from_main(lambda: lock is None or take_lock(lock)):   # so that no rank waits for long
-            if not told:
+                file = stack.enter_context(open(folder / ".lock", "wb"))
+
+        def is_free() -> bool:
+            try:
+                return file is None or try_lock(file)
+            except OSError:
+                return True
+
+        is_waiting = False
+        while not run.from_main(is_free):  # asked again and again, so that no rank waits for long
+            if not is_waiting:
                 run.print(f"another run is filling {folder}: waiting for it")
-            told = True
+            is_waiting = True
             time.sleep(1)
         yield
 
 
-def take_lock(file: IO) -> bool:
-    """False if another process has it."""
-    try:
-        import fcntl  # not on Windows
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass
-    return True
-
-
-def pictures_of(dataset: VLMDataset) -> set[Path | Frame]:
-    """The pictures and the frames of films of all rows that can be used."""
-    pictures = set()
+def images_of(dataset: VLMDataset) -> set[Path | Frame]:
+    """The images and the frames of videos of all rows that can be used."""
+    images = set()
     for row in dataset.rows:
         try:
-            pictures.update(dataset.what_is_shown(*check_row(row, dataset.spec))[0])
+            images.update(dataset.expand(*check_row(row, dataset.spec))[0])
         except (ValueError, FileNotFoundError):
-            continue        # told by the dataset, with file and row
-    return pictures
+            continue  # the dataset reports it, with file and row
+    return images
 
 
-def find_missing(run: Run, store: FeatureStore,
-                 datasets: Iterable[VLMDataset]) -> list[tuple[bytes, Path | Frame]]:
-    """(key, picture) of every distinct picture that the store lacks, in one order on all ranks. Each rank
+def find_missing(
+    run: Run, store: FeatureStore, datasets: Iterable[VLMDataset]
+) -> list[tuple[bytes, Path | Frame]]:
+    """(key, image) of every distinct image that the store lacks, in one order on all ranks. Each rank
     reads its share of the files."""
-    pictures = sorted(set().union(*(pictures_of(dataset) for dataset in datasets)), key=str)
-    files = [list(group) for _, group in groupby(pictures, key=file_of)][run.rank::run.world_size]
+    images = sorted(set().union(*(images_of(dataset) for dataset in datasets)), key=str)
+    files = [list(group) for _, group in groupby(images, key=file_of)][run.rank :: run.world_size]
     missing = {}
-    for group in progress_bar(files, disable=not run.is_main, unit="picture", desc="looking for features"):
+    for group in progress_bar(files, disable=not run.is_main, unit="image", desc="looking for features"):
         try:
-            keys = picture_keys(group)
+            keys = image_keys(group)
         except (FileNotFoundError, ValueError):
             continue
-        missing |= {key.tobytes(): picture for key, picture in zip(keys, group, strict=True)
-                    if key not in store}
-    everywhere = {key: picture for part in run.share(missing) for key, picture in part.items()}
+        missing |= {key.tobytes(): image for key, image in zip(keys, group, strict=True) if key not in store}
+    everywhere = {key: image for part in run.share(missing) for key, image in part.items()}
     return sorted(everywhere.items())
 
 
-def tell_size(run: Run, args: argparse.Namespace, store: FeatureStore, count: int,
-              vision_model: nn.Module) -> None:
+def print_size(
+    run: Run, args: argparse.Namespace, store: FeatureStore, count: int, vision_model: nn.Module
+) -> None:
     """Say how much will be written; raise ValueError if there is no room for it."""
     values = num_image_tokens(vision_model) * vision_model.config.hidden_size
-    size = count * values * np.dtype(store.dtype).itemsize
+    size = count * values * store.dtype.itemsize
     store.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(store.folder).free
-    run.print(f"feature cache {store.folder}: {len(store)} pictures are there, {count} to encode, "
-              f"{size / 1e6:,.1f} MB to write ({free / 1e6:,.0f} MB free)")
+    run.print(
+        f"feature cache {store.folder}: {len(store)} images are there, {count} to encode, "
+        f"{size / 1e6:,.1f} MB to write ({free / 1e6:,.0f} MB free)"
+    )
     if size > free:
-        raise ValueError(f"the feature cache needs {size / 1e6:,.1f} MB for {count} pictures, but only "
-                         f"{free / 1e6:,.1f} MB are free at {args.feature_cache}: make room, name another "
-                         "disk with --feature_cache, or train without it")
+        raise ValueError(
+            f"the feature cache needs {size / 1e6:,.1f} MB for {count} images, but only "
+            f"{free / 1e6:,.1f} MB are free at {args.feature_cache}: make room, name another "
+            "disk with --feature_cache, or train without it"
+        )
 
 
-class Pictures(Dataset):
-    """Pictures to pixels; None for one that cannot be read, or is no longer what its key says."""
+class Images(Dataset):
+    """Images to pixels; None for one that cannot be read, or is no longer what its key says."""
 
     def __init__(self, wanted: list[tuple[bytes, Path | Frame]], image_processor: ImageProcessor):
         self.wanted, self.image_processor = wanted, image_processor
@@ -132,10 +138,10 @@ class Pictures(Dataset):
         return len(self.wanted)
 
     def __getitem__(self, position: int) -> tuple[bytes, Tensor] | None:
-        key, picture = self.wanted[position]
+        key, image = self.wanted[position]
         try:
-            pixels, = load_pictures([picture], self.image_processor)
-            return (key, pixels) if picture_key(picture).tobytes() == key else None
+            (pixels,) = load_images([image], self.image_processor)
+            return (key, pixels) if image_key(image).tobytes() == key else None
         except (ValueError, FileNotFoundError):
             return None
 
@@ -145,19 +151,31 @@ def only_good(samples: list[tuple[bytes, Tensor] | None]) -> tuple[list[bytes], 
     return [key for key, _ in good], torch.stack([pixels for _, pixels in good]) if good else None
 
 
-def encode_all(run: Run, args: argparse.Namespace, store: FeatureStore,
-               wanted: list[tuple[bytes, Path | Frame]], vision_model: nn.Module,
-               image_processor: ImageProcessor) -> None:
-    """Encode this rank's share of the pictures and write it, segment by segment, all ranks in step."""
-    share, most = wanted[run.rank::run.world_size], len(wanted[::run.world_size])
-    # As many rounds on every rank, though the last shares may be smaller by one picture.
+def encode_all(
+    run: Run,
+    args: argparse.Namespace,
+    store: FeatureStore,
+    wanted: list[tuple[bytes, Path | Frame]],
+    vision_model: nn.Module,
+    image_processor: ImageProcessor,
+) -> None:
+    """Encode this rank's share of the images and write it, segment by segment, all ranks in step."""
+    share, most = wanted[run.rank :: run.world_size], len(wanted[:: run.world_size])
+    # As many rounds on every rank, though the last shares may be smaller by one image.
     ends = [(start, min(start + SEGMENT, len(share))) for start in range(0, most, SEGMENT)]
-    rounds = [[range(first, min(first + BATCH, end)) for first in range(start, end, BATCH)]
-              for start, end in ends]
-    loader = iter(DataLoader(Pictures(share, image_processor), batch_sampler=sum(rounds, []),
-                             collate_fn=only_good, num_workers=args.num_workers,
-                             worker_init_fn=ignore_interrupts))
-    bar = progress_bar(total=len(share), disable=not run.is_main, unit="picture", desc="encoding pictures")
+    rounds = [
+        [range(first, min(first + BATCH, end)) for first in range(start, end, BATCH)] for start, end in ends
+    ]
+    loader = iter(
+        DataLoader(
+            Images(share, image_processor),
+            batch_sampler=sum(rounds, []),
+            collate_fn=only_good,
+            num_workers=args.num_workers,
+            worker_init_fn=ignore_interrupts,
+        )
+    )
+    bar = progress_bar(total=len(share), disable=not run.is_main, unit="image", desc="encoding images")
     written = torch.zeros(1, dtype=torch.long)
     for batches in rounds:
         keys, features, problem = [], [], None
@@ -174,17 +192,21 @@ def encode_all(run: Run, args: argparse.Namespace, store: FeatureStore,
         except OSError as error:
             problem = error.args[0] if error.args else str(error)
         problems = [text for text in run.share(problem) if text]
-        if problems:        # on every rank, or the others would wait for this one
+        if problems:  # on every rank, or the others would wait for this one
             bar.close()
-            raise OSError(f"{problems[0]}. {int(run.sum(written))} of {len(wanted)} pictures are encoded and "
-                          "need not be again: make room and start the same command, or train without "
-                          "--feature_cache")
+            raise OSError(
+                f"{problems[0]}. {int(run.sum(written))} of {len(wanted)} images are encoded and "
+                "need not be again: make room and start the same command, or train without "
+                "--feature_cache"
+            )
     bar.close()
 
 
 def check_shared(run: Run, store: FeatureStore) -> None:
-    """Raise ValueError unless every rank sees the same pictures."""
+    """Raise ValueError unless every rank sees the same images."""
     counts = run.share(len(store))
     if len(set(counts)) > 1:
-        raise ValueError(f"the processes of this run see different feature caches ({min(counts)} to "
-                         f"{max(counts)} pictures): --feature_cache must name a folder that all share")
+        raise ValueError(
+            f"the processes of this run see different feature caches ({min(counts)} to "
+            f"{max(counts)} images): --feature_cache must name a folder that all share"
+        )

@@ -1,4 +1,5 @@
 """Ctrl-C and SIGTERM while a model is trained: the step is finished, everything saved, then the run ends."""
+
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ import time
 class Interruption:
     """Notes the first SIGINT or SIGTERM; a second one, a second later, ends the process at once.
 
-    A second of grace, because torchrun passes a Ctrl-C on to processes that the terminal has already told.
+    A second of grace, because torchrun passes a Ctrl-C on to processes that already had the terminal's.
     """
 
     GRACE = 1.0
@@ -16,9 +17,14 @@ class Interruption:
     def __init__(self):
         self.number, self.since, self.previous = 0, 0.0, {}
 
+    @property
+    def requested(self) -> bool:
+        return bool(self.number)
+
     def __enter__(self) -> "Interruption":
-        self.previous = {number: signal.signal(number, self.note)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {
+            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,4 +1,5 @@
-"""Batches from the processes that load them, and what is told when one of those dies."""
+"""Batches from the processes that load them, and an explanation when one of those dies."""
+
 import contextlib
 import signal
 from collections.abc import Iterable, Iterator
@@ -7,14 +8,50 @@ from multiprocessing import connection
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from model.dataset import VLMDataset, check_row, collate
+from model.data.batch import collate
+from model.data.dataset import check_row
 from trainer.interrupt import ignore_interrupts
 
 
 class WorkerDied(ValueError):
     """A process that loads samples is gone; the message names the sample that it held."""
+
+
+class Watched(Dataset):
+    """A data set whose workers leave word of the sample they work on, for whoever finds one dead."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.held: Tensor | None = None  # one int64 per worker, in shared memory: its sample, or -1
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int):
+        self.hold(position)
+        try:
+            return self.dataset[position]
+        finally:
+            self.hold(-1)
+
+    def hold(self, position: int) -> None:
+        worker = get_worker_info()
+        if worker:
+            self.held[worker.id] = position
+
+    def describe(self, worker: int) -> str:
+        """The sample that a worker held, by name."""
+        position, data = int(self.held[worker]), self.dataset
+        if position < 0:
+            return "no sample"
+        if isinstance(data, Subset):
+            position, data = int(data.indices[position]), data.dataset
+        images = ""
+        with contextlib.suppress(ValueError):  # a bad row: its name must do
+            images = ", ".join(check_row(data.rows[position], data.spec)[0])
+        return f"{data.name(position)}{images and f' with {images}'}"
 
 
 class Loader:
@@ -25,18 +62,29 @@ class Loader:
     raises    WorkerDied
     """
 
-    def __init__(self, dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False,
-                 multiple: int = 1):
-        self.data: VLMDataset = dataset.dataset if isinstance(dataset, Subset) else dataset
-        self.loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers,
-                                 collate_fn=partial(collate, multiple=multiple),
-                                 pin_memory=pin_memory, worker_init_fn=ignore_interrupts)
+    def __init__(
+        self,
+        dataset: Dataset,
+        batches: Iterable,
+        num_workers: int,
+        pin_memory: bool = False,
+        multiple: int = 1,
+    ):
+        self.watched = Watched(dataset)
+        self.loader = DataLoader(
+            self.watched,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=partial(collate, multiple=multiple),
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_interrupts,
+        )
 
     def __iter__(self) -> Iterator[dict]:
-        # The workers, which begin here, write into it; one tensor for each round of workers.
-        held = self.data.held = torch.full((self.loader.num_workers,), -1).share_memory_()
+        # The workers, which start here, write into it; one tensor for each round of workers.
+        self.watched.held = torch.full((self.loader.num_workers,), -1).share_memory_()
         batches = iter(self.loader)
-        if len(held):
+        if self.loader.num_workers:
             # PyTorch's handler raises in the middle of whatever this process does, an optimizer step or a
             # save included. Without it a death is noticed here, within five seconds.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -45,14 +93,16 @@ class Loader:
                 batch = next(batches)
             except StopIteration:
                 return
-            except (RuntimeError, OSError, EOFError) as error:      # the last two: in the middle of a message
-                raise tell_of_death(self.data, held, batches) or error from None
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: in the middle of a message
+                raise explain_death(self.watched, batches) or error from None
             yield batch
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def prefetch(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
@@ -78,30 +128,22 @@ def arrived(batch: dict, event) -> dict:
     current.wait_event(event)
     for value in batch.values():
         if isinstance(value, Tensor):
-            value.record_stream(current)        # or its memory could be given away when the batch is dropped
+            value.record_stream(current)  # or its memory could be given away when the batch is dropped
     return batch
 
 
-def tell_of_death(data: VLMDataset, held: Tensor, batches: Iterator) -> WorkerDied | None:
+def explain_death(watched: Watched, batches: Iterator) -> WorkerDied | None:
     """The message about the first dead worker, if there is one."""
-    workers = getattr(batches, "_workers", [])      # PyTorch has no public name for them
-    connection.wait([process.sentinel for process in workers], timeout=1)       # it may be dying still
+    workers = getattr(batches, "_workers", [])  # PyTorch has no public name for them
+    connection.wait([process.sentinel for process in workers], timeout=1)  # it may be dying still
     for worker, process in enumerate(workers):
         if process.exitcode:
             cause = f"exit status {process.exitcode}"
             with contextlib.suppress(ValueError):
                 cause = signal.Signals(-process.exitcode).name
             return WorkerDied(
-                f"loader worker {worker} died ({cause}) while it held {describe(data, int(held[worker]))}; "
+                f"loader worker {worker} died ({cause}) while it held {watched.describe(worker)}; "
                 "if memory ran out, fewer --num_workers need less "
-                "(in a container, see also its limit and its /dev/shm)")
+                "(in a container, see also its limit and its /dev/shm)"
+            )
     return None
-
-
-def describe(data: VLMDataset, position: int) -> str:
-    if position < 0:
-        return "no sample"
-    pictures = ""
-    with contextlib.suppress(ValueError):       # a bad row: its name must do
-        pictures = ", ".join(check_row(data.rows[position], data.spec)[0])
-    return f"{data.name(position)}{pictures and f' with {pictures}'}"

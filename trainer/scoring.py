@@ -2,14 +2,15 @@
 
 A control shows the model something else than the question is about; what it still gets right is guessed.
 
-    real             the pictures and films
+    real             the images and videos
     blank            features that are all zero
-    shuffled         another question's: every picture another picture, every film another film
-    swapped          the question's own pictures in the reverse order, where it has several and no film
-    shuffled_frames  the frames of its films in another order, where each has several
+    shuffled         another question's: every image another image, every video another video
+    swapped          the question's own images in the reverse order, where it has several and no video
+    shuffled_frames  the frames of its videos in another order, where each has several
 
 A control that says nothing about a question leaves it out.
 """
+
 import argparse
 import json
 from collections.abc import Callable
@@ -21,56 +22,57 @@ import torch
 from torch import Tensor
 
 from model.chat import Chat
-from model.checkpoint import atomic_write
-from model.dataset import file_names
+from model.data.dataset import file_names
+from model.data.rows import Rows
+from model.data.video import Frame, file_of, open_images
+from model.files import write_text
 from model.generate import Sampling
 from model.prompt import IMAGE_MARK, find_marks, normalise_turns, put_marks
-from model.rows import Rows
-from model.video import Frame, file_of, open_pictures
 from trainer.distributed import Run
 from trainer.logger import progress_bar
 
-CONTROLS = ("real", "blank", "shuffled", "swapped", "shuffled_frames")
-FOLLOWS = "swapped_follows"     # in the report: answers that are right for the pictures as they were shown
+FOLLOWS = "swapped_follows"  # in the report: answers that are right for the images as they were shown
 
 
 @dataclass
 class Question:
-    """A row of a question file, and what it shows: for each of its marks a picture, or a film's frames."""
+    """A row of a question file, and what it shows: for each of its marks an image, or a video's frames."""
 
     row: dict
     parts: list[list[Path | Frame]]
     turns: list[dict]
 
 
-class PictureFeatures:
-    """Features of all pictures of a question file, encoded once, whatever asks for them.
+class ImageFeatures:
+    """Features of all images of a question file, encoded once, whatever asks for them.
 
     They are encoded in fixed groups, so the same bits come out however the questions are shared out.
     """
 
     GROUP = 64
 
-    def __init__(self, chat: Chat, pictures: list[Path | Frame]):
-        self.chat, self.pictures = chat, list(dict.fromkeys(pictures))
-        self.place = {picture: number for number, picture in enumerate(self.pictures)}
+    def __init__(self, chat: Chat, images: list[Path | Frame]):
+        self.chat, self.images = chat, list(dict.fromkeys(images))
+        self.place = {image: number for number, image in enumerate(self.images)}
         self.groups: dict[int, Tensor] = {}
 
-    def __getitem__(self, picture: Path | Frame) -> Tensor:
+    def __getitem__(self, image: Path | Frame) -> Tensor:
         """(N, vision_dim)"""
-        group, member = divmod(self.place[picture], self.GROUP)
+        group, member = divmod(self.place[image], self.GROUP)
         if group not in self.groups:
-            members = self.pictures[group * self.GROUP:][:self.GROUP]
-            self.groups[group] = self.chat.encode(list(open_pictures(members)))
+            members = self.images[group * self.GROUP :][: self.GROUP]
+            self.groups[group] = self.chat.encode(list(open_images(members)))
         return self.groups[group][member]
 
 
 def read_questions(path: Path, chat: Chat, max_frames: int) -> list[Question]:
-    """The questions of a file; pictures and films lie beside it. Raises ValueError naming file and row."""
+    """The questions of a file; images and videos lie beside it. Raises ValueError naming file and row."""
     if not path.is_file():
         raise FileNotFoundError(f"question file not found: {path}")
-    return [read_question(row, f"{path}, row {number}", path.parent, chat, max_frames)
-            for number, row in enumerate(Rows(path), 1)]
+    return [
+        read_question(row, f"{path}, row {number}", path.parent, chat, max_frames)
+        for number, row in enumerate(Rows(path), 1)
+    ]
 
 
 def read_question(row: dict, name: str, folder: Path, chat: Chat, max_frames: int) -> Question:
@@ -80,17 +82,18 @@ def read_question(row: dict, name: str, folder: Path, chat: Chat, max_frames: in
     if missing:
         raise ValueError(f"{name}: it has no {', '.join(missing)}")
     try:
-        pictures, films = file_names(row, "image"), file_names(row, "video")
-        turns = [{"from": "human", "value": put_marks(row["question"], len(pictures), len(films))}]
-        marks = find_marks(normalise_turns(turns)) if films else [IMAGE_MARK] * len(pictures)
-        names = {mark: iter(pictures if mark == IMAGE_MARK else films) for mark in set(marks)}
-        parts, turns = chat.lay_out(turns, [folder / next(names[mark]) for mark in marks], max_frames)
+        images, videos = file_names(row, "image"), file_names(row, "video")
+        turns = [{"from": "human", "value": put_marks(row["question"], len(images), len(videos))}]
+        marks = find_marks(normalise_turns(turns)) if videos else [IMAGE_MARK] * len(images)
+        names = {mark: iter(images if mark == IMAGE_MARK else videos) for mark in set(marks)}
+        parts, turns = chat.prepare(turns, [folder / next(names[mark]) for mark in marks], max_frames)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return Question(row, parts, turns)
 
 
 # ---- controls ----------------------------------------------------------------------------------------------
+
 
 def successors(count: int, seed: int) -> list[int]:
     """For each of `count` places another one, at random; alone, a place follows itself."""
@@ -100,24 +103,29 @@ def successors(count: int, seed: int) -> list[int]:
 
 
 def find_stand_ins(questions: list[Question], seed: int) -> dict[Path, list[Path | Frame]]:
-    """For every picture another picture of the file, and for every film another film's frames."""
+    """For every image another image of the file, and for every video another video's frames."""
     stand_ins = {}
-    for is_film in (False, True):
-        found = {file_of(part[0]): part for question in questions for part in question.parts
-                 if isinstance(part[0], Frame) == is_film}
+    for is_video in (False, True):
+        found = {
+            file_of(part[0]): part
+            for question in questions
+            for part in question.parts
+            if isinstance(part[0], Frame) == is_video
+        }
         others = successors(len(found), seed)
         stand_ins |= {path: list(found.values())[other] for path, other in zip(found, others, strict=True)}
     return stand_ins
 
 
 def resample(frames: list, count: int) -> list:
-    """So many of them, at the middles of equal parts: a film of another length, frame by frame."""
+    """So many of them, at the middles of equal parts: a video of another length, frame by frame."""
     return [frames[(2 * number + 1) * len(frames) // (2 * count)] for number in range(count)]
 
 
-def show(question: Question, control: str, stand_ins: dict[Path, list[Path | Frame]],
-         seed: int) -> list[Path | Frame] | None:
-    """The pictures and frames that the model is given, in reading order; None if the control says nothing
+def show(
+    question: Question, control: str, stand_ins: dict[Path, list[Path | Frame]], seed: int
+) -> list[Path | Frame] | None:
+    """The images and frames that the model is given, in reading order; None if the control says nothing
     about this question."""
     parts = question.parts
     if control == "shuffled":
@@ -125,41 +133,49 @@ def show(question: Question, control: str, stand_ins: dict[Path, list[Path | Fra
         if any(file_of(other[0]) == file_of(part[0]) for other, part in zip(others, parts, strict=True)):
             return None
         parts = [resample(other, len(part)) for other, part in zip(others, parts, strict=True)]
-    films = [part for part in parts if isinstance(part[0], Frame)]
+    videos = [part for part in parts if isinstance(part[0], Frame)]
     if control == "swapped":
-        if films or len(parts) < 2:
+        if videos or len(parts) < 2:
             return None
         parts = parts[::-1]
     if control == "shuffled_frames":
-        if not films or any(len(film) < 2 for film in films):
+        if not videos or any(len(video) < 2 for video in videos):
             return None
         parts = [[part[place] for place in successors(len(part), seed)] for part in parts]
-    return [picture for part in parts for picture in part]
+    return [image for part in parts for image in part]
 
 
 # ---- answers and scores ------------------------------------------------------------------------------------
 
-def answer_questions(run: Run, args: argparse.Namespace, chat: Chat, asked: list[tuple[Question, list]],
-                     features: PictureFeatures, control: str,
-                     sampling: Callable[[int], Sampling]) -> list[str]:
+
+def answer_questions(
+    run: Run,
+    args: argparse.Namespace,
+    chat: Chat,
+    asked: list[tuple[Question, list]],
+    features: ImageFeatures,
+    control: str,
+    sampling: Callable[[int], Sampling],
+) -> list[str]:
     """Answers in the order of the questions, on rank 0. Whole batches go to one rank each, so that every
     answer is computed in the same company, and comes out the same, whatever the number of processes.
 
-    asked  questions, each with the pictures that the model is given
+    asked  questions, each with the images that the model is given
     """
     starts = range(0, len(asked), args.batch_size)
     mine = {}
-    for start in progress_bar(starts[run.rank::run.world_size], desc=control, disable=not run.is_main):
-        batch = asked[start:start + args.batch_size]
-        seen = torch.stack([features[picture] for _, given in batch for picture in given])    # (M, N, V)
-        mine[start] = chat.answer_batch([question.turns for question, _ in batch],
-                                        torch.zeros_like(seen) if control == "blank" else seen,
-                                        sampling(start))
+    for start in progress_bar(starts[run.rank :: run.world_size], desc=control, disable=not run.is_main):
+        batch = asked[start : start + args.batch_size]
+        shown = [torch.stack([features[image] for image in given]) for _, given in batch]  # (n, N, V) each
+        if control == "blank":
+            shown = [torch.zeros_like(part) for part in shown]
+        mine[start] = chat.answer_batch([question.turns for question, _ in batch], shown, sampling(start))
     return [answer for answers in run.gather_in_order(mine) for answer in answers]
 
 
-def score_questions(run: Run, args: argparse.Namespace, chat: Chat,
-                    sampling: Callable[[int], Sampling]) -> None:
+def score_questions(
+    run: Run, args: argparse.Namespace, chat: Chat, sampling: Callable[[int], Sampling]
+) -> None:
     """Exact matches per file, kind and control: printed as a table, and written to --report.
 
     sampling  for the questions of a batch, by the number of the first
@@ -167,20 +183,25 @@ def score_questions(run: Run, args: argparse.Namespace, chat: Chat,
     records = []
     for path in args.questions:
         questions = read_questions(path, chat, args.max_frames)
-        features = PictureFeatures(chat, [picture for question in questions for part in question.parts
-                                          for picture in part])
+        features = ImageFeatures(
+            chat, [image for question in questions for part in question.parts for image in part]
+        )
         stand_ins = find_stand_ins(questions, args.seed)
         for control in args.control:
-            shown = [show(question, control, stand_ins, args.seed + number)
-                     for number, question in enumerate(questions)]
+            shown = [
+                show(question, control, stand_ins, args.seed + number)
+                for number, question in enumerate(questions)
+            ]
             asked = [(question, given) for question, given in zip(questions, shown, strict=True) if given]
             if not asked:
                 run.print(f"{path}: the control {control} says nothing about its questions; left out")
             answers = answer_questions(run, args, chat, asked, features, control, sampling)
             if run.is_main:
                 split = path.stem.removeprefix("questions_")
-                records += [record_of(split, control, question, answer)
-                            for (question, _), answer in zip(asked, answers, strict=True)]
+                records += [
+                    record_of(split, control, question, answer)
+                    for (question, _), answer in zip(asked, answers, strict=True)
+                ]
     if run.is_main:
         report_scores(records, args.report)
 
@@ -188,11 +209,20 @@ def score_questions(run: Run, args: argparse.Namespace, chat: Chat,
 def record_of(split: str, control: str, question: Question, given: str) -> dict:
     """What the report keeps of one answer."""
     row, files = question.row, [file_of(part[0]) for part in question.parts]
-    record = {"split": split, "kind": row["kind"], "control": control,
-              "image": [str(file) for file, part in zip(files, question.parts, strict=True)
-                        if not isinstance(part[0], Frame)],
-              "question": row["question"], "answer": row["answer"], "given": given,
-              "right": given == row["answer"].strip()}
+    record = {
+        "split": split,
+        "kind": row["kind"],
+        "control": control,
+        "image": [
+            str(file)
+            for file, part in zip(files, question.parts, strict=True)
+            if not isinstance(part[0], Frame)
+        ],
+        "question": row["question"],
+        "answer": row["answer"],
+        "given": given,
+        "right": given == row["answer"].strip(),
+    }
     if row.get("video"):
         record["video"] = [str(file) for file in files if str(file) not in record["image"]]
     if control == "swapped" and row.get("swapped_answer"):
@@ -202,18 +232,23 @@ def record_of(split: str, control: str, question: Question, given: str) -> dict:
 
 def report_scores(records: list[dict], report_path: Path | None) -> None:
     scores = [(record["split"], record["kind"], record["control"], record["right"]) for record in records]
-    scores += [(record["split"], record["kind"], FOLLOWS, record["follows"]) for record in records
-               if "follows" in record]
+    scores += [
+        (record["split"], record["kind"], FOLLOWS, record["follows"])
+        for record in records
+        if "follows" in record
+    ]
     table = pandas.DataFrame(scores, columns=["split", "kind", "control", "right"]).pivot_table(
-        index=["split", "kind"], columns="control", values="right", aggfunc="mean", sort=False, observed=True)
+        index=["split", "kind"], columns="control", values="right", aggfunc="mean", sort=False, observed=True
+    )
     print(table.to_string(float_format="{:.3f}".format, na_rep=""))
     if not report_path:
         return
     report: dict = {}
     for (split, kind), values in table.iterrows():
-        report.setdefault(split, {})[kind] = {control: round(float(score), 4)
-                                              for control, score in values.dropna().items()}
+        report.setdefault(split, {})[kind] = {
+            control: round(float(score), 4) for control, score in values.dropna().items()
+        }
     report_path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    atomic_write(report_path.with_suffix(".answers.jsonl"), lambda file: file.write(lines.encode()))
-    atomic_write(report_path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
+    write_text(report_path.with_suffix(".answers.jsonl"), lines)
+    write_text(report_path, json.dumps(report, indent=1) + "\n")

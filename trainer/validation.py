@@ -1,79 +1,47 @@
 """The loss on rows that are never trained on."""
-import argparse
-import sys
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from model.dataset import VLMDataset, collate, tokenize
-from model.prompt import MARK, normalise_turns
-from trainer.distributed import AgreedError, Run
+from trainer.distributed import Run
 from trainer.loader import Loader
-
-
-def split_off(dataset: VLMDataset, val_dataset: VLMDataset | None,
-              args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on, and those for validation: a file of their own, a share of the same, or none.
-
-    Raises ValueError if a share leaves one of the two without rows.
-    """
-    if not args.val_fraction:
-        return dataset, val_dataset
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).numpy()
-    count = round(args.val_fraction * len(dataset))
-    if not 0 < count < len(dataset):
-        raise ValueError(f"--val_fraction {args.val_fraction} of {len(dataset)} rows leaves "
-                         f"{'no row' if count else 'nothing'} to {'train' if count else 'validate'} on")
-    return Subset(dataset, order[count:]), Subset(dataset, order[:count])
-
-
-def lengths_of(data: Dataset) -> np.ndarray:
-    """The rough lengths of a data set, or of a part of one."""
-    return lengths_of(data.dataset)[data.indices] if isinstance(data, Subset) else data.lengths()
+from trainer.script import AgreedError
 
 
 class Validation:
-    """Measures the loss per learnt token over all validation rows, shared out over the ranks."""
+    """Measures the loss per target token over all validation rows, shared out over the ranks.
 
-    def __init__(self, run: Run, args: argparse.Namespace, val_set: Dataset | None):
-        self.run, self.loader = run, None
+    on_bad_sample  "stop" raises AgreedError at a row that cannot be used; "skip" leaves it out, every time
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        val_set: Dataset | None,
+        batch_size: int,
+        num_workers: int = 0,
+        on_bad_sample: str = "stop",
+    ):
+        self.run, self.loader, self.on_bad_sample = run, None, on_bad_sample
         if val_set:
-            starts = range(0, len(val_set), args.batch_size)
-            batches = [range(start, min(start + args.batch_size, len(val_set))) for start in starts]
-            self.loader = Loader(val_set, batches[run.rank::run.world_size], args.num_workers)
-        self.stop_at_bad = args.on_bad_sample == "stop"
+            starts = range(0, len(val_set), batch_size)
+            batches = [range(start, min(start + batch_size, len(val_set))) for start in starts]
+            self.loader = Loader(val_set, batches[run.rank :: run.world_size], num_workers)
 
     @torch.no_grad()
-    def measure(self, stepper) -> dict:
-        """{"val_loss": ...}, the same on every rank; empty without validation rows.
-
-        Raises AgreedError at a bad sample if --on_bad_sample is stop; else it is left out, every time.
-        """
+    def measure(self, trainer) -> dict:
+        """{"val_loss": ...}, the same on every rank; empty without validation rows."""
         if not self.loader:
             return {}
         sums, reasons = torch.zeros(2, dtype=torch.float64), []
-        stepper.model.eval()
+        trainer.model.eval()
         for batch in self.loader:
             reasons += batch["bad_samples"]
-            loss = stepper.forward(batch, stepper.model)     # the bare model: no DDP exchange
-            sums += torch.tensor([loss.item() * batch["num_learnt"], batch["num_learnt"]])
-        stepper.model.train()
+            loss = trainer.loss(batch, trainer.model)  # the bare model: no DDP exchange
+            sums += torch.tensor([loss.item() * batch["num_targets"], batch["num_targets"]])
+        trainer.model.train()
         reasons = [reason for part in self.run.share(reasons) for reason in part]
-        if reasons and self.stop_at_bad:
+        if reasons and self.on_bad_sample == "stop":
             raise AgreedError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
-        loss, num_learnt = self.run.sum(sums).tolist()
-        return {"val_loss": loss / max(1, num_learnt)}
-
-
-@torch.no_grad()
-def answer_loss(stepper, tokenizer, conversations: list[list[dict]]) -> float:
-    """The loss per token of the answers when no picture is shown: what the language model knows by
-    itself."""
-    config, samples = stepper.model.config, []
-    for turns in conversations:
-        blind = [{"from": role, "value": MARK.sub("", text)}
-                 for role, text in normalise_turns(turns)]
-        samples.append(tokenize(blind, tokenizer, config.num_image_tokens, max_seq_len=sys.maxsize)
-                       | {"pixel_values": torch.zeros(0, 3, 1, 1)})
-    return stepper.forward(collate(samples), stepper.model).item()
+        loss, num_targets = self.run.sum(sums).tolist()
+        return {"val_loss": loss / max(1, num_targets)}

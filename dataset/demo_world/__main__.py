@@ -1,5 +1,6 @@
 """python -m dataset.demo_world --out dataset/demo"""
+
 from dataset.demo_world.build import main
-from trainer.args import clean_exit
+from trainer.script import clean_exit
 
 clean_exit(main)

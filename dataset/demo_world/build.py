@@ -1,20 +1,21 @@
 """Make the whole demo world on disk, in the formats of the real run:
 
-    DIR/images/               all pictures
-    DIR/films/                and all films
+    DIR/images/               all images
+    DIR/videos/                and all videos
     DIR/tokenizer/            instead of MiniMind's
     DIR/pretrain.json         instead of LLaVA-Pretrain
     DIR/clip/                 instead of openai/clip-vit-base-patch32
     DIR/sft.json              instead of LLaVA-Instruct
     DIR/128_llm.pth           instead of MiniMind's 512_llm.pth
-    DIR/sft_multi.json        rows of two pictures, of a film, and a few of one picture
+    DIR/sft_multi.json        rows of two images, of a video, and a few of one image
     DIR/*.args                recipes for the numbered scripts
     DIR/questions_*.jsonl     held-out questions with answers
-    DIR/eval_images/          a few pictures never trained on
+    DIR/eval_images/          a few images never trained on
 
 Work goes on in DIR.building, one finished part after another, and is moved to DIR when all parts are there: a
 second call goes on where the first was stopped, and half a world is never taken for a whole one.
 """
+
 import argparse
 import json
 import os
@@ -28,17 +29,22 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dataset.demo_world import encoder, films, scenes, sentences
-from model.checkpoint import atomic_write, weights_path
-from model.dataset import TEXT, VLMDataset
-from model.LMConfig import LMConfig
-from model.model import Transformer
-from trainer.args import Parser, add_model_flags, add_training_flags, check_args
+from dataset.demo_world import encoder, scenes, sentences, videos
+from model.data.dataset import VLMDataset
+from model.data.spec import TEXT
+from model.files import atomic_write, write_text
+from model.names import weights_path
+from model.prompt import Renderer
+from model.transformer import Transformer
+from trainer.args import training_parser
 from trainer.distributed import start_run
+from trainer.inputs import make_config
 from trainer.logger import progress_bar
-from trainer.loop import make_config, train
+from trainer.loop import train
+from trainer.script import Parser
+from trainer.stage import LoadedStage
 
-WORLD_VERSION = 2               # raised when a change of the recipe makes existing worlds outdated
+WORLD_VERSION = 2  # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
 # (The last stage does without, see write_recipes.)
@@ -56,18 +62,22 @@ class World:
         self.folder, self.work = folder, folder.with_name(folder.name + ".building")
         self.preset, self.seed = scenes.PRESETS[preset_name], seed
         self.use_moe = use_moe
-        self.identity = {"version": WORLD_VERSION, "preset": preset_name, "seed": seed,
-                         **({"use_moe": True} if use_moe else {})}
+        self.identity = {
+            "version": WORLD_VERSION,
+            "preset": preset_name,
+            "seed": seed,
+            **({"use_moe": True} if use_moe else {}),
+        }
         self.splits = scenes.make_splits(self.preset, seed)
-        self.film_splits = films.make_films(self.preset, seed)
+        self.video_splits = videos.make_videos(self.preset, seed)
 
-    def pictures(self, split: str) -> dict[str, scenes.Scene]:
+    def images(self, split: str) -> dict[str, scenes.Scene]:
         """File name -> scene."""
         return {f"{split}_{number:04d}.jpg": scene for number, scene in enumerate(self.splits[split])}
 
-    def films_of(self, split: str) -> dict[str, films.Film]:
-        """File name -> film."""
-        return {f"films/{split}_{n:04d}.mp4": film for n, film in enumerate(self.film_splits[split])}
+    def videos_of(self, split: str) -> dict[str, videos.Video]:
+        """File name -> video."""
+        return {f"videos/{split}_{n:04d}.mp4": video for n, video in enumerate(self.video_splits[split])}
 
     def rng(self, part: str) -> np.random.Generator:
         """A stream of its own for every part, so that a part made in a second call comes out the same."""
@@ -92,91 +102,141 @@ class World:
         os.rename(self.work, self.folder)
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        return {"pictures": self.draw_pictures, "films": self.draw_films, "sentences": self.write_rows,
-                "tokenizer": self.make_tokenizer, "clip": self.make_clip, "llm": self.make_llm}
+        return {
+            "images": self.draw_images,
+            "videos": self.draw_videos,
+            "sentences": self.write_rows,
+            "tokenizer": self.make_tokenizer,
+            "clip": self.make_clip,
+            "llm": self.make_llm,
+        }
 
     def check_identity(self) -> None:
         found = read_json(self.folder / "world.json").get("identity")
         if found != self.identity:
-            raise ValueError(f"{self.folder} holds "
-                             f"{'another demo world: ' + str(found) if found else 'something else'}; "
-                             "choose another --out, or remove that folder")
+            raise ValueError(
+                f"{self.folder} holds "
+                f"{'another demo world: ' + str(found) if found else 'something else'}; "
+                "choose another --out, or remove that folder"
+            )
 
-    def draw_pictures(self) -> None:
+    def draw_images(self) -> None:
         images, shown = self.work / "images", self.work / "eval_images"
         images.mkdir(exist_ok=True)
         shown.mkdir(exist_ok=True)
-        everything = {name: scene for split in scenes.SPLITS for name, scene in self.pictures(split).items()}
-        for name, scene in progress_bar(everything.items(), desc="pictures", unit=""):
+        everything = {name: scene for split in scenes.SPLITS for name, scene in self.images(split).items()}
+        for name, scene in progress_bar(everything.items(), desc="images", unit=""):
             scenes.draw(scene).save(images / name, quality=scenes.JPEG_QUALITY)
-        for name in list(self.pictures("unseen"))[:NUM_EVAL_IMAGES]:
+        for name in list(self.images("unseen"))[:NUM_EVAL_IMAGES]:
             shutil.copyfile(images / name, shown / name)
 
-    def draw_films(self) -> None:
-        (self.work / "films").mkdir(exist_ok=True)
-        everything = self.films_of("train") | self.films_of("unseen")
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:   # x264 lets other threads run
-            done = pool.map(lambda name: films.save_film(everything[name], self.work / name), everything)
-            for _ in progress_bar(done, total=len(everything), desc="films", unit=""):
+    def draw_videos(self) -> None:
+        (self.work / "videos").mkdir(exist_ok=True)
+        everything = self.videos_of("train") | self.videos_of("unseen")
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # x264 lets other threads run
+            done = pool.map(lambda name: videos.save_video(everything[name], self.work / name), everything)
+            for _ in progress_bar(done, total=len(everything), desc="videos", unit=""):
                 pass
 
     def write_rows(self) -> None:
-        train, preset = self.pictures("train"), self.preset
+        train, preset = self.images("train"), self.preset
         write_json(self.work / "pretrain.json", sentences.pretrain_rows(train, self.rng("pretrain")))
         write_json(self.work / "sft.json", sentences.sft_rows(train, self.rng("sft")))
-        write_json(self.work / "sft_multi.json",
-                   sentences.multi_rows({f"images/{name}": scene for name, scene in train.items()},
-                                        self.films_of("train"), preset.two_picture_rows,
-                                        preset.one_picture_rows, self.rng("multi")))
-        write_json(self.work / "text.json",
-                   sentences.text_rows(train, self.films_of("train"), preset.text_rows, self.rng("text")))
+        write_json(
+            self.work / "sft_multi.json",
+            sentences.multi_rows(
+                {f"images/{name}": scene for name, scene in train.items()},
+                self.videos_of("train"),
+                preset.two_image_rows,
+                preset.one_image_rows,
+                self.rng("multi"),
+            ),
+        )
+        write_json(
+            self.work / "text.json",
+            sentences.text_rows(train, self.videos_of("train"), preset.text_rows, self.rng("text")),
+        )
         for split in scenes.TEST_SPLITS:
-            pictures = {f"images/{name}": scene for name, scene in self.pictures(split).items()}
+            images = {f"images/{name}": scene for name, scene in self.images(split).items()}
             rng = self.rng(f"questions {split}")
-            write_lines(self.work / f"questions_{split}.jsonl", sentences.questions(pictures, rng))
-            write_lines(self.work / f"questions_multi_{split}.jsonl",
-                        sentences.two_picture_questions(pictures, preset.test_pictures, rng))
-        write_lines(self.work / "questions_films_unseen.jsonl",
-                    sentences.film_questions(self.films_of("unseen"), self.rng("questions films")))
+            write_lines(self.work / f"questions_{split}.jsonl", sentences.questions(images, rng))
+            write_lines(
+                self.work / f"questions_multi_{split}.jsonl",
+                sentences.two_image_questions(images, preset.test_images, rng),
+            )
+        write_lines(
+            self.work / "questions_videos_unseen.jsonl",
+            sentences.video_questions(self.videos_of("unseen"), self.rng("questions films")),
+        )
 
     def make_tokenizer(self) -> None:
         sentences.train_tokenizer(self.work / "tokenizer")
 
     def make_clip(self) -> None:
-        pictures = self.pictures("train")
+        images = self.images("train")
         tokenizer = encoder.clip_tokenizer(self.work / "tokenizer")
         with progress_bar(total=self.preset.clip.steps, desc="clip", unit="step") as bar:
+
             def progress(step: int, loss: float) -> None:
                 bar.update(step - bar.n)
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            model, _ = encoder.train_encoder([self.work / "images" / name for name in pictures],
-                                             list(pictures.values()), tokenizer, self.preset, self.seed,
-                                             progress)
+
+            model, _ = encoder.train_encoder(
+                [self.work / "images" / name for name in images],
+                list(images.values()),
+                tokenizer,
+                self.preset,
+                self.seed,
+                progress,
+            )
         encoder.save_encoder(model, tokenizer, self.work / "clip")
 
     def make_llm(self) -> None:
         """The language model: MiniMind in small, trained on text alone with the loop of the later stages."""
         preset = self.preset
-        parser = Parser("")
-        add_model_flags(parser)
-        add_training_flags(parser, data_path=str(self.work / "text.json"), image_dir="",
-                           learning_rate=preset.llm.lr)
-        args = check_args(parser.parse_args(self.sizes() + [
-            f"--max_steps={preset.llm.steps}", f"--batch_size={preset.llm.batch_size}", f"--seed={self.seed}",
-            "--num_workers=0", "--dtype=float32", "--device=cpu", MIXED_STEPS, "--resume"]))
+        parser = training_parser(
+            "", data_path=str(self.work / "text.json"), image_dir="", learning_rate=preset.llm.lr
+        )
+        args = parser.parse_args(
+            self.sizes()
+            + [
+                f"--max_steps={preset.llm.steps}",
+                f"--batch_size={preset.llm.batch_size}",
+                f"--seed={self.seed}",
+                "--num_workers=0",
+                "--dtype=float32",
+                "--device=cpu",
+                MIXED_STEPS,
+                "--resume",
+            ]
+        )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "tokenizer")
-        config = make_config(args, len(tokenizer), vision_dim=0, num_image_tokens=LMConfig.num_image_tokens)
+        config = make_config(args, len(tokenizer), vision_dim=0)
         with start_run(args.device) as run:
             torch.manual_seed(args.seed)
-            dataset = VLMDataset(args.data_path, TEXT, tokenizer, max_seq_len=args.max_seq_len)
-            train(run, args, Transformer(config), dataset, None, weights_path(self.work, config, "llm"),
-                  {"stage": "llm", "tokenizer_path": str(self.folder / "tokenizer")})
+            dataset = VLMDataset(args.data_path, TEXT, Renderer(tokenizer, max_seq_len=args.max_seq_len))
+            train(
+                run,
+                args,
+                LoadedStage(
+                    Transformer(config),
+                    None,
+                    dataset,
+                    weights_path(self.work, config, "llm"),
+                    {"stage": "llm", "tokenizer_path": str(self.folder / "tokenizer")},
+                ),
+            )
 
     def sizes(self) -> list[str]:
         preset = self.preset
-        return [f"--dim={preset.dim}", f"--n_layers={preset.n_layers}", f"--n_heads={preset.n_heads}",
-                f"--n_kv_heads={preset.n_kv_heads}", f"--max_seq_len={MAX_SEQ_LEN}",
-                *self.kind()]
+        return [
+            f"--dim={preset.dim}",
+            f"--n_layers={preset.n_layers}",
+            f"--n_heads={preset.n_heads}",
+            f"--n_kv_heads={preset.n_kv_heads}",
+            f"--max_seq_len={MAX_SEQ_LEN}",
+            *self.kind(),
+        ]
 
     def num_steps(self, stage: scenes.Stage) -> int:
         return round(stage.steps * MOE_STEPS) if self.use_moe else stage.steps
@@ -189,26 +249,50 @@ class World:
         if weights_dir != self.folder:
             weights_dir.mkdir(parents=True, exist_ok=True)
             for source in self.folder.glob("*_llm.*"):
-                atomic_write(weights_dir / source.name,
-                             lambda file, source=source: file.write(source.read_bytes()))
-        model = [f"--tokenizer_path={self.folder}/tokenizer", f"--clip_path={self.folder}/clip",
-                 f"--out_dir={weights_dir}", f"--seed={self.seed}", "--device=cpu", "--dtype=float32"]
+                atomic_write(
+                    weights_dir / source.name, lambda file, source=source: file.write(source.read_bytes())
+                )
+        model = [
+            f"--tokenizer_path={self.folder}/tokenizer",
+            f"--clip_path={self.folder}/clip",
+            f"--out_dir={weights_dir}",
+            f"--seed={self.seed}",
+            "--device=cpu",
+            "--dtype=float32",
+        ]
         for name in ("pretrain", "sft", "sft_multi"):
-            stage = {"pretrain": self.preset.pretrain, "sft": self.preset.sft,
-                     "sft_multi": self.preset.multi}[name]
-            # The rows of the last stage say which folder: images/ or films/.
+            stage = {
+                "pretrain": self.preset.pretrain,
+                "sft": self.preset.sft,
+                "sft_multi": self.preset.multi,
+            }[name]
+            # The rows of the last stage say which folder: images/ or videos/.
             image_dir = self.folder if name == "sft_multi" else self.folder / "images"
-            flags = [*model, *self.sizes(), f"--data_path={self.folder}/{name}.json",
-                     f"--image_dir={image_dir}", f"--max_steps={self.num_steps(stage)}",
-                     f"--batch_size={stage.batch_size}", f"--learning_rate={stage.lr}",
-                     "--num_workers=0", f"--feature_cache={self.folder}/features"]
-            # A film is twice as long as two pictures: side by side, half of a step would be padding.
+            flags = [
+                *model,
+                *self.sizes(),
+                f"--data_path={self.folder}/{name}.json",
+                f"--image_dir={image_dir}",
+                f"--max_steps={self.num_steps(stage)}",
+                f"--batch_size={stage.batch_size}",
+                f"--learning_rate={stage.lr}",
+                "--num_workers=0",
+                f"--feature_cache={self.folder}/features",
+            ]
+            # A video is twice as long as two images: side by side, half of a step would be padding.
             flags.append("--multi=True" if name == "sft_multi" else MIXED_STEPS)
             write_recipe(self.folder / f"{name}.args", flags)
         # Its conversations have one round: a chat with this model asks every question by itself.
-        write_recipe(self.folder / "eval.args",
-                     [*model, f"--dim={self.preset.dim}", *self.kind(),
-                      f"--image_dir={self.folder}/eval_images", "--max_rounds=1"])
+        write_recipe(
+            self.folder / "eval.args",
+            [
+                *model,
+                f"--dim={self.preset.dim}",
+                *self.kind(),
+                f"--image_dir={self.folder}/eval_images",
+                "--max_rounds=1",
+            ],
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -217,42 +301,53 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, values: dict | list) -> None:
     text = json.dumps(values, ensure_ascii=False, indent=1)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def write_recipe(path: Path, flags: list[str]) -> None:
-    text = ("# made by python -m dataset.demo_world; a flag given after @this_file wins\n"
-            + "\n".join(flags) + "\n")
-    atomic_write(path, lambda file: file.write(text.encode()))
+    text = (
+        "# made by python -m dataset.demo_world; a flag given after @this_file wins\n"
+        + "\n".join(flags)
+        + "\n"
+    )
+    write_text(path, text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("dataset/demo"),
-                        help="folder to make (default: %(default)s)")
-    parser.add_argument("--weights_dir", type=Path,
-                        help="the recipes' --out_dir (default: the folder itself)")
-    parser.add_argument("--preset", default="full", choices=list(scenes.PRESETS),
-                        help="full learns all; tiny is for tests")
+    parser.add_argument(
+        "--out", type=Path, default=Path("dataset/demo"), help="folder to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weights_dir", type=Path, help="the recipes' --out_dir (default: the folder itself)"
+    )
+    parser.add_argument(
+        "--preset", default="full", choices=list(scenes.PRESETS), help="full learns all; tiny is for tests"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
-    parser.add_argument("--use_moe", action="store_true",
-                        help="let the language model be a mixture of experts, and the recipes train one")
-    return check_args(parser.parse_args(argv))
+    parser.add_argument(
+        "--use_moe",
+        action="store_true",
+        help="let the language model be a mixture of experts, and the recipes train one",
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     world = World(args.out, args.preset, args.seed, args.use_moe)
     world.build()
-    if args.weights_dir or not (args.out / "eval.args").exists():   # a second call keeps where weights go
+    if args.weights_dir or not (args.out / "eval.args").exists():  # a second call keeps where weights go
         world.write_recipes(args.weights_dir or args.out)
-    print(f"demo world ({args.preset}, seed {args.seed}) in {args.out}; train on it with\n"
-          f"    python 1-pretrain_vlm.py @{args.out}/pretrain.args\n"
-          f"    python 2-sft_vlm.py @{args.out}/sft.args\n"
-          f"    python 2-sft_vlm.py @{args.out}/sft_multi.args\n"
-          f"    python 3-eval_chat.py @{args.out}/eval.args")
+    print(
+        f"demo world ({args.preset}, seed {args.seed}) in {args.out}; train on it with\n"
+        f"    python 1-pretrain_vlm.py @{args.out}/pretrain.args\n"
+        f"    python 2-sft_vlm.py @{args.out}/sft.args\n"
+        f"    python 2-sft_vlm.py @{args.out}/sft_multi.args\n"
+        f"    python 3-eval_chat.py @{args.out}/eval.args"
+    )

@@ -1,12 +1,12 @@
 """The eye of the demo world: a very small CLIP, trained in a minute and saved in the format of the real one.
 
-CLIP learns by matching. A batch of pictures and their captions go through two towers, each picture must find
+CLIP learns by matching. A batch of images and their captions go through two towers, each image must find
 its own caption among all of them, and in doing so the vision tower comes to say what the caption says. A few
-hundred steps on a few thousand pictures are next to nothing for that. Four things make them do, all measured:
+hundred steps on a few thousand images are next to nothing for that. Four things make them do, all measured:
 
 1. The patch filters are not learnt. They are the lowest frequencies of a cosine transform (JPEG's) on three
    colour axes, so every patch arrives as a readable description of itself. And since they are frozen, their
-   output is computed once for all pictures: a training step never touches a pixel.
+   output is computed once for all images: a training step never touches a pixel.
 2. The loss compares whole captions. One classifier per attribute looks like the natural choice, but it learns
    that a pair which training never showed does not exist: such shapes were recognised once in ten times.
 3. Half of the batches hold only two colours. In a mixed batch the colour nearly tells which caption is right;
@@ -14,7 +14,7 @@ hundred steps on a few thousand pictures are next to nothing for that. Four thin
 4. A slow start: quiet position embeddings, a long warm-up, clipped gradients. Started loud and fast, some
    seeds spent half of the training on a plateau and told shapes apart in 62 % of cases instead of 99 %.
 
-Letters: B pictures in a batch, P patches per picture (7 * 7 = 49), T tokens of a caption, W width of the
+Letters: B images in a batch, P patches per image (7 * 7 = 49), T tokens of a caption, W width of the
 vision tower, which is the number of filters (3 * 8 * 8 = 192).
 """
 
@@ -41,13 +41,13 @@ from dataset.demo_world.scenes import Preset, Scene, Stage
 from dataset.demo_world.sentences import caption
 from model.vision_utils import ImageProcessor, get_img_process, open_image
 
-IMAGE_SIDE, PATCH_SIDE = 224, 32  # ViT-B/32's, hence its 50 tokens per picture
+IMAGE_SIDE, PATCH_SIDE = 224, 32  # ViT-B/32's, hence its 50 tokens per image
 POSITION_STD = 0.35  # CLIP's 0.02 drowns in the patches (positions were never learnt), 1.0 drowns the patches
 TEXT_START, TEXT_END = "<|startoftext|>", "<|endoftext|>"
 WARMUP_SHARE = 0.15  # of all steps
 MAX_GRAD_NORM = 1.0
 MAX_LOGIT_SCALE = 50.0  # CLIP clamps at 100, for batches of 32,768; fewer captions need less contrast
-PICTURES_AT_ONCE = 64  # decoded in memory while patches are computed; also the sample that fits the filters
+IMAGES_AT_ONCE = 64  # decoded in memory while patches are computed; also the sample that fits the filters
 
 
 # ---- the model ----
@@ -72,14 +72,23 @@ def new_clip(preset: Preset, tokenizer: PreTrainedTokenizerFast, sample: Tensor,
     sizes = {"num_hidden_layers": preset.clip_layers, "projection_dim": preset.clip_projection_dim}
     config = CLIPConfig(
         projection_dim=preset.clip_projection_dim,
-        vision_config=sizes | {
-            "image_size": IMAGE_SIDE, "patch_size": PATCH_SIDE, "hidden_size": 3 * preset.clip_frequencies**2,
-            "num_attention_heads": preset.clip_heads, "intermediate_size": preset.clip_hidden_dim,
+        vision_config=sizes
+        | {
+            "image_size": IMAGE_SIDE,
+            "patch_size": PATCH_SIDE,
+            "hidden_size": 3 * preset.clip_frequencies**2,
+            "num_attention_heads": preset.clip_heads,
+            "intermediate_size": preset.clip_hidden_dim,
         },
-        text_config=sizes | {
-            "vocab_size": len(tokenizer), "hidden_size": preset.clip_text_dim, "num_attention_heads": 4,
-            "intermediate_size": 2 * preset.clip_text_dim, "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        text_config=sizes
+        | {
+            "vocab_size": len(tokenizer),
+            "hidden_size": preset.clip_text_dim,
+            "num_attention_heads": 4,
+            "intermediate_size": 2 * preset.clip_text_dim,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
         },
     )
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
@@ -101,7 +110,7 @@ def fit_patch_filters(frequencies: int, sample: Tensor) -> Tensor:
     filters, frequency = cosine_filters(frequencies)
     responses = F.conv2d(sample, filters, stride=PATCH_SIDE)  # (B, W, 7, 7)
     rms = responses.square().mean((0, 2, 3)).sqrt()
-    rms = rms.clamp(min=0.002 * rms.max())  # what the pictures hardly contain is noise, and stays quiet
+    rms = rms.clamp(min=0.002 * rms.max())  # what the images hardly contain is noise, and stays quiet
     loudness = 4 / (1 + frequency) / 3
     return filters * (loudness / rms)[:, None, None, None]
 
@@ -120,20 +129,20 @@ def cosine_filters(frequencies: int) -> tuple[Tensor, Tensor]:
     return filters.reshape(-1, 3, PATCH_SIDE, PATCH_SIDE), frequency.reshape(-1)
 
 
-def load_pixels(pictures: Sequence[Path]) -> Tensor:
-    """Picture files to CLIP's input (B, 3, 224, 224), by the same functions that the later stages use."""
+def load_pixels(paths: Sequence[Path]) -> Tensor:
+    """Image files to CLIP's input (B, 3, 224, 224), by the same functions that the later stages use."""
     processor = ImageProcessor(size=IMAGE_SIDE)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # PIL lets other threads run while it works
-        images = pool.map(open_image, pictures)
-        return torch.stack(list(pool.map(get_img_process, images, [processor] * len(pictures))))
+        images = pool.map(open_image, paths)
+        return torch.stack(list(pool.map(get_img_process, images, [processor] * len(paths))))
 
 
 @torch.no_grad()
-def encode_patches(model: CLIPModel, pictures: Sequence[Path]) -> Tensor:
-    """What the frozen filters make of all pictures: (number of pictures, P, W)."""
+def encode_patches(model: CLIPModel, images: Sequence[Path]) -> Tensor:
+    """What the frozen filters make of all images: (number of images, P, W)."""
     patch_embedding, patches = model.vision_model.embeddings.patch_embedding, []
-    for start in range(0, len(pictures), PICTURES_AT_ONCE):
-        maps = patch_embedding(load_pixels(pictures[start : start + PICTURES_AT_ONCE]))  # (B, W, 7, 7)
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        maps = patch_embedding(load_pixels(images[start : start + IMAGES_AT_ONCE]))  # (B, W, 7, 7)
         patches.append(maps.flatten(2).transpose(1, 2))
     return torch.cat(patches)
 
@@ -172,23 +181,23 @@ def embed_text(model: CLIPModel, input_ids: Tensor) -> Tensor:
 
 
 def train_encoder(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     scenes: Sequence[Scene],
     tokenizer: PreTrainedTokenizerFast,
     preset: Preset,
     seed: int,
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[CLIPModel, float]:
-    """Train a CLIP on picture files and the captions of their scenes.
+    """Train a CLIP on image files and the captions of their scenes.
 
     tokenizer  from `clip_tokenizer`
     progress   called after every step with the number of steps done and the loss
     returns    the model, and its mean loss over the last tenth of the steps
     """
     rng = np.random.default_rng(seed)
-    sample = rng.choice(len(pictures), min(PICTURES_AT_ONCE, len(pictures)), replace=False)
-    model = new_clip(preset, tokenizer, load_pixels([pictures[i] for i in sample]), seed)
-    patches = encode_patches(model, pictures)
+    sample = rng.choice(len(images), min(IMAGES_AT_ONCE, len(images)), replace=False)
+    model = new_clip(preset, tokenizer, load_pixels([images[i] for i in sample]), seed)
+    patches = encode_patches(model, images)
     input_ids, caption_of = tokenize_captions(scenes, tokenizer)
     colours = np.array([scene.colour or "" for scene in scenes])
 
@@ -210,9 +219,7 @@ def train_encoder(
     return model.eval(), float(np.mean(losses[-math.ceil(len(losses) / 10) :]))
 
 
-def tokenize_captions(
-    scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerFast
-) -> tuple[Tensor, Tensor]:
+def tokenize_captions(scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """The different captions as ids (number of captions, T), and which of them each scene has (N,)."""
     captions = [caption(scene) for scene in scenes]
     number = {text: n for n, text in enumerate(sorted(set(captions)))}
@@ -221,7 +228,7 @@ def tokenize_captions(
 
 
 def draw_batch(colours: np.ndarray, step: int, size: int, rng: np.random.Generator) -> Tensor:
-    """Indices of a batch: any pictures at even steps, those of two named colours at odd ones; none twice."""
+    """Indices of a batch: any images at even steps, those of two named colours at odd ones; none twice."""
     pool = np.arange(len(colours))
     if step % 2:
         two = rng.choice(np.unique(colours[colours != ""]), 2, replace=False)
@@ -237,10 +244,10 @@ def learning_rate(step: int, stage: Stage) -> float:
 
 
 def contrastive_loss(model: CLIPModel, patches: Tensor, input_ids: Tensor, caption_of: Tensor) -> Tensor:
-    """InfoNCE (van den Oord et al., 2018) as in CLIP, from picture to caption and back.
+    """InfoNCE (van den Oord et al., 2018) as in CLIP, from image to caption and back.
 
     patches (B, P, W); input_ids of all captions; caption_of (B,), rows of input_ids.
-    Pictures with the same caption share the target: nothing but noise could tell them apart.
+    Images with the same caption share the target: nothing but noise could tell them apart.
     """
     similarity = embed_patches(model, patches) @ embed_text(model, input_ids[caption_of]).T  # (B, B)
     logits = similarity * model.logit_scale.exp()
@@ -253,7 +260,7 @@ def save_encoder(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: P
     """Write what the folder of openai/clip-vit-base-patch32 holds: model, tokenizer, image processor.
 
     The newest transformers keep the image processor inside processor_config.json; everything older reads
-    preprocessor_config.json, so both are there. Pictures are squashed to a square, not cropped.
+    preprocessor_config.json, so both are there. Images are squashed to a square, not cropped.
     """
     side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     image_processor = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)

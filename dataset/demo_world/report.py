@@ -4,6 +4,7 @@ reads    OUT/scores*.json and .answers.jsonl (3-eval_chat.py --report), OUT/.*.s
          WORLD/world.json
 writes   OUT/report.json, OUT/answers.png
 """
+
 import json
 import re
 from pathlib import Path
@@ -14,39 +15,44 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dataset.demo_world.build import read_json, write_json
-from dataset.demo_world.films import COLOUR_CHANGE, MOVEMENT, SECONDS
 from dataset.demo_world.scenes import COLOURS, SHAPES
 from dataset.demo_world.sentences import CHINESE, ENGLISH, LANGUAGES, TWO_IMAGES, spoken
-from model.video import read_frames
-from trainer.args import Parser, clean_exit
+from dataset.demo_world.videos import COLOUR_CHANGE, MOVEMENT, SECONDS
+from model.data.video import read_frames
+from trainer.script import Parser, clean_exit
 
 STAGES = ("world", "pretrain", "sft", "multi", "evaluation", "evaluation_multi")
 # Fonts with Chinese characters of Linux, macOS and Windows; without one the sheet shows English questions
 # only.
-CHINESE_FONTS = re.compile(r"NotoSansCJK|NotoSansSC|SourceHanSans|wqy-|WenQuanYi|DroidSansFallback|"
-                           r"msyh|simhei|PingFang|STHeiti")
+CHINESE_FONTS = re.compile(
+    r"NotoSansCJK|NotoSansSC|SourceHanSans|wqy-|WenQuanYi|DroidSansFallback|"
+    r"msyh|simhei|PingFang|STHeiti"
+)
 SHEET_KINDS = ("description", "colour", "shape", "position", "size", "description")
 WIDE_KINDS = (f"{TWO_IMAGES}_zh", f"{TWO_IMAGES}_en", MOVEMENT, COLOUR_CHANGE)
-COLUMNS, ROWS = 4, 3        # of single pictures; below them two films or pairs in a row
+COLUMNS, ROWS = 4, 3  # of single images; below them two videos or pairs in a row
 WIDE_ROWS = len(WIDE_KINDS) // 2
 
 
 def read_records(out: Path) -> list[dict]:
     """All answers about combinations that were never trained on, whatever was shown."""
-    lines = [line for path in sorted(out.glob("scores*.answers.jsonl"))
-             for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line
+        for path in sorted(out.glob("scores*.answers.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     return [record for record in map(json.loads, lines) if record["split"].endswith("unseen")]
 
 
 def gather_scores(out: Path, records: list[dict]) -> dict:
     """scores.json, and from the last stage's scores {"two_images": {"zh", "en", "colour", "shape"}} and
-    {"films": kinds}; colour and shape: the share of answers that name those of both pictures, in order."""
+    {"videos": kinds}; colour and shape: the share of answers that name those of both images, in order."""
     multi = read_json(out / "scores_multi.json")
     two = {name: multi["multi_unseen"][f"{TWO_IMAGES}_{name}"] for name in LANGUAGES}
     pairs = [record for record in records if record["split"] == "multi_unseen"]
     return read_json(out / "scores.json") | {
         TWO_IMAGES: two | {"colour": score_words(pairs, COLOURS), "shape": score_words(pairs, SHAPES)},
-        "films": multi["films_unseen"],
+        "videos": multi["videos_unseen"],
     }
 
 
@@ -67,16 +73,20 @@ def chinese_font() -> font_manager.FontProperties | None:
 
 
 def choose_records(records: list[dict], with_chinese: bool) -> list[dict]:
-    """The first records of every kind in turn, each about other pictures, every fourth in English (of the
+    """The first records of every kind in turn, each about other images, every fourth in English (of the
     wide ones every second); whether they are right plays no part."""
     wanted = [(SHEET_KINDS[n % len(SHEET_KINDS)], n % 4 == 3) for n in range(COLUMNS * ROWS)]
     wanted += [(kind, n % 2 == 1) for n, kind in enumerate(WIDE_KINDS)]
     chosen: list[dict] = []
     for kind, english in wanted:
         shown = [what_is_seen(record) for record in chosen]
-        fresh = [record for record in records if record["kind"] == kind
-                 and record["question"].isascii() == (english or not with_chinese)
-                 and what_is_seen(record) not in shown]
+        fresh = [
+            record
+            for record in records
+            if record["kind"] == kind
+            and record["question"].isascii() == (english or not with_chinese)
+            and what_is_seen(record) not in shown
+        ]
         chosen += fresh[:1]
     return chosen
 
@@ -86,30 +96,49 @@ def what_is_seen(record: dict) -> list[str]:
 
 
 def show(record: dict) -> Image.Image:
-    """Its picture, its two pictures, or the frames of its film, side by side."""
+    """Its image, its two images, or the frames of its video, side by side."""
     if "video" in record:
-        pictures = read_frames(record["video"][0], SECONDS)
+        images = read_frames(record["video"][0], SECONDS)
     else:
-        pictures = [Image.open(path) for path in record["image"]]
-    side, gap = pictures[0].width, 8
-    sheet = Image.new("RGB", (len(pictures) * (side + gap) - gap, pictures[0].height), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number * (side + gap), 0))
+        images = [Image.open(path) for path in record["image"]]
+    side, gap = images[0].width, 8
+    sheet = Image.new("RGB", (len(images) * (side + gap) - gap, images[0].height), "white")
+    for number, image in enumerate(images):
+        sheet.paste(image, (number * (side + gap), 0))
     return sheet
 
 
 def draw_answers(records: list[dict], path: Path) -> None:
-    """A sheet of pictures never seen, each with its question, the right answer and the model's."""
+    """A sheet of images never seen, each with its question, the right answer and the model's."""
     font = chinese_font()
     figure = Figure(figsize=(4 * COLUMNS, 4.2 * ROWS + 3.2 * WIDE_ROWS))
-    grid = figure.add_gridspec(ROWS + WIDE_ROWS, COLUMNS, height_ratios=[4.2] * ROWS + [2.7] * WIDE_ROWS,
-                               left=0.02, right=0.98, top=0.93, bottom=0.04, hspace=0.4, wspace=0.14)
+    grid = figure.add_gridspec(
+        ROWS + WIDE_ROWS,
+        COLUMNS,
+        height_ratios=[4.2] * ROWS + [2.7] * WIDE_ROWS,
+        left=0.02,
+        right=0.98,
+        top=0.93,
+        bottom=0.04,
+        hspace=0.4,
+        wspace=0.14,
+    )
     cells = [grid[row, column] for row in range(ROWS) for column in range(COLUMNS)]
-    cells += [grid[ROWS + row, start:start + 2] for row in range(WIDE_ROWS) for start in (0, 2)]
-    figure.text(0.5, 0.973, "Pictures of combinations that were never shown or named in training",
-                ha="center", fontsize=20)
-    figure.text(0.5, 0.957, "above: the question; below: the right answer, and in colour the model's",
-                ha="center", fontsize=14)
+    cells += [grid[ROWS + row, start : start + 2] for row in range(WIDE_ROWS) for start in (0, 2)]
+    figure.text(
+        0.5,
+        0.973,
+        "Images of combinations that were never shown or named in training",
+        ha="center",
+        fontsize=20,
+    )
+    figure.text(
+        0.5,
+        0.957,
+        "above: the question; below: the right answer, and in colour the model's",
+        ha="center",
+        fontsize=14,
+    )
     for cell, record in zip(cells, choose_records(records, font is not None), strict=False):
         axes = figure.add_subplot(cell)
         axes.imshow(show(record))
@@ -119,8 +148,16 @@ def draw_answers(records: list[dict], path: Path) -> None:
         axes.set_title(question, fontproperties=font, fontsize=15)
         axes.set_xlabel(f"{record['answer']}\n", fontproperties=font, fontsize=14)
         beside = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour}
-        axes.annotate(record["given"], (0.5, 0), (0, -24), **beside, ha="center", va="top", fontsize=14,
-                      fontproperties=font)
+        axes.annotate(
+            record["given"],
+            (0.5, 0),
+            (0, -24),
+            **beside,
+            ha="center",
+            va="top",
+            fontsize=14,
+            fontproperties=font,
+        )
         axes.annotate(mark, (1, 0.5), (4, 0), **beside, va="center", fontsize=26)
     figure.savefig(path, dpi=72)
 
@@ -132,21 +169,21 @@ def closing_text(world: Path, out: Path, scores: dict, seconds: dict) -> str:
     return f"""
 What was learnt (share of answers that are right to the letter; blank and shuffled: the model was shown \
 nothing, or
-another picture, so these columns say what guessing gives):
+another image, so these columns say what guessing gives):
 
 {table}
 
-known: new pictures of combinations seen in training; unseen: colour + shape + position never seen together;
-unseen_pairs: colour + shape never seen together. two_images and films: of unseen, after the third stage;
-swapped: the two pictures in reversed order; swapped_follows: answers that are right for that order;
-shuffled_frames: the frames of a film in another order.
+known: new images of combinations seen in training; unseen: colour + shape + position never seen together;
+unseen_pairs: colour + shape never seen together. two_images and videos: of unseen, after the third stage;
+swapped: the two images in reversed order; swapped_follows: answers that are right for that order;
+shuffled_frames: the frames of a video in another order.
 
-time       {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}
-pictures   {out}/answers.png (what it says about pictures it never saw), {out}/*_vlm_*.png (loss curves)
-weights    {', '.join(str(path) for path in sorted(out.glob('*.pth')))}
+time       {", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())}
+images   {out}/answers.png (what it says about images it never saw), {out}/*_vlm_*.png (loss curves)
+weights    {", ".join(str(path) for path in sorted(out.glob("*.pth")))}
 
 What to run next
-  describe pictures    .venv/bin/python 3-eval_chat.py @{world}/eval.args
+  describe images    .venv/bin/python 3-eval_chat.py @{world}/eval.args
   chat about one       .venv/bin/python 3-eval_chat.py @{world}/eval.args \
 --chat {world}/eval_images/unseen_0000.jpg
   in the browser       .venv/bin/python web_server.py @{world}/eval.args
@@ -163,8 +200,10 @@ def main(argv: list[str] | None = None) -> None:
     scores = gather_scores(args.out, records)
     marks = {name: args.out / f".{name}.seconds" for name in STAGES}
     seconds = {name: float(mark.read_text()) for name, mark in marks.items() if mark.is_file()}
-    details = {f"world/{part}": value
-               for part, value in read_json(args.world / "world.json").get("seconds", {}).items()}
+    details = {
+        f"world/{part}": value
+        for part, value in read_json(args.world / "world.json").get("seconds", {}).items()
+    }
     write_json(args.out / "report.json", scores | {"seconds": {**seconds, **details}})
     draw_answers([record for record in records if record["control"] == "real"], args.out / "answers.png")
     print(closing_text(args.world, args.out, scores, seconds))

@@ -1,10 +1,10 @@
-"""The demo world itself: what exists, how a picture is drawn, and which pictures are kept for the test.
+"""The demo world itself: what exists, how an image is drawn, and which images are kept for the test.
 
-A picture shows one object on a light background, and all that can be said about it is four words: its
+An image shows one object on a light background, and all that can be said about it is four words: its
 colour, shape, size and position. That is small enough to be learnt in minutes, and large enough to ask the
-question that matters: does the model SEE, or does it guess? Three splits of test pictures answer it.
+question that matters: does the model SEE, or does it guess? Three splits of test images answer it.
 
-    known          new pictures of combinations that training has shown
+    known          new images of combinations that training has shown
     unseen         a quarter of the (colour, shape, position) triples: never drawn and never named in
                    training, although each of their pairs is. Who learnt colour, shape and position one by one
                    can answer.
@@ -37,16 +37,22 @@ COLOURS: dict[str, Rgb] = {  # no black: so small an encoder did not learn it
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"large": (24.0, 27.0), "small": (11.5, 13.0)}  # radius in pixels, from - to
-# The encoder cuts a picture into 7 x 7 patches. These are the centres of patches 1, 3 and 5: wherever an
+# The encoder cuts an image into 7 x 7 patches. These are the centres of patches 1, 3 and 5: wherever an
 # object lies, the patches around it see the same, and its position is a matter of WHICH patch, not of pixels.
 GRID = (27.5, 64.0, 100.5)
 POSITIONS = {  # name -> (column, row)
-    "top_left": (0, 0), "top": (1, 0), "top_right": (2, 0),
-    "left": (0, 1), "middle": (1, 1), "right": (2, 1),
-    "bottom_left": (0, 2), "bottom": (1, 2), "bottom_right": (2, 2),
+    "top_left": (0, 0),
+    "top": (1, 0),
+    "top_right": (2, 0),
+    "left": (0, 1),
+    "middle": (1, 1),
+    "right": (2, 1),
+    "bottom_left": (0, 2),
+    "bottom": (1, 2),
+    "bottom_right": (2, 2),
 }
 
-PICTURE_SIZE = 128
+IMAGE_SIZE = 128
 JPEG_QUALITY = 92
 JITTER = 1.5  # pixels that an object may lie off its grid point, in x and in y
 COLOUR_JITTER = 8  # how far a named colour may be off in each channel, of 255
@@ -74,13 +80,13 @@ class Preset:
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
     sizes: tuple[str, ...]
-    train_pictures: int
+    train_images: int
     held_out_pairs: int  # (colour, shape) pairs that training never brings together
-    text_rows: int  # about one picture; half as many about two, and three for each film
-    # the rows of the last stage; each film makes three
-    two_picture_rows: int
-    train_films: int
-    one_picture_rows: int
+    text_rows: int  # about one image; half as many about two, and three for each video
+    # the rows of the last stage; each video makes three
+    two_image_rows: int
+    train_videos: int
+    one_image_rows: int
     # the language model
     dim: int
     n_layers: int
@@ -92,9 +98,9 @@ class Preset:
     multi: Stage
     # what both presets share
     positions: tuple[str, ...] = tuple(POSITIONS)
-    test_pictures: int = 200  # per test split
-    test_films: int = 400  # half of them movements
-    unnamed_share: float = 0.25  # training pictures in a colour that no word names
+    test_images: int = 200  # per test split
+    test_videos: int = 400  # half of them movements
+    unnamed_share: float = 0.25  # training images in a colour that no word names
     n_heads: int = 8
     n_kv_heads: int = 4
     # the encoder: 3 colour axes x frequencies^2 patch filters = 192 numbers per patch, which is its width
@@ -111,12 +117,12 @@ PRESETS = {
         colours=tuple(COLOURS),
         shapes=SHAPES,
         sizes=tuple(SIZES),
-        train_pictures=4000,
+        train_images=4000,
         held_out_pairs=4,
         text_rows=6000,
-        two_picture_rows=2500,
-        train_films=1000,
-        one_picture_rows=500,
+        two_image_rows=2500,
+        train_videos=1000,
+        one_image_rows=500,
         dim=128,
         n_layers=4,
         clip=Stage(steps=600, batch_size=64, lr=1e-3),
@@ -129,14 +135,14 @@ PRESETS = {
         colours=("red", "yellow", "green", "blue"),
         shapes=("circle", "square", "triangle", "star"),
         sizes=("large",),
-        train_pictures=1000,
+        train_images=1000,
         held_out_pairs=2,
         text_rows=6000,
-        two_picture_rows=400,
-        train_films=100,
-        one_picture_rows=100,
-        test_films=60,
-        test_pictures=100,
+        two_image_rows=400,
+        train_videos=100,
+        one_image_rows=100,
+        test_videos=60,
+        test_images=100,
         dim=96,
         n_layers=3,
         clip=Stage(steps=150, batch_size=48, lr=1.5e-3),
@@ -148,12 +154,12 @@ PRESETS = {
 }
 
 
-# ---- one picture ----
+# ---- one image ----
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture before it is drawn: what may be said about it, and the exact numbers behind the words."""
+    """One image before it is drawn: what may be said about it, and the exact numbers behind the words."""
 
     colour: str | None  # None: a colour that no word names
     shape: str
@@ -166,15 +172,15 @@ class Scene:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, 128 x 128 RGB."""
+    """The image of a scene, 128 x 128 RGB."""
     scale = 4  # draw the outline four times as large and shrink it: smooth edges
-    mask = Image.new("L", (PICTURE_SIZE * scale, PICTURE_SIZE * scale))
+    mask = Image.new("L", (IMAGE_SIZE * scale, IMAGE_SIZE * scale))
     (x, y), radius = scene.centre, scene.radius
     corners = [((x + radius * dx) * scale, (y + radius * dy) * scale) for dx, dy in outline(scene.shape)]
     ImageDraw.Draw(mask).polygon(corners, fill=255)
-    picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), scene.background)
-    picture.paste(scene.rgb, mask=mask.reduce(scale))
-    return picture
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), scene.background)
+    image.paste(scene.rgb, mask=mask.reduce(scale))
+    return image
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
@@ -184,8 +190,20 @@ def outline(shape: str) -> list[tuple[float, float]]:
         "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
         "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
         "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
-        "cross": [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
-                  (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
+        "cross": [
+            (-arm, -1),
+            (arm, -1),
+            (arm, -arm),
+            (1, -arm),
+            (1, arm),
+            (arm, arm),
+            (arm, 1),
+            (-arm, 1),
+            (-arm, arm),
+            (-1, arm),
+            (-1, -arm),
+            (-arm, -arm),
+        ],
     }
     if shape in corners:
         return corners[shape]
@@ -194,7 +212,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(radii, angles, strict=True)]
 
 
-# ---- all pictures ----
+# ---- all images ----
 
 Triple = tuple[str | None, str, str]  # colour, shape, position
 
@@ -203,13 +221,13 @@ def make_splits(preset: Preset, seed: int) -> dict[str, list[Scene]]:
     """All scenes of the world by split: train, known, unseen, unseen_pairs. A seed is a world."""
     rng = np.random.default_rng(seed)
     triples = divide_triples(preset, rng)
-    num_unnamed = round(preset.train_pictures * preset.unnamed_share)
+    num_unnamed = round(preset.train_images * preset.unnamed_share)
     unnamed = [(None, shape, position) for shape in preset.shapes for position in preset.positions]
-    train = make_scenes(triples["known"], preset, preset.train_pictures - num_unnamed, rng)
+    train = make_scenes(triples["known"], preset, preset.train_images - num_unnamed, rng)
     train += make_scenes(unnamed, preset, num_unnamed, rng)
     splits = {"train": [train[i] for i in rng.permutation(len(train))]}
     for split in TEST_SPLITS:
-        splits[split] = make_scenes(triples[split], preset, preset.test_pictures, rng)
+        splits[split] = make_scenes(triples[split], preset, preset.test_images, rng)
     return splits
 
 
@@ -253,8 +271,14 @@ def make_scene(colour: str | None, shape: str, position: str, size: str, rng: np
         rgb = to_rgb(COLOURS[colour] + rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3))
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     return Scene(
-        colour=colour, shape=shape, size=size, position=position, rgb=rgb, background=background,
-        centre=(GRID[column] + float(dx), GRID[row] + float(dy)), radius=float(rng.uniform(*SIZES[size])),
+        colour=colour,
+        shape=shape,
+        size=size,
+        position=position,
+        rgb=rgb,
+        background=background,
+        centre=(GRID[column] + float(dx), GRID[row] + float(dy)),
+        radius=float(rng.uniform(*SIZES[size])),
     )
 
 

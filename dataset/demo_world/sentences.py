@@ -6,7 +6,7 @@ the answer, so that a scorer need only compare strings. Rows come in the formats
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."},
                                                     {"from": "gpt", "value": "..."}]}
 
-with "a.jpg, b.jpg" for two pictures, "video": "a.mp4" and <video> for a film, and neither for the text-only
+with "a.jpg, b.jpg" for two images, "video": "a.mp4" and <video> for a video, and neither for the text-only
 rows of the language model.
 
 Objects in a colour that no word names are special. The language stages ask for their shape, position and
@@ -23,15 +23,15 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataset.demo_world.films import CHANGES, COLOUR_CHANGE, MOVEMENT, Film, change_of
 from dataset.demo_world.scenes import Scene
+from dataset.demo_world.videos import CHANGES, COLOUR_CHANGE, MOVEMENT, Video, change_of
 from model.prompt import IMAGE_MARK, VIDEO_MARK
 
 ATTRIBUTES = ("colour", "shape", "position", "size")
-KINDS = (*ATTRIBUTES, "description")  # what is asked about one picture
+KINDS = (*ATTRIBUTES, "description")  # what is asked about one image
 TWO_IMAGES = "two_images"  # what is asked about two
-ASKED_PER_FILM = 3  # times that training asks what happens in each
-DESCRIPTIONS_PER_PICTURE = 3  # a description holds all four attributes, so it is asked three times as often
+ASKED_PER_VIDEO = 3  # times that training asks what happens in each
+DESCRIPTIONS_PER_IMAGE = 3  # a description holds all four attributes, so it is asked three times as often
 ENGLISH_SHARE = 0.15
 ENGLISH_SHARE_MULTI = 0.5  # the last stage is short, and its English sentences are long and new
 
@@ -49,28 +49,49 @@ class Language:
     words: dict[str, str]
     questions: dict[str, tuple[str, ...]]  # kind -> wordings that all ask for the same answer
     answers: dict[str, str]  # kind -> the one right answer
-    object: str  # one of the two objects in the answer about two pictures
-    numbered: str  # a third way to place two pictures, besides before and behind the question
+    object: str  # one of the two objects in the answer about two images
+    numbered: str  # a third way to place two images, besides before and behind the question
 
 
 CHINESE = Language(
     words={
-        "red": "红色", "yellow": "黄色", "green": "绿色", "blue": "蓝色",
-        "purple": "紫色", "orange": "橙色", "pink": "粉色", "cyan": "青色",
-        "circle": "圆形", "square": "方形", "triangle": "三角形",
-        "star": "星形", "diamond": "菱形", "cross": "十字形",
-        "large": "大的", "small": "小的",
-        "top_left": "左上角", "top": "上方", "top_right": "右上角",
-        "left": "左侧", "middle": "中间", "right": "右侧",
-        "bottom_left": "左下角", "bottom": "下方", "bottom_right": "右下角",
+        "red": "红色",
+        "yellow": "黄色",
+        "green": "绿色",
+        "blue": "蓝色",
+        "purple": "紫色",
+        "orange": "橙色",
+        "pink": "粉色",
+        "cyan": "青色",
+        "circle": "圆形",
+        "square": "方形",
+        "triangle": "三角形",
+        "star": "星形",
+        "diamond": "菱形",
+        "cross": "十字形",
+        "large": "大的",
+        "small": "小的",
+        "top_left": "左上角",
+        "top": "上方",
+        "top_right": "右上角",
+        "left": "左侧",
+        "middle": "中间",
+        "right": "右侧",
+        "bottom_left": "左下角",
+        "bottom": "下方",
+        "bottom_right": "右下角",
     },
     questions={
         "colour": ("图形|是|什么|颜色？", "图片|里的|图形|是|什么|颜色？"),
         "shape": ("图形|是|什么|形状？", "图片|里的|图形|是|什么|形状？"),
         "position": ("图形|在|哪里？", "图形|在|图片|的|什么|位置？"),
         "size": ("图形|是|大的|还是|小的？", "图形|有|多大？"),
-        "description": ("这个|图片|描述|的|是|什么|内容？", "描述|这张|图片。", "图片|里|有|什么？",
-                        "请|简要|描述|图片|的|内容。"),
+        "description": (
+            "这个|图片|描述|的|是|什么|内容？",
+            "描述|这张|图片。",
+            "图片|里|有|什么？",
+            "请|简要|描述|图片|的|内容。",
+        ),
         TWO_IMAGES: ("这|两张|图片|有|什么|不同？", "说说|这|两张|图片|的|不同。"),
         MOVEMENT: ("图形|去了|哪里？", "图形|从|哪里|去了|哪里？"),
         COLOUR_CHANGE: ("图形|的|颜色|怎么|变？", "颜色|有|什么|变化？"),
@@ -91,14 +112,30 @@ CHINESE = Language(
 
 ENGLISH = Language(
     words={
-        "red": " red", "yellow": " yellow", "green": " green", "blue": " blue",
-        "purple": " purple", "orange": " orange", "pink": " pink", "cyan": " cyan",
-        "circle": " circle", "square": " square", "triangle": " triangle",
-        "star": " star", "diamond": " diamond", "cross": " cross",
-        "large": " large", "small": " small",
-        "top_left": " at the top left", "top": " at the top", "top_right": " at the top right",
-        "left": " on the left", "middle": " in the middle", "right": " on the right",
-        "bottom_left": " at the bottom left", "bottom": " at the bottom",
+        "red": " red",
+        "yellow": " yellow",
+        "green": " green",
+        "blue": " blue",
+        "purple": " purple",
+        "orange": " orange",
+        "pink": " pink",
+        "cyan": " cyan",
+        "circle": " circle",
+        "square": " square",
+        "triangle": " triangle",
+        "star": " star",
+        "diamond": " diamond",
+        "cross": " cross",
+        "large": " large",
+        "small": " small",
+        "top_left": " at the top left",
+        "top": " at the top",
+        "top_right": " at the top right",
+        "left": " on the left",
+        "middle": " in the middle",
+        "right": " on the right",
+        "bottom_left": " at the bottom left",
+        "bottom": " at the bottom",
         "bottom_right": " at the bottom right",
     },
     questions={
@@ -153,10 +190,10 @@ def answer_two(first: Scene, second: Scene, language: Language) -> str:
     return fill(language.answers[TWO_IMAGES], first=objects[0], second=objects[1])
 
 
-def answer_film(film: Film, language: Language) -> str:
-    change = change_of(film)
+def answer_video(video: Video, language: Language) -> str:
+    change = change_of(video)
     attribute = {MOVEMENT: "position", COLOUR_CHANGE: "colour"}[change]
-    first, last = (name_attributes(scene, language) for scene in (film[0], film[-1]))
+    first, last = (name_attributes(scene, language) for scene in (video[0], video[-1]))
     # "at the top" is where it is, but it goes "from the top"
     start, end = (re.sub("^ (at|on|in) ", " ", words[attribute]) for words in (first, last))
     return fill(language.answers[change], start=start, end=end)
@@ -181,7 +218,7 @@ def pick_language(english_share: float, rng: np.random.Generator) -> Language:
 
 
 def ask_one(kind: str, scene: Scene, language: Language, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about one picture, which stands before or after the words, and its answer."""
+    """A question about one image, which stands before or after the words, and its answer."""
     question = fill(pick(language.questions[kind], rng))
     place = pick((f"{IMAGE_MARK}\n{{question}}", f"{{question}}\n{IMAGE_MARK}"), rng)
     return place.format(question=question), answer_one(kind, scene, language)
@@ -194,7 +231,7 @@ def put_in_words(scene: Scene, language: Language, rng: np.random.Generator) -> 
 
 
 def ask_two(first: Scene, second: Scene, language: Language, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about two pictures, which stand before, behind or numbered before the words, and its
+    """A question about two images, which stand before, behind or numbered before the words, and its
     answer."""
     question = fill(pick(language.questions[TWO_IMAGES], rng))
     marks = f"{IMAGE_MARK}\n{IMAGE_MARK}"
@@ -202,35 +239,33 @@ def ask_two(first: Scene, second: Scene, language: Language, rng: np.random.Gene
     return place.format(question=question), answer_two(first, second, language)
 
 
-def ask_film(film: Film, language: Language, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about the change that there is in a film, and its answer."""
-    question = fill(pick(language.questions[change_of(film)], rng))
+def ask_video(video: Video, language: Language, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about the change that there is in a video, and its answer."""
+    question = fill(pick(language.questions[change_of(video)], rng))
     place = pick((f"{VIDEO_MARK}\n{{question}}", f"{{question}}\n{VIDEO_MARK}"), rng)
-    return place.format(question=question), answer_film(film, language)
+    return place.format(question=question), answer_video(video, language)
 
 
 def trained_kinds(scene: Scene) -> tuple[str, ...]:
     """The kinds of question that training asks about a scene."""
     if scene.colour is None:
         return ("shape", "position", "size")
-    return (*ATTRIBUTES, *["description"] * DESCRIPTIONS_PER_PICTURE)
+    return (*ATTRIBUTES, *["description"] * DESCRIPTIONS_PER_IMAGE)
 
 
-def choose_pairs(
-    pictures: Mapping[str, Scene], count: int, rng: np.random.Generator
-) -> list[tuple[str, str]]:
-    """Pairs of pictures that differ in what is said about them, and whose colours have names."""
-    named = {image: scene for image, scene in pictures.items() if scene.colour is not None}
+def choose_pairs(images: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Pairs of images that differ in what is said about them, and whose colours have names."""
+    named = {image: scene for image, scene in images.items() if scene.colour is not None}
     said = {image: (scene.size, scene.colour, scene.shape) for image, scene in named.items()}
-    images, pairs = list(said), []
+    names, pairs = list(said), []
     while len(pairs) < count:
-        first, second = (images[i] for i in rng.integers(len(images), size=2))
+        first, second = (names[i] for i in rng.integers(len(names), size=2))
         if said[first] != said[second]:
             pairs.append((first, second))
     return pairs
 
 
-# ---- rows for training; pictures are given as {file name: scene} ----
+# ---- rows for training; images are given as {file name: scene} ----
 
 
 def turns(question: str, answer: str) -> list[dict[str, str]]:
@@ -239,7 +274,7 @@ def turns(question: str, answer: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its answer, before it becomes a row; scenes: what its pictures or frames show, in
+    """A question with its answer, before it becomes a row; scenes: what its images or frames show, in
     order."""
 
     shown: dict[str, str]  # the row's "image" or "video"
@@ -252,7 +287,7 @@ class Asked:
         return {"id": f"{number:06d}", **self.shown, "conversations": turns(self.question, self.answer)}
 
     def text_row(self, number: int, rng: np.random.Generator) -> dict:
-        """The same with words in the place of the pictures, for a model that cannot see yet."""
+        """The same with words in the place of the images, for a model that cannot see yet."""
         words = [put_in_words(scene, self.language, rng) for scene in self.scenes]
         question = self.question.replace(VIDEO_MARK, IMAGE_MARK * len(words))
         for word in words:
@@ -260,35 +295,35 @@ class Asked:
         return {"id": f"{number:06d}", "conversations": turns(question, self.answer)}
 
 
-def ask_pictures(
-    pictures: Mapping[str, Scene], kinds: Callable[[Scene], Sequence[str]], rng: np.random.Generator
+def ask_images(
+    images: Mapping[str, Scene], kinds: Callable[[Scene], Sequence[str]], rng: np.random.Generator
 ) -> list[Asked]:
-    """All kinds of questions about every picture."""
+    """All kinds of questions about every image."""
     asked = []
-    for image, scene in pictures.items():
+    for image, scene in images.items():
         for kind in kinds(scene):
             language = pick_language(ENGLISH_SHARE, rng)
             asked.append(Asked({"image": image}, (scene,), language, *ask_one(kind, scene, language, rng)))
     return asked
 
 
-def ask_pairs(pictures: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[Asked]:
-    """`count` times: say how two pictures differ."""
+def ask_pairs(images: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[Asked]:
+    """`count` times: say how two images differ."""
     asked = []
-    for names in choose_pairs(pictures, count, rng):
-        pair = tuple(pictures[name] for name in names)
+    for names in choose_pairs(images, count, rng):
+        pair = tuple(images[name] for name in names)
         language = pick_language(ENGLISH_SHARE_MULTI, rng)
         asked.append(Asked({"image": ", ".join(names)}, pair, language, *ask_two(*pair, language, rng)))
     return asked
 
 
-def ask_films(films: Mapping[str, Film], rng: np.random.Generator) -> list[Asked]:
-    """What happens in every film."""
+def ask_videos(videos: Mapping[str, Video], rng: np.random.Generator) -> list[Asked]:
+    """What happens in every video."""
     asked = []
-    for video, film in films.items():
-        for _ in range(ASKED_PER_FILM):
+    for name, video in videos.items():
+        for _ in range(ASKED_PER_VIDEO):
             language = pick_language(ENGLISH_SHARE_MULTI, rng)
-            asked.append(Asked({"video": video}, film, language, *ask_film(film, language, rng)))
+            asked.append(Asked({"video": name}, video, language, *ask_video(video, language, rng)))
     return asked
 
 
@@ -296,34 +331,37 @@ def number_rows(asked: Sequence[Asked]) -> list[dict]:
     return [one.row(number) for number, one in enumerate(asked)]
 
 
-def pretrain_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
-    """One description of every picture whose colour has a name."""
-    named = {image: scene for image, scene in pictures.items() if scene.colour is not None}
-    return number_rows(ask_pictures(named, lambda scene: ("description",), rng))
+def pretrain_rows(images: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
+    """One description of every image whose colour has a name."""
+    named = {image: scene for image, scene in images.items() if scene.colour is not None}
+    return number_rows(ask_images(named, lambda scene: ("description",), rng))
 
 
-def sft_rows(pictures: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
-    """All kinds of questions about every picture."""
-    return number_rows(ask_pictures(pictures, trained_kinds, rng))
+def sft_rows(images: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
+    """All kinds of questions about every image."""
+    return number_rows(ask_images(images, trained_kinds, rng))
 
 
 def multi_rows(
-    pictures: Mapping[str, Scene], films: Mapping[str, Film], two: int, one: int, rng: np.random.Generator
+    images: Mapping[str, Scene], videos: Mapping[str, Video], two: int, one: int, rng: np.random.Generator
 ) -> list[dict]:
-    """The last stage: `two` pairs of pictures, all films, and `one` pictures, so that one is not unlearnt."""
-    single = ask_pictures(pictures, trained_kinds, rng)
-    return number_rows(ask_pairs(pictures, two, rng) + ask_films(films, rng)
-                       + [single[i] for i in rng.permutation(len(single))[:one]])
+    """The last stage: `two` pairs of images, all videos, and `one` images, so that one is not unlearnt."""
+    single = ask_images(images, trained_kinds, rng)
+    return number_rows(
+        ask_pairs(images, two, rng)
+        + ask_videos(videos, rng)
+        + [single[i] for i in rng.permutation(len(single))[:one]]
+    )
 
 
 def text_rows(
-    pictures: Mapping[str, Scene], films: Mapping[str, Film], count: int, rng: np.random.Generator
+    images: Mapping[str, Scene], videos: Mapping[str, Video], count: int, rng: np.random.Generator
 ) -> list[dict]:
-    """The questions of all stages with words in the place of the pictures: `count` pictures' and half as many
-    pairs'. The language model is raised on them; later, pictures only have to be read as the same words."""
-    single = ask_pictures(pictures, trained_kinds, rng)
+    """The questions of all stages with words in the place of the images: `count` images' and half as many
+    pairs'. The language model is raised on them; later, images only have to be read as the same words."""
+    single = ask_images(images, trained_kinds, rng)
     asked = [single[i] for i in rng.permutation(len(single))[:count]]
-    asked += ask_pairs(pictures, count // 2, rng) + ask_films(films, rng)
+    asked += ask_pairs(images, count // 2, rng) + ask_videos(videos, rng)
     return [one.text_row(number, rng) for number, one in enumerate(asked)]
 
 
@@ -331,43 +369,55 @@ def text_rows(
 
 
 def questions(
-    pictures: Mapping[str, Scene], rng: np.random.Generator, kinds: Sequence[str] = KINDS
+    images: Mapping[str, Scene], rng: np.random.Generator, kinds: Sequence[str] = KINDS
 ) -> list[dict[str, str]]:
-    """One question of every kind about every picture.
+    """One question of every kind about every image.
 
     Raises ValueError where a colour without a name would be asked for.
     """
-    asked = [(kind, image, scene) for kind in kinds for image, scene in pictures.items()]
+    asked = [(kind, image, scene) for kind in kinds for image, scene in images.items()]
     return [
-        make_question(f"{kind}-{Path(image).stem}", image, kind,
-                      ask_one(kind, scene, pick_language(ENGLISH_SHARE, rng), rng))
+        make_question(
+            f"{kind}-{Path(image).stem}",
+            image,
+            kind,
+            ask_one(kind, scene, pick_language(ENGLISH_SHARE, rng), rng),
+        )
         for kind, image, scene in asked
     ]
 
 
-def two_picture_questions(
-    pictures: Mapping[str, Scene], count: int, rng: np.random.Generator
+def two_image_questions(
+    images: Mapping[str, Scene], count: int, rng: np.random.Generator
 ) -> list[dict[str, str]]:
     """`count` questions in each language, of kind "two_images_zh" and "two_images_en". "swapped_answer" is
-    right when the two pictures change places."""
+    right when the two images change places."""
     asked = []
     for name, language in LANGUAGES.items():
-        for n, (first, second) in enumerate(choose_pairs(pictures, count, rng)):
-            one, two = pictures[first], pictures[second]
+        for n, (first, second) in enumerate(choose_pairs(images, count, rng)):
+            one, two = images[first], images[second]
             kind = f"{TWO_IMAGES}_{name}"
-            asked.append(make_question(f"{kind}-{n:03d}", f"{first}, {second}", kind,
-                                       ask_two(one, two, language, rng))
-                         | {"swapped_answer": answer_two(two, one, language)})
+            asked.append(
+                make_question(f"{kind}-{n:03d}", f"{first}, {second}", kind, ask_two(one, two, language, rng))
+                | {"swapped_answer": answer_two(two, one, language)}
+            )
     return asked
 
 
-def film_questions(films: Mapping[str, Film], rng: np.random.Generator) -> list[dict[str, str]]:
-    """What happens in every film: first all movements, then all changes of colour."""
+def video_questions(videos: Mapping[str, Video], rng: np.random.Generator) -> list[dict[str, str]]:
+    """What happens in every video: first all movements, then all changes of colour."""
     rows = []
-    for video, film in sorted(films.items(), key=lambda item: CHANGES.index(change_of(item[1]))):
-        question, answer = ask_film(film, pick_language(ENGLISH_SHARE_MULTI, rng), rng)
-        rows.append({"id": f"{change_of(film)}-{Path(video).stem}", "video": video, "kind": change_of(film),
-                     "question": question, "answer": answer})
+    for name, video in sorted(videos.items(), key=lambda item: CHANGES.index(change_of(item[1]))):
+        question, answer = ask_video(video, pick_language(ENGLISH_SHARE_MULTI, rng), rng)
+        rows.append(
+            {
+                "id": f"{change_of(video)}-{Path(name).stem}",
+                "video": name,
+                "kind": change_of(video),
+                "question": question,
+                "answer": answer,
+            }
+        )
     return rows
 
 
@@ -397,7 +447,7 @@ def train_tokenizer(folder: Path, words: Sequence[str] = ()) -> PreTrainedTokeni
     sees it running spends its tokens on halves of characters and on whole clauses. Rows become twice as long.
 
     "<" and ">" get the ids that they have in MiniMind's tokenizer, 30 and 32, and are always tokens of their
-    own: the placeholder of a picture is made of them, and must never melt into what stands before it.
+    own: the placeholder of an image is made of them, and must never melt into what stands before it.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -412,7 +462,10 @@ def train_tokenizer(folder: Path, words: Sequence[str] = ()) -> PreTrainedTokeni
     )
     tokenizer.train_from_iterator(words or lexicon(), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(folder)

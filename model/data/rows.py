@@ -12,6 +12,7 @@ indexed once, into a folder .NAME.index beside it, or where that cannot be writt
 
 The key holds the file's size and time, so the index of a file that has changed since is never found.
 """
+
 import codecs
 import contextlib
 import hashlib
@@ -27,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
-from model.checkpoint import atomic_write
+from model.files import atomic_write, check_data_file, locked
 
-VERSION = 1             # of the index; another one does not find what this one wrote
-SMALL = 4 << 20         # bytes; a smaller file is indexed in milliseconds, at every start and in memory
-WINDOW = 16 << 20       # bytes decoded at a time while looking for the rows of a JSON list
+VERSION = 1  # of the index; another one does not find what this one wrote
+SMALL = 4 << 20  # bytes; a smaller file is indexed in milliseconds, at every start and in memory
+WINDOW = 16 << 20  # bytes decoded at a time while looking for the rows of a JSON list
 SPACE, SPACE_BYTES = re.compile(r"[ \t\r\n]*"), re.compile(rb"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 
@@ -40,7 +41,6 @@ class Rows:
     """The rows of a data file, as a read-only sequence; any row that is JSON comes out, dict or not.
 
     rows[i]        decoded anew at every access
-    num_bytes      (R,) int64, the length of each row in the file: a cheap measure of its length in tokens
     fingerprint    hex digits that are equal for equal files, wherever they lie and whenever they were written
     index_seconds  how long a large file took to index; 0 if its index was there
     raises         FileNotFoundError or ValueError with the file, the line and the cure
@@ -48,12 +48,10 @@ class Rows:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"data file not found: {path} "
-                                    "(README, 'Train on the real data'; name yours with --data_path)")
+        check_data_file(self.path)
         status, started = self.path.stat(), time.perf_counter()
         self.key = f"{status.st_size}-{status.st_mtime_ns}-v{VERSION}"
-        self.folder: Path | None = None     # where the index lies; None = in memory alone
+        self.folder: Path | None = None  # where the index lies; None = in memory alone
         self.index_seconds = 0.0
         if status.st_size < SMALL:
             self.build(None)
@@ -74,10 +72,6 @@ class Rows:
     def __reduce__(self):
         # Workers that are spawned, not forked, open the file and the index themselves.
         return reopen, (self.path, self.fingerprint)
-
-    @property
-    def num_bytes(self) -> np.ndarray:
-        return self.spans[:, 1] - self.spans[:, 0]
 
     def remember(self, name: str, make: Callable[[], object]):
         """What make() returns (JSON), worked out once for this file as it is and kept with its index."""
@@ -178,23 +172,9 @@ def index_folders(path: Path) -> Iterator[Path]:
         yield cache / "minimind-v" / f"{path.name}-{place}.index"
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, made if need be, against other processes. Raises OSError where it cannot be written or
-    locked."""
-    try:
-        import fcntl
-    except ImportError:     # Windows; there the index stays in memory
-        raise OSError("this system has no file locks") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as file:       # closing it, or dying, lets go
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def map_file(path: Path) -> mmap.mmap | bytes:
     with open(path, "rb") as file:
-        empty = os.fstat(file.fileno()).st_size == 0        # nothing cannot be mapped
+        empty = os.fstat(file.fileno()).st_size == 0  # nothing cannot be mapped
         return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -210,13 +190,14 @@ def check_text(data: mmap.mmap | bytes, path: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     for start in range(0, len(data), WINDOW):
         try:
-            decoder.decode(data[start:start + WINDOW], final=start + WINDOW >= len(data))
+            decoder.decode(data[start : start + WINDOW], final=start + WINDOW >= len(data))
         except UnicodeDecodeError as error:
             # The object begins with what the window before left over of a character.
-            position = start + error.start + len(data[start:start + WINDOW]) - len(error.object)
+            position = start + error.start + len(data[start : start + WINDOW]) - len(error.object)
             line = data[:position].count(b"\n") + 1
-            raise ValueError(f"{path} is not UTF-8 text: "
-                             f"byte {position}, in line {line}: {error.reason}") from None
+            raise ValueError(
+                f"{path} is not UTF-8 text: byte {position}, in line {line}: {error.reason}"
+            ) from None
 
 
 def line_spans(data: mmap.mmap | bytes, path: Path) -> array:
@@ -239,17 +220,17 @@ def line_spans(data: mmap.mmap | bytes, path: Path) -> array:
 def list_spans(data: mmap.mmap | bytes, path: Path) -> array:
     """The elements of a JSON list, read through windows that keep the memory small however large the file."""
     base = SPACE_BYTES.match(data, first_byte(data)).end()
-    if data[base:base + 1] != b"[":
+    if data[base : base + 1] != b"[":
         refuse_other(data, path)
     spans, base, size = array("q"), base + 1, WINDOW
     closing = SPACE_BYTES.match(data, base).end()
     at, error = closing + 1 - base, None
-    while data[closing:closing + 1] != b"]":
-        text = str(data[base:base + size], "latin-1")
+    while data[closing : closing + 1] != b"]":
+        text = str(data[base : base + size], "latin-1")
         at, error = read_elements(text, base, spans)
         if not error:
             break
-        if base + len(text) == len(data):       # otherwise it may be the window that ends too early
+        if base + len(text) == len(data):  # otherwise it may be the window that ends too early
             raise not_json(path, data, base, at, error)
         base, size = base + at, WINDOW if at else 2 * size
     end = SPACE_BYTES.match(data, base + at).end()
@@ -271,7 +252,7 @@ def read_elements(text: str, base: int, spans: array) -> tuple[int, Exception | 
             start = SPACE.match(text, at).end()
             end = DECODER.raw_decode(text, start)[1]
             stop = SPACE.match(text, end).end()
-            if text[stop:stop + 1] not in (",", "]"):       # a number may go on behind the window
+            if text[stop : stop + 1] not in (",", "]"):  # a number may go on behind the window
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, stop)
         except (ValueError, RecursionError) as error:
             return at, error
@@ -293,8 +274,9 @@ def refuse_other(data: mmap.mmap | bytes, path: Path) -> None:
         value = DECODER.decode(str(data[start:], "latin-1"))
     except (ValueError, RecursionError) as error:
         raise not_json(path, data, start, 0, error) from None
-    raise ValueError(f"{path} must hold a list of rows, not one {type(value).__name__}; "
-                     "one row per line is .jsonl")
+    raise ValueError(
+        f"{path} must hold a list of rows, not one {type(value).__name__}; one row per line is .jsonl"
+    )
 
 
 def not_json(path: Path, data: mmap.mmap | bytes, base: int, at: int, error: Exception) -> ValueError:

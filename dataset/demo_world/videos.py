@@ -1,12 +1,12 @@
-"""The films of the demo world: one object that goes to another place, or takes on another colour, once.
+"""The videos of the demo world: one object that goes to another place, or takes on another colour, once.
 
-A film lasts four seconds. In each second the object lies at one grid point in one colour; the change itself
+A video lasts four seconds. In each second the object lies at one grid point in one colour; the change itself
 happens in the last quarter of a second. Whoever looks once per second therefore sees what the encoder knows
-from the pictures, never an object between two patches. An object that goes from one end of a row, a column
+from the images, never an object between two patches. An object that goes from one end of a row, a column
 or a diagonal to the other is seen in the middle on its way.
 
-What is held out of the pictures is held out here: no training film shows an unseen triple, in any of its
-seconds, and every test film begins or ends with one.
+What is held out of the images is held out here: no training video shows an unseen triple, in any of its
+seconds, and every test video begins or ends with one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from dataset.demo_world.scenes import (
     COLOUR_JITTER,
     COLOURS,
     GRID,
-    PICTURE_SIZE,
+    IMAGE_SIZE,
     POSITIONS,
     Preset,
     Scene,
@@ -35,42 +35,46 @@ from dataset.demo_world.scenes import (
 
 SECONDS = 4
 FRAMES_PER_SECOND, RESTING_FRAMES = 8, 6  # per second; the remaining frames lead over to the next second
-QUALITY = {"crf": "18", "preset": "veryfast"}  # x264's: a film is 3 to 5 KB, its colours are a JPEG's
+QUALITY = {"crf": "18", "preset": "veryfast"}  # x264's: a video is 3 to 5 KB, its colours are a JPEG's
 MOVEMENT, COLOUR_CHANGE = "movement", "colour_change"
 CHANGES = (MOVEMENT, COLOUR_CHANGE)
-FILM_SPLITS = ("train", "unseen")
+VIDEO_SPLITS = ("train", "unseen")
 
-Film = tuple[Scene, ...]  # what is to be seen in each of its seconds
-
-
-def change_of(film: Film) -> str:
-    return MOVEMENT if film[0].position != film[-1].position else COLOUR_CHANGE
+Video = tuple[Scene, ...]  # what is to be seen in each of its seconds
 
 
-# ---- all films ----
+def change_of(video: Video) -> str:
+    return MOVEMENT if video[0].position != video[-1].position else COLOUR_CHANGE
 
 
-def make_films(preset: Preset, seed: int) -> dict[str, list[Film]]:
-    """The films of the world by split, half of them movements. The seed is that of `make_splits`."""
+# ---- all videos ----
+
+
+def make_videos(preset: Preset, seed: int) -> dict[str, list[Video]]:
+    """The videos of the world by split, half of them movements. The seed is that of `make_splits`."""
     triples = divide_triples(preset, np.random.default_rng(seed))
-    rng = np.random.default_rng([seed, len("films")])
+    rng = np.random.default_rng([seed, len("videos")])
     paths = find_paths(triples["known"], triples["unseen"], preset)
-    counts = {"train": preset.train_films, "unseen": preset.test_films}
-    films = {}
-    for split in FILM_SPLITS:
-        made = [film for change in CHANGES
-                for film in draw_lots(paths[split, change], counts[split] // len(CHANGES), preset, rng)]
-        films[split] = [made[i] for i in rng.permutation(len(made))]
-    return films
+    counts = {"train": preset.train_videos, "unseen": preset.test_videos}
+    videos = {}
+    for split in VIDEO_SPLITS:
+        made = [
+            video
+            for change in CHANGES
+            for video in draw_lots(paths[split, change], counts[split] // len(CHANGES), preset, rng)
+        ]
+        videos[split] = [made[i] for i in rng.permutation(len(made))]
+    return videos
 
 
-def find_paths(known: Sequence[Triple], unseen: Sequence[Triple], preset: Preset
-               ) -> dict[tuple[str, str], list[tuple[Triple, ...]]]:
+def find_paths(
+    known: Sequence[Triple], unseen: Sequence[Triple], preset: Preset
+) -> dict[tuple[str, str], list[tuple[Triple, ...]]]:
     """(split, change) -> the triples that an object can go through, in order.
 
     Training goes through known triples only; a test path begins or ends with an unseen one.
     """
-    paths = {(split, change): [] for split in FILM_SPLITS for change in CHANGES}
+    paths = {(split, change): [] for split in VIDEO_SPLITS for change in CHANGES}
     held_out, drawn = set(unseen), {*known, *unseen}
     for start, end in permutations([*known, *unseen], 2):
         if start[:2] == end[:2]:
@@ -89,19 +93,21 @@ def find_paths(known: Sequence[Triple], unseen: Sequence[Triple], preset: Preset
 def straight_path(start: Triple, end: Triple) -> tuple[Triple, ...]:
     """From start to end, and through the position halfway where there is one."""
     (x0, y0), (x1, y1) = POSITIONS[start[2]], POSITIONS[end[2]]
-    halfway = [(*start[:2], name) for name, place in POSITIONS.items()
-               if place == ((x0 + x1) / 2, (y0 + y1) / 2)]
+    halfway = [
+        (*start[:2], name) for name, place in POSITIONS.items() if place == ((x0 + x1) / 2, (y0 + y1) / 2)
+    ]
     return (start, *halfway, end)
 
 
-def draw_lots(paths: Sequence[tuple[Triple, ...]], count: int, preset: Preset, rng: np.random.Generator
-              ) -> list[Film]:
-    """`count` films along different paths, or along each path equally often where there are too few."""
+def draw_lots(
+    paths: Sequence[tuple[Triple, ...]], count: int, preset: Preset, rng: np.random.Generator
+) -> list[Video]:
+    """`count` videos along different paths, or along each path equally often where there are too few."""
     order = [i for _ in range(-(-count // len(paths))) for i in rng.permutation(len(paths))]
-    return [make_film(paths[i], preset, rng) for i in order[:count]]
+    return [make_video(paths[i], preset, rng) for i in order[:count]]
 
 
-def make_film(path: Sequence[Triple], preset: Preset, rng: np.random.Generator) -> Film:
+def make_video(path: Sequence[Triple], preset: Preset, rng: np.random.Generator) -> Video:
     """The object of the path's first triple; when it goes on along the path is left to chance."""
     colour, shape, position = path[0]
     size = preset.sizes[int(rng.integers(len(preset.sizes)))]
@@ -122,13 +128,13 @@ def go_on(scene: Scene, colour: str, position: str, rng: np.random.Generator) ->
     return replace(scene, colour=colour, position=position, centre=(x, y), rgb=rgb)
 
 
-# ---- one film ----
+# ---- one video ----
 
 
-def draw_frames(film: Film) -> Iterator[Image.Image]:
-    """The pictures of a film, FRAMES_PER_SECOND for every second."""
+def draw_frames(video: Video) -> Iterator[Image.Image]:
+    """The images of a video, FRAMES_PER_SECOND for every second."""
     glide = FRAMES_PER_SECOND - RESTING_FRAMES
-    for now, then in zip(film, (*film[1:], film[-1]), strict=True):
+    for now, then in zip(video, (*video[1:], video[-1]), strict=True):
         resting = draw(now)
         yield from [resting] * RESTING_FRAMES
         for number in range(1, glide + 1):
@@ -137,6 +143,7 @@ def draw_frames(film: Film) -> Iterator[Image.Image]:
 
 def between(now: Scene, then: Scene, share: float) -> Scene:
     """A scene on its way from one to the next; share: how far, 0 to 1."""
+
     def mix(first: tuple, second: tuple) -> np.ndarray:
         return (1 - share) * np.array(first) + share * np.array(second)
 
@@ -144,13 +151,13 @@ def between(now: Scene, then: Scene, share: float) -> Scene:
     return replace(now, centre=(x, y), rgb=to_rgb(mix(now.rgb, then.rgb)))
 
 
-def save_film(film: Film, path: Path) -> None:
+def save_video(video: Video, path: Path) -> None:
     """Write an mp4 file (H.264), the same bytes every time."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=FRAMES_PER_SECOND, options=QUALITY)
-        stream.width = stream.height = PICTURE_SIZE
+        stream.width = stream.height = IMAGE_SIZE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # more would cost more than they save on so few pixels
-        for picture in draw_frames(film):
-            file.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        for image in draw_frames(video):
+            file.mux(stream.encode(av.VideoFrame.from_image(image)))
         file.mux(stream.encode())

@@ -1,0 +1,143 @@
+"""Files that are whole or not there, locks, and what people often have in place of a binary file."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from model.names import CLIP_CURE, TOKENIZER_CURE
+
+
+def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call write(file) on a temporary neighbour and move it into place: whatever happens, the old file or the
+    new one is there, never half of one. Raises OSError, naming the file, if it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save hides the system's error in a RuntimeError
+        raise OSError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or find_cause(error)}; "
+            "what was there before is as it was"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; a system that cannot (Windows) does without."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def find_cause(error: BaseException) -> str:
+    """The system's words for what went wrong, from wherever they were wrapped."""
+    while not getattr(error, "strerror", None) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, naming the file, if it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}: download it again")
+    return values
+
+
+def check_weight_file(path: str | Path, cure: str) -> None:
+    """Raise FileNotFoundError or ValueError if there is no binary file at `path`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: {cure}")
+    if placeholder := describe_placeholder_file(path):
+        raise ValueError(f"{path} {placeholder}: {cure}")
+
+
+def check_data_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data file not found: {path} (README, 'Train on the real data'; name yours with --data_path)"
+        )
+
+
+def check_image_dir(path: Path) -> None:
+    if not path.is_dir():
+        raise FileNotFoundError(f"image folder not found: {path} (name it with --image_dir)")
+
+
+def check_tokenizer_folder(path: Path) -> None:
+    if not (path / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(f"no tokenizer at {path}: {TOKENIZER_CURE}")
+
+
+def check_clip_folder(path: Path) -> None:
+    """Raise FileNotFoundError or ValueError unless a folder holds a config and a weight file."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"no CLIP folder at {path}: {CLIP_CURE}, or name yours with --clip_path")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no config.json: {CLIP_CURE}")
+    check_weight_file(path / "config.json", CLIP_CURE)
+    weights = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+    if not weights:
+        raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin: {CLIP_CURE}")
+    check_weight_file(weights[0], CLIP_CURE)  # transformers prefers safetensors too
+
+
+def describe_placeholder_file(path: str | Path) -> str:
+    """What people often have instead of a binary file, in words ("is empty"); "" if it is none of these."""
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip().lower()
+    if not head:
+        return "is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer of a few bytes, not the file itself (run `git lfs pull` there)"
+    return "is a web page, not the file itself" if head.startswith((b"<!doctype", b"<html")) else ""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, created if need be, against other processes; wait while another one holds it.
+
+    Closing the file, or dying, releases the lock. Raises OSError where it cannot be written or locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as file:
+        while not try_lock(file):
+            time.sleep(0.05)
+        yield
+
+
+def try_lock(file: IO[bytes]) -> bool:
+    """Take an exclusive lock on an open file; False if another process holds it.
+
+    Raises OSError where the system or the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise OSError("this system has no file locks") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

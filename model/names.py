@@ -1,0 +1,65 @@
+"""Names that flags, files and loaders share: where things lie and what they are called.
+
+Imports nothing heavy, so a wrong flag or a missing file is reported before PyTorch is loaded.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.LMConfig import LMConfig
+
+TOKENIZER_PATH = "model/minimind_tokenizer"
+CLIP_PATH = "model/clip_model/clip-vit-base-patch32"
+STAGES = ("llm", "vlm_pretrain", "vlm_sft", "vlm_sft_multi")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+DTYPES = ("float32", "bfloat16", "float16")
+FEATURE_DTYPES = ("float16", "float32")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+TOKENIZER_CURE = (
+    "MiniMind's own lies in the model folders: hf download jingyaogong/minimind-v-v1-small "
+    "tokenizer.json tokenizer_config.json --local-dir model/minimind_tokenizer, "
+    "or name yours with --tokenizer_path"
+)
+CLIP_CURE = (
+    "download it with: hf download openai/clip-vit-base-patch32 config.json "
+    "preprocessor_config.json pytorch_model.bin --local-dir model/clip_model/clip-vit-base-patch32"
+)
+
+
+def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:
+    """Where a stage's weights lie, with v1's names: out/512_vlm_sft.pth, out/512_moe_vlm_sft.pth."""
+    assert stage in STAGES, stage
+    return Path(out_dir) / f"{config.dim}{'_moe' if config.use_moe else ''}_{stage}.pth"
+
+
+def find_weights(
+    out_dir: str | Path, stages: Sequence[str], dim: int = 0, use_moe: bool | None = None
+) -> Path:
+    """The weights of the first of `stages` that has any in out_dir; of several sizes, the newest file.
+
+    dim, use_moe  only weights of this width (0 = any), with or without experts (None = either)
+    raises        FileNotFoundError that lists what is there instead
+    """
+    folder = Path(out_dir)
+    for stage in stages:
+        found = [
+            path
+            for path in folder.glob(f"{dim or ''}*_{stage}.pth")
+            if re.fullmatch(rf"{dim or '[0-9]+'}(_moe)?_{stage}\.pth", path.name)
+            and use_moe in (None, "_moe_" in path.name)
+        ]
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    others = ", ".join(sorted(path.name for path in folder.glob("*_vlm_*.pth")))
+    if others:
+        wanted = " or ".join(f"{dim or '*'}{'_moe' if use_moe else ''}_{stage}.pth" for stage in stages)
+        raise FileNotFoundError(
+            f"{folder}/{wanted} not found, but {others}: "
+            "choose by --dim, --use_moe and --stage, or name a file with --load_from"
+        )
+    raise FileNotFoundError(
+        f"no *_vlm_*.pth in {folder}: train them (README, 'Stages'), download them "
+        "(README, 'Weights'), or name a file with --load_from"
+    )

@@ -1,0 +1,72 @@
+"""What can be said of a stage before PyTorch is loaded: what it reads and writes, and whether it is there."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.data.spec import DatasetSpec
+from model.files import (
+    check_clip_folder,
+    check_data_file,
+    check_image_dir,
+    check_tokenizer_folder,
+    check_weight_file,
+)
+from model.LMConfig import EXPERT_FIELDS, LMConfig
+from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
+
+TRAINED_BY = {"vlm_pretrain": "1-pretrain_vlm.py", "vlm_sft": "2-sft_vlm.py"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage differs from another; weights_in and weights_out are names of names.STAGES."""
+
+    spec: DatasetSpec
+    weights_in: str
+    weights_out: str
+
+
+def make_config(
+    args: argparse.Namespace,
+    num_tokens: int = LMConfig.vocab_size,
+    vision_dim: int = LMConfig.vision_dim,
+    num_image_tokens: int = LMConfig.num_image_tokens,
+) -> LMConfig:
+    """The sizes that the flags, the tokenizer and CLIP give together."""
+    return LMConfig(
+        dim=args.dim,
+        n_layers=args.n_layers,
+        n_heads=args.n_heads,
+        n_kv_heads=args.n_kv_heads,
+        vocab_size=args.vocab_size or num_tokens,
+        max_seq_len=args.max_seq_len,
+        vision_dim=vision_dim,
+        num_image_tokens=num_image_tokens,
+        **{name: getattr(args, name) for name in EXPERT_FIELDS},
+    )
+
+
+def check_inputs(args: argparse.Namespace, stage: Stage) -> None:
+    """Raise FileNotFoundError or ValueError for the first thing that the stage would miss."""
+    config = make_config(args)
+    check_weight_file(
+        weights_path(args.out_dir, config, stage.weights_in), weights_cure(stage.weights_in, config.use_moe)
+    )
+    check_tokenizer_folder(Path(args.tokenizer_path or TOKENIZER_PATH))
+    check_clip_folder(Path(args.clip_path or CLIP_PATH))
+    for path in filter(None, (args.data_path, args.val_data_path)):
+        check_data_file(Path(path))
+    check_image_dir(Path(args.image_dir))
+
+
+def weights_cure(weights_in: str, use_moe: bool) -> str:
+    """What to do where the weights of a stage are missing or wrong."""
+    cure = "make a demo world with python -m dataset.demo_world"
+    if use_moe:
+        cure += " --out dataset/demo_moe --use_moe"
+    if weights_in != "llm":
+        cure = f"run {TRAINED_BY[weights_in]}{' --use_moe' if use_moe else ''} first"
+    section = "Train on the real data" if weights_in == "llm" else "Weights"
+    download = "" if use_moe else f"download it (README, '{section}'), "
+    return f"{cure}, {download}or name the folder where it lies with --out_dir"

@@ -1,0 +1,137 @@
+"""What every command of this repository shares: flags with recipes and bounds, and errors of one line.
+
+Imports nothing heavy: a wrong flag is reported before PyTorch is loaded.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+
+
+class AgreedError(ValueError):
+    """An error that all ranks raise alike; rank 0 alone prints it."""
+
+
+class Checked:
+    """A flag's type that also knows which values make sense. They are checked when all flags are read, so
+    that everything that is wrong is reported at once."""
+
+    def __init__(self, kind: type, is_valid: Callable[[object], bool], rule: str):
+        self.kind, self.is_valid, self.rule = kind, is_valid, rule
+        self.__name__ = kind.__name__  # for argparse's "invalid int value"
+
+    def __call__(self, text: str):
+        return self.kind(text)
+
+
+def at_least(low: int, kind: type = int, below: float = math.inf) -> Checked:
+    rule = f"at least {low}" if below == math.inf else f"at least {low} and below {below}"
+    return Checked(kind, lambda value: low <= value < below, rule)  # NaN is neither
+
+
+def above(number: float) -> Checked:
+    return Checked(float, lambda value: number < value < math.inf, f"above {number}")
+
+
+def matching(pattern: re.Pattern, rule: str) -> Checked:
+    return Checked(str, lambda value: bool(pattern.fullmatch(value)), rule)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with @files whose lines hold flags and # comments, defaults in every help text, the nearest
+    name for a wrong flag, and errors of one line."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=HelpFormatter,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+        )
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+    def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        """As argparse, then every flag against its bounds. Raises ValueError with all that are outside."""
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            self.error("; ".join(f"unknown flag {word}{self.suggest(word)}" for word in unknown))
+        problems = [
+            f"--{action.dest} must be {action.type.rule}, not {getattr(args, action.dest)}"
+            for action in self._actions
+            if isinstance(action.type, Checked)
+            and getattr(args, action.dest) is not None
+            and not action.type.is_valid(getattr(args, action.dest))
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return args
+
+    def suggest(self, word: str) -> str:
+        known = [name for action in self._actions for name in action.option_strings]
+        near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+        return f": did you mean {near[0]}?" if near and word.startswith("-") else ""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and behind every flag its default, where its help does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default in (None, argparse.SUPPRESS, False) or not action.option_strings
+        return text if silent or "default" in text else f"{text} (default: %(default)s)".lstrip()
+
+
+def true_or_false(text: str) -> bool:
+    """--multi True and --multi False mean what they say (bool("False") would be True)."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+
+
+def clean_exit(main: Callable[[], None]) -> None:
+    """Run a script's main(): what the user can cure ends in one line and exit status 2, without a traceback.
+
+    MINIMIND_DEBUG=1 shows the traceback.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as error:
+        if not re.search(r"gloo|nccl|connection (closed|reset)|timed? ?out", str(error), re.IGNORECASE):
+            raise
+        print_and_exit(
+            "another process of this run has ended or does not answer; all steps done are saved, "
+            "--resume goes on from there"
+        )
+    except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_DEBUG"):
+            raise
+        print_and_exit(str(error), agreed=isinstance(error, AgreedError))
+
+
+def print_and_exit(message: str, agreed: bool = False) -> None:
+    """One line and exit status 2, once per run: where several ranks have the same to say, rank 0 says it, and
+    torchrun then stops the others.
+
+    agreed  all ranks certainly have the same to say
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main:
+        time.sleep(5)
+    if is_main or not agreed:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

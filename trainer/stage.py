@@ -1,0 +1,205 @@
+"""What a stage starts from: its weights, tokenizer, CLIP and data, and the plan of the run.
+
+load_stage     a stage with everything loaded
+make_plan      which rows are trained on when, what memory that takes, what a resumed run must share
+"""
+
+import argparse
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from model.checkpoint import LoadReport, load_weights, read_state_dict
+from model.data.dataset import VLMDataset
+from model.device import choose_dtype
+from model.LMConfig import LMConfig
+from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
+from model.prompt import Renderer, load_tokenizer
+from model.transformer import Transformer
+from model.vision_utils import check_fit, get_vision_model, num_image_tokens
+from trainer.batches import GlobalBatches, lengths_of, split_off
+from trainer.distributed import Run
+from trainer.features import fill_feature_cache
+from trainer.inputs import Stage, make_config, weights_cure
+from trainer.loader import Loader
+from trainer.logger import describe_run, name_of
+from trainer.memory import StepMemory, plan_memory
+from trainer.optimizer import choose_trained
+
+COMPILED_MULTIPLE = 64  # tokens; every length is compiled by itself, so there had better be few
+
+
+@dataclass
+class LoadedStage:
+    """What the training loop starts from.
+
+    vision_model  None where no image is encoded while training: cached features, or text alone
+    description   what the .json beside the weights says besides sizes and settings
+    """
+
+    model: Transformer
+    vision_model: nn.Module | None
+    dataset: VLMDataset
+    weights_out: Path
+    description: dict = field(default_factory=dict)
+    val_dataset: VLMDataset | None = None
+
+
+def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
+    """Raises ValueError or FileNotFoundError, naming the file or flag and the cure."""
+    torch.manual_seed(args.seed)
+    tokenizer_path, clip_path = args.tokenizer_path or TOKENIZER_PATH, args.clip_path or CLIP_PATH
+    tokenizer = load_tokenizer(tokenizer_path)
+    vision_model, image_processor = get_vision_model(clip_path)
+    image_processor = replace(image_processor, jpeg_draft=args.jpeg_draft)
+    config = make_config(
+        args, len(tokenizer), vision_model.config.hidden_size, num_image_tokens(vision_model)
+    )
+    source = weights_path(args.out_dir, config, stage.weights_in)
+    check_fit(config, tokenizer, vision_model, source, clip_path)
+    model, report = load_model(config, source, stage.weights_in)
+    run.print(str(report))
+
+    renderer = Renderer(tokenizer, config.num_image_tokens, args.max_seq_len)
+    datasets = [
+        VLMDataset(path, stage.spec, renderer, args.image_dir, image_processor)
+        for path in (args.data_path, args.val_data_path)
+        if path
+    ]
+    if args.feature_cache:
+        store = fill_feature_cache(run, args, datasets, vision_model, image_processor)
+        for dataset in datasets:
+            dataset.feature_store = store
+        vision_model = None  # its features are cached: free it
+    return LoadedStage(
+        model,
+        vision_model,
+        datasets[0],
+        weights_path(args.out_dir, config, stage.weights_out),
+        {"stage": stage.weights_out, "tokenizer_path": str(tokenizer_path), "clip_path": str(clip_path)},
+        datasets[1] if args.val_data_path else None,
+    )
+
+
+def load_model(config: LMConfig, source: Path, weights_in: str) -> tuple[Transformer, LoadReport]:
+    """A model with the weights of an earlier stage. Raises FileNotFoundError or ValueError with the cure."""
+    cure = weights_cure(weights_in, config.use_moe)
+    from_llm = weights_in == "llm"  # it has no projection yet; the published one may, and keeps it
+    config.vision_proj_bias = not from_llm and "vision_proj.bias" in read_state_dict(source, cure)
+    model = Transformer(config)
+    return model, load_weights(
+        model,
+        source,
+        may_miss="vision_proj." if from_llm else (),
+        may_ignore="vision_proj.bias" if from_llm else (),
+        cure=cure,
+    )
+
+
+@dataclass
+class Plan:
+    """A run as it will go.
+
+    memory    what a step takes
+    settings  what decides the bits of the run: one that is resumed must have the same
+    """
+
+    run: Run
+    args: argparse.Namespace
+    stage: LoadedStage
+    train_set: Dataset
+    val_set: Dataset | None
+    batches: GlobalBatches
+    memory: StepMemory
+    settings: dict
+
+    @property
+    def loader(self) -> Loader:
+        return Loader(
+            self.train_set,
+            self.batches,
+            self.args.num_workers,
+            pin_memory=self.run.device.type == "cuda",
+            multiple=COMPILED_MULTIPLE if self.args.compile else 1,
+        )
+
+    def describe(self, dtype: torch.dtype) -> str:
+        stage = self.stage
+        return (
+            describe_run(
+                self.run,
+                self.args,
+                stage.model,
+                stage.vision_model,
+                self.train_set,
+                self.val_set,
+                self.batches,
+                dtype,
+            )
+            + "\n"
+            + self.memory.describe(self.args.batch_size, self.run.device)
+        )
+
+
+def make_plan(run: Run, args: argparse.Namespace, stage: LoadedStage) -> Plan:
+    """Raises ValueError for a malformed row, or where the flags leave nothing to train on."""
+    for data in filter(None, (stage.dataset, stage.val_dataset)):
+        if data.rows.index_seconds:
+            run.print(f"indexed {data.rows.path}: {len(data)} rows in {data.rows.index_seconds:.1f} s (once)")
+        if args.on_bad_sample == "stop":
+            data.check_rows()
+    train_set, val_set = split_off(stage.dataset, stage.val_dataset, args.val_fraction, args.seed)
+    choose_trained(stage.model, args.train)
+    memory = plan_memory(run, args, stage.model, stage.vision_model, train_set)
+    batches = make_batches(run, args, train_set)
+    settings = settings_of(run, args, stage.model, stage.dataset, batches)
+    return Plan(run, args, stage, train_set, val_set, batches, memory, settings)
+
+
+def make_batches(run: Run, args: argparse.Namespace, train_set: Dataset) -> GlobalBatches:
+    return GlobalBatches(
+        len(train_set),
+        args.batch_size,
+        run,
+        accumulation_steps=args.accumulation_steps,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        seed=args.seed,
+        lengths=lengths_of(train_set) if args.bucket else None,
+    )
+
+
+def settings_of(
+    run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset, batches: GlobalBatches
+) -> dict:
+    """What decides the bits of a run: one that is resumed must have the same."""
+    named = (
+        "batch_size",
+        "accumulation_steps",
+        "seed",
+        "learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "grad_clip",
+        "train",
+        "max_seq_len",
+        "val_fraction",
+        "jpeg_draft",
+        "bucket",
+        "compile",
+        "tf32",
+    )
+    return {
+        "processes": run.world_size,
+        "total_steps": batches.total_steps,
+        "rows": len(dataset),
+        "features": args.feature_dtype if args.feature_cache else None,
+        "data": dataset.rows.fingerprint,
+        "dtype": name_of(choose_dtype(args.dtype, run.device)),
+        **{name: getattr(args, name) for name in named},
+        **{f"rows.{name}": value for name, value in asdict(dataset.spec).items()},
+        **{f"model.{name}": value for name, value in model.config.to_dict().items()},
+    }
