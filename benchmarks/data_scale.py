@@ -29,8 +29,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import model.data.dataset
-from model.data.dataset import PRETRAIN, VLMDataset
+from model.data.dataset import VLMDataset
 from model.data.rows import Rows
+from model.data.spec import PRETRAIN
 from model.prompt import load_tokenizer
 from model.vision_utils import ImageProcessor
 from trainer.batches import GlobalBatches

@@ -27,9 +27,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM  # 
 
 from benchmarks.llava import to_llama, to_llava, to_llava_ids  # noqa: E402
 from model.decode import Decoder, pack_linears  # noqa: E402
-from model.device import DTYPES  # noqa: E402
 from model.generate import Sampling, generate  # noqa: E402
 from model.LMConfig import LMConfig  # noqa: E402
+from model.names import DTYPES  # noqa: E402
 from model.prompt import Prompt  # noqa: E402
 from model.transformer import Transformer  # noqa: E402
 from model.vision_proj import placeholder_ids  # noqa: E402

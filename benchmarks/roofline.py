@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from model.data.batch import IGNORE_INDEX
 from model.LMConfig import LMConfig
-from model.transformer import IGNORE_INDEX
 
 
 def row_lengths(batch: dict) -> Tensor:

@@ -51,11 +51,16 @@ from benchmarks.synthetic import (  # noqa: E402
     save_data,
     save_tokenizer,
 )
-from model.data.dataset import PRETRAIN, SFT, SFT_MULTI, DatasetSpec, VLMDataset, collate  # noqa: E402
+from model.data.batch import (
+    IGNORE_INDEX,  # noqa: E402
+    collate,  # noqa: E402
+)
+from model.data.dataset import VLMDataset  # noqa: E402
 from model.data.feature_store import FeatureStore, image_key  # noqa: E402
+from model.data.spec import PRETRAIN, SFT, SFT_MULTI, DatasetSpec  # noqa: E402
 from model.LMConfig import LMConfig  # noqa: E402
 from model.prompt import load_tokenizer  # noqa: E402
-from model.transformer import IGNORE_INDEX, Transformer  # noqa: E402
+from model.transformer import Transformer  # noqa: E402
 from model.vision_utils import ImageProcessor, get_img_embedding  # noqa: E402
 from trainer.batches import GlobalBatches  # noqa: E402
 from trainer.distributed import Run, retain_freed_memory  # noqa: E402

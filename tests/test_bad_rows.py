@@ -16,7 +16,9 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from model.data import dataset as dataset_module
-from model.data.dataset import PRETRAIN, SFT, BadSample, VLMDataset
+from model.data.batch import BadSample
+from model.data.dataset import VLMDataset
+from model.data.spec import PRETRAIN, SFT
 from model.vision_utils import ImageProcessor
 from trainer.loader import Loader
 

@@ -12,12 +12,15 @@ from conftest import SIZES, make_rows, run_script, save_clip, save_image, weight
 from conftest import train as train_stage
 
 from model.checkpoint import save_weights
-from model.data.dataset import PRETRAIN, VLMDataset, collate, decode_sample, tokenize
+from model.data.batch import collate
+from model.data.dataset import VLMDataset, tokenize
+from model.data.spec import PRETRAIN
 from model.LMConfig import LMConfig
 from model.names import weights_path
 from model.transformer import Transformer
 from model.vision_utils import ImageProcessor
 from trainer import check, memory
+from trainer.check import decode_sample
 from trainer.logger import read_metrics
 from trainer.script import clean_exit
 

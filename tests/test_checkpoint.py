@@ -17,9 +17,9 @@ from model.checkpoint import (
     read_description,
     read_state_dict,
     save_weights,
-    weights_path,
 )
 from model.LMConfig import LMConfig
+from model.names import weights_path
 from model.transformer import Transformer
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import make_rows, save_image
 
-from model.data.dataset import PRETRAIN, SFT, SFT_MULTI, BadSample, VLMDataset, check_row, collate
+from model.data.batch import IGNORE_INDEX, BadSample, collate
+from model.data.dataset import VLMDataset, check_row
 from model.data.rows import Rows
-from model.transformer import IGNORE_INDEX
+from model.data.spec import PRETRAIN, SFT, SFT_MULTI
 from model.vision_utils import ImageProcessor
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run

@@ -10,10 +10,11 @@ from conftest import run_inside, run_script, save_clip, weights_of
 from transformers import SiglipConfig, SiglipModel
 
 from model.checkpoint import read_description
-from model.data.dataset import SFT_MULTI, check_context, tokenize
+from model.data.batch import IGNORE_INDEX
+from model.data.dataset import check_context, tokenize
 from model.data.feature_store import store_name
+from model.data.spec import SFT_MULTI
 from model.decode import pack_linears
-from model.transformer import IGNORE_INDEX
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 
 GEOMETRY = {"num_hidden_layers": 1, "intermediate_size": 64}

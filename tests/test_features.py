@@ -19,8 +19,10 @@ import torch
 from conftest import ROOT, make_rows, run_script, save_clip, save_image, train, wait_until, weights_of
 
 from model.data import feature_store
-from model.data.dataset import PRETRAIN, SFT_MULTI, BadSample, VLMDataset, collate
+from model.data.batch import BadSample, collate
+from model.data.dataset import VLMDataset
 from model.data.feature_store import FeatureStore, image_key, store_name
+from model.data.spec import PRETRAIN, SFT_MULTI
 from model.vision_utils import ImageProcessor, get_img_embedding, get_vision_model, load_pixels
 from trainer import features
 from trainer.distributed import Run

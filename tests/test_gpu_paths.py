@@ -7,12 +7,14 @@ import torch
 from conftest import run_inside, weights_of
 from torch import nn
 
-from model.data.dataset import DatasetSpec, VLMDataset, collate
+from model.data.batch import collate
+from model.data.dataset import VLMDataset
+from model.data.spec import DatasetSpec
+from model.fast import compile_blocks
 from model.vision_utils import get_img_embedding, get_vision_model
 from trainer import loop
 from trainer.args import AUTO
 from trainer.loader import prefetch
-from trainer.loop import compile_blocks
 from trainer.memory import LARGEST_BATCH, SHARE, StepMemory
 
 CPU = torch.device("cpu")

@@ -3,18 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from model.lean import LeanRMSNorm, SwiGLU, SwiGLUDown
 
+from model.data.batch import IGNORE_INDEX
+from model.fast import LeanRMSNorm, SwiGLU, SwiGLUDown
 from model.LMConfig import LMConfig
-from model.transformer import (
-    IGNORE_INDEX,
-    Attention,
-    FeedForward,
-    Transformer,
-    apply_rope,
-    causal_attention,
-    rope_table,
-)
+from model.transformer import Attention, FeedForward, Transformer, apply_rope, causal_attention, rope_table
 from model.vision_proj import find_image_slots, overwrite_image_slots, placeholder_ids
 
 

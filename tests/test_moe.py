@@ -14,11 +14,13 @@ from test_resume import PowerCut, cut_after
 
 from dataset.demo_world.build import World
 from model.checkpoint import config_of, load_weights, read_state_dict, save_weights
+from model.data.batch import IGNORE_INDEX
 from model.decode import Decoder
+from model.fast import grouped
 from model.LMConfig import LMConfig
-from model.moe import MixtureOfExperts, Routing, grouped, one_by_one
+from model.moe import MixtureOfExperts, Routing, one_by_one
 from model.names import weights_path
-from model.transformer import IGNORE_INDEX, FeedForward, Transformer
+from model.transformer import FeedForward, Transformer
 from model.vision_proj import placeholder_ids
 from trainer.logger import read_metrics
 

@@ -10,11 +10,14 @@ from conftest import run_inside, run_script, save_image, save_video
 
 from model.chat import load_chat
 from model.checkpoint import save_weights
-from model.data.dataset import SFT_MULTI, BadSample, VLMDataset, decode_sample
+from model.data.batch import BadSample
+from model.data.dataset import VLMDataset
+from model.data.spec import SFT_MULTI
 from model.data.video import Frame, find_frames, open_images
 from model.generate import Sampling
 from model.vision_utils import ImageProcessor
 from trainer import scoring
+from trainer.check import decode_sample
 from trainer.distributed import Run
 from trainer.scoring import Question, find_stand_ins, read_questions, resample, show, successors
 

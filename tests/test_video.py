@@ -16,8 +16,10 @@ from PIL import Image
 
 from model.checkpoint import save_weights
 from model.data import video
-from model.data.dataset import SFT, SFT_MULTI, BadSample, DatasetSpec, VLMDataset, check_row, collate
+from model.data.batch import BadSample, collate
+from model.data.dataset import VLMDataset, check_row
 from model.data.feature_store import FeatureStore, image_key
+from model.data.spec import SFT, SFT_MULTI, DatasetSpec
 from model.data.video import Frame, find_frames, load_images, open_images, read_frames
 from model.transformer import Transformer
 from model.vision_utils import ImageProcessor, get_img_process, open_image
