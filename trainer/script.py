@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(
+            usage="%(prog)s [@recipe.args] [flags]",
             description=description,
             formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
@@ -65,7 +66,11 @@ class Parser(argparse.ArgumentParser):
         """As argparse, then every flag against its bounds. Raises ValueError with all that are outside."""
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            self.error("; ".join(f"unknown flag {word}{self.suggest(word)}" for word in unknown))
+            flags = [word for word in unknown if word.startswith("-")]
+            self.error(
+                "; ".join(f"unknown flag {word}{self.suggest(word)}" for word in flags)
+                or f"unexpected argument {unknown[0]}"
+            )
         problems = [
             f"--{action.dest} must be {action.type.rule}, not {getattr(args, action.dest)}"
             for action in self._actions
@@ -79,8 +84,8 @@ class Parser(argparse.ArgumentParser):
 
     def suggest(self, word: str) -> str:
         known = [name for action in self._actions for name in action.option_strings]
-        near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
-        return f": did you mean {near[0]}?" if near and word.startswith("-") else ""
+        near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.7)
+        return f": did you mean {near[0]}?" if near else ""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
