@@ -17,6 +17,7 @@ from torch import Tensor
 from model.checkpoint import LoadReport, config_of, load_weights, read_description, read_state_dict
 from model.data.video import Frame, expand_videos
 from model.decode import Decoder, pack_linears
+from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
 from model.names import CLIP_PATH, TOKENIZER_PATH
 from model.prompt import IMAGE_MARK, Prompt, Renderer, load_tokenizer, put_marks
@@ -95,13 +96,15 @@ def load_chat(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 1,
+    allow_other_inputs: bool = False,
 ) -> Chat:
     """Load a weight file or a Hugging Face folder with its tokenizer and CLIP, arranged for about batch_size
     conversations at once.
 
     Paths that are None are taken from the .json beside the weights (what they were trained with) or are the
     folder itself (if it holds a tokenizer), else v1's places. Raises FileNotFoundError or ValueError, naming
-    the file and the cure.
+    the file and the cure; also for another tokenizer or CLIP than the weights were trained with, unless
+    allow_other_inputs.
     """
     cure = "train it (README, 'Stages') or download it (README, 'Weights')"
     config, description = config_of(weights, read_state_dict(weights, cure)), read_description(weights)
@@ -127,6 +130,12 @@ def load_chat(
     decoder = Decoder(model.to(device, dtype), batch_size)
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
+    if not allow_other_inputs:
+        inputs = {
+            "CLIP": fingerprint_clip(vision_model, image_processor),
+            "tokenizer": fingerprint_tokenizer(tokenizer),
+        }
+        check_inputs_match(weights, description.get("inputs", {}), inputs)
     vision_model.to(device, dtype)
     if dtype != torch.float32:  # in fp32 CLIP stays mapped from its file: a packed copy would double it
         pack_linears(vision_model, config.num_image_tokens)

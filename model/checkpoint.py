@@ -1,8 +1,9 @@
 """Weight files: their names, atomic saving, and loading that never fails in silence.
 
-A file is a plain state dict, as in MiniMind v1; beside it lies a .json that says in words what it holds. A
-Hugging Face folder (config.json, model.safetensors or pytorch_model.bin, tokenizer) is read like one: its
-tensors and sizes, never its code.
+A file is a plain state dict, as in MiniMind v1, in the zip archive that torch.save makes of it. In the same
+archive lies a description (sizes, stage, what it was trained with) that PyTorch passes over; a .json beside
+the file repeats it for people. A Hugging Face folder (config.json, model.safetensors or pytorch_model.bin,
+tokenizer) is read like a file: its tensors and sizes, never its code.
 """
 
 import json
@@ -12,6 +13,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import load_file
@@ -24,9 +26,14 @@ from model.LMConfig import LMConfig
 VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
 
 
+DESCRIPTION = "minimind_description.json"  # in the archive
+PLACES = ("tokenizer_path", "clip_path")  # of a description, what may be changed by editing the .json
+V1_SIZES = {(512, 8, 6400), (768, 16, 6400)}  # width, layers, vocabulary: known without a description
+
+
 def save_weights(model: nn.Module, path: str | Path, **description) -> None:
-    """Save the state dict, and beside it (.json) the config and whatever else describes it (stage, step,
-    paths, ...)."""
+    """Save the state dict with its config and whatever else describes it (stage, step, paths, ...), and the
+    description once more beside it (.json)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     copies: dict[int, Tensor] = {}  # the tied embedding and output weight are written once
@@ -34,8 +41,14 @@ def save_weights(model: nn.Module, path: str | Path, **description) -> None:
         name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu())
         for name, tensor in model.state_dict().items()
     }
-    atomic_write(path, lambda file: torch.save(state, file))
     text = json.dumps({"config": model.config.to_dict(), **description}, indent=2, ensure_ascii=False) + "\n"
+
+    def write(file: IO[bytes]) -> None:
+        torch.save(state, file)
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr(archive.namelist()[0].split("/")[0] + f"/{DESCRIPTION}", text)
+
+    atomic_write(path, write)
     write_text(path.with_suffix(".json"), text)
 
 
@@ -60,16 +73,29 @@ def is_finished(path: str | Path) -> bool:
 
 
 def read_description(path: str | Path) -> dict:
-    """What save_weights wrote beside the weights; empty where there is none (v1's own files). Of a Hugging
-    Face folder: the sizes in its config.json, and itself as tokenizer_path if it holds a tokenizer."""
+    """What save_weights wrote into the weights, with the PLACES that the .json beside them names; of weights
+    that hold no description the whole .json, or nothing (v1's own files). Of a Hugging Face folder: the sizes
+    in its config.json, and itself as tokenizer_path if it holds a tokenizer."""
     path = Path(path)
     if not path.is_dir():
         beside = path.with_suffix(".json")
-        return read_json(beside) if beside.is_file() else {}
+        words = read_json(beside) if beside.is_file() else {}
+        inside = read_description_inside(path)
+        return inside | {name: words[name] for name in PLACES if name in words} if inside else words
     description = {"config": read_json(path / "config.json")} if (path / "config.json").is_file() else {}
     if (path / "tokenizer_config.json").is_file():
         description["tokenizer_path"] = str(path)
     return description
+
+
+def read_description_inside(path: Path) -> dict:
+    """The description in a weight file; empty where it holds none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(f"/{DESCRIPTION}")]
+            return json.loads(archive.read(names[0])) if names else {}
+    except (OSError, ValueError, zipfile.BadZipFile):  # what is wrong with it is reported when it is loaded
+        return {}
 
 
 def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[str, Tensor]:
@@ -157,16 +183,26 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
 
 
 def config_of(path: str | Path, state: dict[str, Tensor]) -> LMConfig:
-    """The config of a weight file or folder: from the .json beside it or the config.json in it, else from its
-    shapes and v1's number of heads. What is said nowhere about the projection, the tensors tell."""
+    """The config of a weight file or folder: from its description, else from its shapes and v1's number
+    of heads, if its sizes are v1's. What no description says about the projection, the tensors show.
+
+    Raises ValueError for weights of other sizes without a description: shapes do not show the number of
+    heads, the length of the context, nor the angles of the rotations.
+    """
     sizes = sizes_of(state)
     if "dim" not in sizes or not sizes["n_layers"]:
         raise ValueError(
             f"{path} is not a MiniMind model: its first tensors are {', '.join(list(state)[:3])}"
         )
+    described = read_description(path).get("config")
+    if not described and (sizes["dim"], sizes["n_layers"], sizes["vocab_size"]) not in V1_SIZES:
+        raise ValueError(
+            f"{path} does not say how many heads it has nor how long its context is, and its sizes are not "
+            "those of MiniMind v1: put the .json that was saved with it back beside it"
+        )
     eyes = {"vision_dim": sizes.get("vision_dim", 0), "vision_proj_bias": "vision_proj.bias" in state}
     try:
-        return LMConfig.from_dict(eyes | (read_description(path).get("config") or sizes))
+        return LMConfig.from_dict(eyes | (described or sizes))
     except TypeError:  # a word where a number should be
         raise ValueError(f"the sizes in the config of {path} are no numbers: download it again") from None
 

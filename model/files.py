@@ -17,7 +17,7 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -44,6 +44,14 @@ def add_device_flags(group) -> None:
     )
 
 
+def add_other_inputs_flag(group) -> None:
+    group.add_argument(
+        "--allow_other_inputs",
+        action="store_true",
+        help="take another CLIP or tokenizer than the weights were trained with (otherwise refused)",
+    )
+
+
 def add_model_flags(parser: Parser) -> None:
     """The files that every script reads, and the device it runs on."""
     group = parser.add_argument_group("model")
@@ -62,6 +70,7 @@ def add_model_flags(parser: Parser) -> None:
         metavar="True|False",
         help="a mixture of experts; its files are *_moe_*.pth",
     )
+    add_other_inputs_flag(group)
     add_device_flags(group)
     group.add_argument("--seed", type=at_least(0), default=1337, help="of weights, order and sampling")
 

@@ -4,10 +4,12 @@ import contextlib
 import ctypes
 import gc
 import os
+import platform
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import metadata
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.device import choose_device
+from trainer.script import AgreedError
 
 
 @dataclass
@@ -67,6 +70,22 @@ class Run:
         dist.all_gather_object(values, value)
         return values
 
+    def check_agreement(self, mine: dict) -> None:
+        """Raise AgreedError, with both values of what differs, unless all ranks hold the same."""
+        everyone = self.share(mine)
+        for rank, theirs in enumerate(everyone):
+            names = [*everyone[0], *(name for name in theirs if name not in everyone[0])]
+            differences = [
+                f"{name} is {everyone[0].get(name)} on rank 0, {theirs.get(name)} on rank {rank}"
+                for name in names
+                if everyone[0].get(name) != theirs.get(name)
+            ]
+            if differences:
+                raise AgreedError(
+                    f"the processes of this run do not agree: {'; '.join(differences)}: "
+                    "give all of them the same flags, files and versions"
+                )
+
     def seed(self, seed: int, step: int) -> None:
         """Begin a step's own random stream: a function of seed, step and rank, so that a run that goes on
         draws the same numbers, and no generator's state has to be gathered and kept."""
@@ -92,6 +111,16 @@ class Run:
                 error = error.__context__
             gc.collect()
             dist.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: other versions may round differently."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokenizers": metadata.version("tokenizers"),
+        "pillow": metadata.version("pillow"),
+    }
 
 
 def retain_freed_memory() -> None:

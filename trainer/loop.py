@@ -22,12 +22,12 @@ from model.vision_utils import get_img_embedding
 from trainer.batches import group_micro_batches
 from trainer.distributed import Run
 from trainer.experts import Experts
+from trainer.health import SkippedSteps
 from trainer.interrupt import Interruption
 from trainer.loader import prefetch, to_device
 from trainer.meter import Meter, StepSize
 from trainer.optimizer import learning_rate_at, make_optimizer, trained_parameters
 from trainer.saves import Checkpointer, RunFiles
-from trainer.script import AgreedError
 from trainer.stage import LoadedStage, make_plan
 
 
@@ -40,7 +40,7 @@ def train(run: Run, args: argparse.Namespace, stage: LoadedStage) -> None:
         return
     saved_run = files.start(stage.model)  # None, or what an interrupted run left
     trainer = Trainer(run, args, stage.model, stage.vision_model)
-    meter = Meter(run, plan.batches, args.on_bad_sample, args.data_path)
+    meter = Meter(run, plan.batches, args.max_seq_len, args.on_bad_sample, args.data_path)
     run.print(plan.describe(trainer.dtype))
     checkpointer = Checkpointer(args, files, trainer, meter, plan, saved_run)
     step, total_steps = plan.batches.start_step, plan.batches.total_steps
@@ -68,7 +68,7 @@ class Trainer:
     def __init__(
         self, run: Run, args: argparse.Namespace, model: Transformer, vision_model: nn.Module | None
     ):
-        self.run, self.grad_clip, self.max_bad_steps = run, args.grad_clip or math.inf, args.max_bad_steps
+        self.run, self.grad_clip = run, args.grad_clip or math.inf
         self.model = model.to(run.device).train()
         self.dtype = choose_dtype(args.dtype, run.device)
         use_fast_kernels(self.model, run.device, self.dtype, args.compile)
@@ -86,8 +86,7 @@ class Trainer:
         # bfloat16 needs no scaler.
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.dtype == torch.float16)
         self.experts = Experts(run, self.model)
-        # Counted on the device: bad steps in all, and in a row.
-        self.bad_steps = torch.zeros(2, dtype=torch.long, device=run.device)
+        self.skipped_steps = SkippedSteps(run.device, args.max_bad_steps)
 
     def step(
         self, micro_batches: list[dict], size: StepSize, learning_rate: float
@@ -159,21 +158,15 @@ class Trainer:
         is_bad = ~(loss.isfinite() & grad_norm.isfinite())
         if not self.scaler.is_enabled():  # an enabled scaler tells the optimizer itself
             self.optimizer.found_inf = is_bad.float()
-        self.bad_steps = (self.bad_steps + is_bad) * torch.stack([torch.ones_like(is_bad), is_bad])
+        self.skipped_steps.add(is_bad)
         return is_bad
 
-    def check_bad_steps(self) -> None:
-        in_a_row = int(self.bad_steps[1])
-        if in_a_row >= self.max_bad_steps:
-            raise AgreedError(
-                f"the loss or the gradient of the last {in_a_row} steps was not finite; they "
-                "were skipped, and the weights are as before. Lower --learning_rate, or "
-                "compute in --dtype float32 or bfloat16"
-            )
+    def summary(self) -> str:
+        return self.skipped_steps.summary() + self.experts.summary()
 
     def read(self, grad_norm: Tensor) -> dict:
         """What the log records of the last step; waits for the device."""
-        norm, bad_steps = grad_norm.item(), int(self.bad_steps[0])
+        norm, bad_steps = grad_norm.item(), int(self.skipped_steps)
         return {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm if math.isfinite(norm) else None,
@@ -185,12 +178,12 @@ class Trainer:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "bad_steps": self.bad_steps.cpu(),
+            "bad_steps": self.skipped_steps.counts.cpu(),
             "experts": self.experts.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.bad_steps = state["bad_steps"].to(self.run.device)
+        self.skipped_steps.counts = state["bad_steps"].to(self.run.device)
         self.experts.load_state_dict(state["experts"])

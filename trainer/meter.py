@@ -12,6 +12,8 @@ from trainer.batches import GlobalBatches
 from trainer.distributed import Run
 from trainer.script import AgreedError
 
+LENGTH_STEP, NUM_LENGTHS = 64, 64  # tokens: how finely the lengths of rows are counted, and up to where
+COUNTS = ("num_steps", "num_tokens", "num_bad", "num_cut", "lengths")  # kept in the resume file
 MAX_BAD_SHARE = 0.01  # of the rows seen; beyond it --on_bad_sample skip gives up
 
 
@@ -23,16 +25,26 @@ class StepSize(NamedTuple):
 
 
 class Meter:
-    """on_bad_sample  "stop" or "skip", the flag"""
+    """What is counted from step to step.
+
+    on_bad_sample  "stop" or "skip", the flag
+    """
 
     NUM_SHOWN = 5  # bad samples printed one by one; the rest is only counted
 
     def __init__(
-        self, run: Run, batches: GlobalBatches, on_bad_sample: str = "stop", data_path: str = "the data"
+        self,
+        run: Run,
+        batches: GlobalBatches,
+        max_seq_len: int,
+        on_bad_sample: str = "stop",
+        data_path: str = "the data",
     ):
-        self.run, self.batches, self.on_bad_sample, self.data_path = run, batches, on_bad_sample, data_path
+        self.run, self.batches, self.max_seq_len = run, batches, max_seq_len
+        self.on_bad_sample, self.data_path = on_bad_sample, data_path
         self.loss, self.num_steps, self.num_tokens = 0.0, 0, 0
         self.num_bad, self.num_shown, self.seconds = 0, 0, 0.0
+        self.num_cut, self.lengths = 0, torch.zeros(NUM_LENGTHS, dtype=torch.int64)
         self.started = self.since = time.perf_counter()
 
     def agree(self, micro_batches: list[dict], wants_stop: bool) -> tuple[StepSize, bool]:
@@ -43,16 +55,24 @@ class Meter:
         --on_bad_sample is stop.
         """
         reasons = [reason for batch in micro_batches for reason in batch["bad_samples"]]
+        lengths = torch.tensor(
+            [n for batch in micro_batches for n in batch["full_lengths"]], dtype=torch.int64
+        )
+        num_cut = int((lengths > self.max_seq_len).sum())
         mine = [
-            *(
-                sum(batch[name] for batch in micro_batches)
-                for name in ("num_targets", "num_rows", "num_tokens")
-            ),
-            len(reasons),
-            wants_stop,
+            sum(batch[name] for batch in micro_batches) for name in ("num_targets", "num_rows", "num_tokens")
         ]
-        counts = self.run.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
-        num_targets, num_rows, num_tokens, num_bad, stop = counts
+        counts = self.run.sum(
+            torch.cat(
+                [
+                    torch.tensor([*mine, len(reasons), num_cut, wants_stop]),
+                    torch.bincount(
+                        ((lengths - 1) // LENGTH_STEP).clamp(max=NUM_LENGTHS - 1), minlength=NUM_LENGTHS
+                    ),
+                ]
+            )
+        )
+        num_targets, num_rows, num_tokens, num_bad, num_cut, stop = counts[:6].tolist()
         if num_bad and self.on_bad_sample == "stop":
             reasons = [reason for part in self.run.share(reasons) for reason in part]
             raise AgreedError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
@@ -61,8 +81,8 @@ class Meter:
         for reason in reasons[: max(0, self.NUM_SHOWN - self.num_shown)]:
             tqdm.write(f"skipped {reason}")
             self.num_shown += 1
-        self.num_bad += num_bad
-        self.num_tokens += num_tokens
+        self.num_bad, self.num_tokens = self.num_bad + num_bad, self.num_tokens + num_tokens
+        self.num_cut, self.lengths = self.num_cut + num_cut, self.lengths + counts[6:]
         return StepSize(num_targets, num_rows), False
 
     def add(self, loss: Tensor, skipped: Tensor) -> None:
@@ -94,20 +114,40 @@ class Meter:
     def state_dict(self) -> dict:
         return {
             "loss": torch.as_tensor(self.loss).cpu(),
-            "num_steps": int(self.num_steps),
-            "num_tokens": self.num_tokens,
-            "num_bad": self.num_bad,
             "seconds": self.seconds + time.perf_counter() - self.started,
+            **{name: getattr(self, name) for name in COUNTS},
+            "num_steps": int(self.num_steps),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.loss = state["loss"].to(self.run.device)
-        self.num_steps, self.num_tokens, self.num_bad, self.seconds = (
-            state["num_steps"],
-            state["num_tokens"],
-            state["num_bad"],
-            state["seconds"],
-        )
+        self.loss, self.seconds = state["loss"].to(self.run.device), state["seconds"]
+        for name in COUNTS:
+            setattr(self, name, state[name])
 
     def summary(self) -> str:
-        return f"; {self.num_bad} bad samples left out" if self.num_bad else ""
+        """What a person should know at the end; "" if all went well."""
+        text = f"; {self.num_bad} bad samples left out" if self.num_bad else ""
+        if self.num_cut:
+            text += "; " + describe_cut(
+                self.num_cut, int(self.lengths.sum()), self.max_seq_len, length_of_most(self.lengths)
+            )
+        return text
+
+
+def length_of_most(lengths: Tensor, share: float = 0.99) -> int:
+    """The tokens that so many of the rows fit into, from how many there are of each LENGTH_STEP."""
+    reached = lengths.cumsum(0) >= share * lengths.sum()
+    return LENGTH_STEP * (1 + int(reached.int().argmax()))
+
+
+def describe_cut(num_cut: int, num_rows: int, max_seq_len: int, enough: int) -> str:
+    """In words that the model is not taught to end the longest answers."""
+    cure = (
+        f"99 % of the rows fit into --max_seq_len {enough}"
+        if enough > max_seq_len
+        else "few enough to ignore"
+    )
+    return (
+        f"{num_cut} of {num_rows} rows had the end of their answer cut away at {max_seq_len} tokens, so it "
+        f"was not learned where such answers end ({cure})"
+    )

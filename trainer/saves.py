@@ -9,14 +9,12 @@ Every file is replaced in one move by a complete one: whenever a run is killed, 
 
 import argparse
 import contextlib
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from model.checkpoint import (
@@ -27,7 +25,8 @@ from model.checkpoint import (
     set_aside,
 )
 from model.files import atomic_write, check_weight_file
-from trainer.distributed import Run
+from trainer.distributed import Run, versions
+from trainer.health import check_finite
 from trainer.interrupt import Interruption
 from trainer.loader import WorkerDied
 from trainer.logger import MetricsLog, describe_step, progress_bar
@@ -35,11 +34,6 @@ from trainer.meter import Meter
 from trainer.validation import Validation
 
 RESUME_FORMAT = 2
-VERSIONS = {
-    "python": platform.python_version(),
-    "torch": torch.__version__,
-    "transformers": transformers.__version__,
-}
 
 
 class RunFiles:
@@ -55,7 +49,7 @@ class RunFiles:
         self.run, self.args, self.path = run, args, weights_out
         self.resume_path = weights_out.with_suffix(".resume")
         self.settings = settings
-        self.description = description | {"settings": settings, "versions": VERSIONS}
+        self.description = description | {"settings": settings, "versions": versions()}
         self.fresh, self.last_step, self.best_loss = True, 0, float("inf")
 
     # ---- the start -----------------------------------------------------------------------------------------
@@ -234,7 +228,7 @@ class Checkpointer:
             values = self.meter.read(step) | self.trainer.read(grad_norm)
             self.log.write(**values)
             self.bar.set_postfix_str(describe_step(values), refresh=False)
-            self.trainer.check_bad_steps()
+            self.trainer.skipped_steps.check(step)
         if self.args.save_interval and step % self.args.save_interval == 0 and not is_last:
             try:
                 self.save()
@@ -242,7 +236,8 @@ class Checkpointer:
                 self.run.print(f"{error}; training goes on and saves again later")
 
     def save(self, validate: bool = True) -> None:
-        """Measure the validation loss, and save everything."""
+        """Measure the validation loss, and save everything. Raises AgreedError rather than save a wreck."""
+        check_finite(self.trainer.model, self.trainer.optimizer)
         measured = self.validation.measure(self.trainer) if validate else {}
         if measured:
             self.log.write(step=self.step, **measured)
@@ -280,7 +275,7 @@ class Checkpointer:
     def summary(self) -> str:
         return (
             f"saved {self.files.path} after {self.step} steps{self.meter.summary()}"
-            f"{self.trainer.experts.summary()}; metrics {self.log.path.name}, curve {self.log.curve.name}"
+            f"{self.trainer.summary()}; metrics {self.log.path.name}, curve {self.log.curve.name}"
         )
 
 

@@ -5,23 +5,32 @@ make_plan      which rows are trained on when, what memory that takes, what a re
 """
 
 import argparse
+import contextlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from model.checkpoint import LoadReport, load_weights, read_state_dict
-from model.data.dataset import VLMDataset
+from model.checkpoint import LoadReport, load_weights, read_description, read_state_dict
+from model.data.dataset import VLMDataset, check_row
 from model.device import choose_dtype
+from model.fingerprint import (
+    check_inputs_match,
+    fingerprint_clip,
+    fingerprint_files,
+    fingerprint_tensors,
+    fingerprint_tokenizer,
+)
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
 from model.prompt import Renderer, load_tokenizer
 from model.transformer import Transformer
 from model.vision_utils import check_fit, get_vision_model, num_image_tokens
 from trainer.batches import GlobalBatches, lengths_of, split_off
-from trainer.distributed import Run
+from trainer.distributed import Run, versions
 from trainer.features import fill_feature_cache
 from trainer.inputs import Stage, make_config, weights_cure
 from trainer.loader import Loader
@@ -29,6 +38,22 @@ from trainer.logger import describe_run, name_of
 from trainer.memory import StepMemory, plan_memory
 from trainer.optimizer import choose_trained
 
+# Flags whose value may differ from machine to machine: places, and what only the logging rank does.
+LOCAL_FLAGS = (
+    "out_dir",
+    "tokenizer_path",
+    "clip_path",
+    "data_path",
+    "val_data_path",
+    "image_dir",
+    "feature_cache",
+    "num_workers",
+    "device",
+    "use_wandb",
+    "wandb_project",
+    "wandb_run_name",
+)
+NUM_VOUCHED = 512  # images whose content is compared when a run is resumed, spread over the rows
 COMPILED_MULTIPLE = 64  # tokens; every length is compiled by itself, so there had better be few
 
 
@@ -50,6 +75,7 @@ class LoadedStage:
 
 def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     """Raises ValueError or FileNotFoundError, naming the file or flag and the cure."""
+    run.check_agreement(comparable(run, args))
     torch.manual_seed(args.seed)
     tokenizer_path, clip_path = args.tokenizer_path or TOKENIZER_PATH, args.clip_path or CLIP_PATH
     tokenizer = load_tokenizer(tokenizer_path)
@@ -60,7 +86,14 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     )
     source = weights_path(args.out_dir, config, stage.weights_in)
     check_fit(config, tokenizer, vision_model, source, clip_path)
+    inputs = {
+        "CLIP": fingerprint_clip(vision_model, image_processor),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+    }
+    if not args.allow_other_inputs:
+        check_inputs_match(source, read_description(source).get("inputs", {}), inputs)
     model, report = load_model(config, source, stage.weights_in)
+    inputs["weights_in"] = fingerprint_tensors(read_state_dict(source))
     run.print(str(report))
 
     renderer = Renderer(tokenizer, config.num_image_tokens, args.max_seq_len)
@@ -79,9 +112,27 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
         vision_model,
         datasets[0],
         weights_path(args.out_dir, config, stage.weights_out),
-        {"stage": stage.weights_out, "tokenizer_path": str(tokenizer_path), "clip_path": str(clip_path)},
+        {
+            "stage": stage.weights_out,
+            "tokenizer_path": str(tokenizer_path),
+            "clip_path": str(clip_path),
+            "inputs": inputs,
+        },
         datasets[1] if args.val_data_path else None,
     )
+
+
+def comparable(run: Run, args: argparse.Namespace) -> dict:
+    """What all processes of a run must have been given alike: all flags but those that name a place or a part
+    of one machine, and the versions of what computes. Contents are compared later, see settings_of()."""
+    flags = {name: value for name, value in vars(args).items() if name not in LOCAL_FLAGS}
+    optional = {f"--{name} given": bool(getattr(args, name)) for name in ("feature_cache", "val_data_path")}
+    return {
+        **{f"--{name}": value for name, value in flags.items()},
+        **optional,
+        "device": run.device.type,
+        **versions(),
+    }
 
 
 def load_model(config: LMConfig, source: Path, weights_in: str) -> tuple[Transformer, LoadReport]:
@@ -155,7 +206,8 @@ def make_plan(run: Run, args: argparse.Namespace, stage: LoadedStage) -> Plan:
     choose_trained(stage.model, args.train)
     memory = plan_memory(run, args, stage.model, stage.vision_model, train_set)
     batches = make_batches(run, args, train_set)
-    settings = settings_of(run, args, stage.model, stage.dataset, batches)
+    settings = settings_of(run, args, stage, batches)
+    run.check_agreement(settings)
     return Plan(run, args, stage, train_set, val_set, batches, memory, settings)
 
 
@@ -172,10 +224,8 @@ def make_batches(run: Run, args: argparse.Namespace, train_set: Dataset) -> Glob
     )
 
 
-def settings_of(
-    run: Run, args: argparse.Namespace, model: Transformer, dataset: VLMDataset, batches: GlobalBatches
-) -> dict:
-    """What decides the bits of a run: one that is resumed must have the same."""
+def settings_of(run: Run, args: argparse.Namespace, stage: LoadedStage, batches: GlobalBatches) -> dict:
+    """What decides the bits of a run, flags and contents: one that is resumed must have the same."""
     named = (
         "batch_size",
         "accumulation_steps",
@@ -192,14 +242,30 @@ def settings_of(
         "compile",
         "tf32",
     )
+    dataset, model = stage.dataset, stage.model
     return {
         "processes": run.world_size,
         "total_steps": batches.total_steps,
         "rows": len(dataset),
         "features": args.feature_dtype if args.feature_cache else None,
-        "data": dataset.rows.fingerprint,
         "dtype": name_of(choose_dtype(args.dtype, run.device)),
         **{name: getattr(args, name) for name in named},
+        "data": dataset.rows.fingerprint,
+        "images": fingerprint_images(dataset),
+        **stage.description.get("inputs", {}),
         **{f"rows.{name}": value for name, value in asdict(dataset.spec).items()},
         **{f"model.{name}": value for name, value in model.config.to_dict().items()},
     }
+
+
+def fingerprint_images(dataset: VLMDataset) -> str | None:
+    """Of NUM_VOUCHED images spread over the rows, or of all where there are fewer: reading every image of
+    600 k rows would take as long as a part of the training."""
+    if not dataset.spec.max_images:
+        return None
+    positions = np.linspace(0, len(dataset) - 1, min(NUM_VOUCHED, len(dataset))).round().astype(int)
+    paths: list[Path] = []
+    for position in positions.tolist():
+        with contextlib.suppress(ValueError):  # a bad row is reported elsewhere
+            paths += [dataset.find_image(name) for name in check_row(dataset.rows[position], dataset.spec)[0]]
+    return fingerprint_files(dict.fromkeys(paths))

@@ -56,7 +56,8 @@ def collate(samples: list[dict[str, Tensor] | BadSample], multiple: int = 1) -> 
         target_positions  (L,), where labels are not IGNORE_INDEX, flat indices into B * T
         pixel_values      (M, 3, S, S), or image_features (M, N, V) from a feature cache
         num_images        (B,)
-    and as plain numbers num_rows, num_tokens, num_targets, and bad_samples, a list of reasons.
+    and as plain numbers num_rows, num_tokens, num_targets, and two lists: full_lengths, what the rows would
+    have without max_seq_len, and bad_samples, reasons.
 
     A batch without any usable sample becomes one row without targets, so that every rank takes every step.
     """
@@ -87,5 +88,6 @@ def collate(samples: list[dict[str, Tensor] | BadSample], multiple: int = 1) -> 
         "num_rows": len(samples) - len(bad),
         "num_tokens": sum(len(sample["input_ids"]) for sample in good),
         "num_targets": len(target_positions),
+        "full_lengths": [sample["full_length"] for sample in good if "full_length" in sample],
         "bad_samples": bad,
     }

@@ -209,8 +209,9 @@ def one_line(text: str, limit: int = 300) -> str:
     return shown + "..." if len(text) > limit else shown
 
 
-def tokenize(turns: list[dict], renderer: Renderer) -> dict[str, Tensor]:
-    """A conversation as ids and labels: input_ids (t,), labels (t,), image_slots (n, N)."""
+def tokenize(turns: list[dict], renderer: Renderer) -> dict[str, Tensor | int]:
+    """A conversation as ids and labels: input_ids (t,), labels (t,), image_slots (n, N); and full_length, its
+    tokens if there were no limit: beyond max_seq_len, an answer lost its end."""
     prompt = renderer.render(turns)
     end = renderer.end_of(prompt)
     ids, mask = torch.tensor(prompt.input_ids[:end]), torch.tensor(prompt.answer_mask[:end])
@@ -218,4 +219,5 @@ def tokenize(turns: list[dict], renderer: Renderer) -> dict[str, Tensor]:
         "input_ids": ids[:-1],  # the one place where labels are shifted: position t learns token t + 1
         "labels": ids.masked_fill(~mask, IGNORE_INDEX)[1:],
         "image_slots": torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, renderer.num_image_tokens),
+        "full_length": 1 + prompt.target_positions()[-1],
     }
