@@ -40,10 +40,15 @@ def pack_weight(*weights: Tensor, batch_size: int = 1) -> Callable[[Tensor], Ten
 
 
 def can_pack(weight: Tensor) -> bool:
+    """Has oneDNN a blocked form of this weight? In bfloat16 only where the processor has the instructions for
+    it (AVX512, or AVX2 with NE_CONVERT); elsewhere asking for one raises."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
+        and (
+            weight.dtype == torch.float32
+            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
     )
 
 
