@@ -14,6 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from model.chat import Chat
+from model.checkpoint import LoadReport
 from model.decode import Decoder
 from model.generate import Sampling, TextStreamer, TokenSampler, generate
 from model.prompt import render_conversation
@@ -21,7 +23,7 @@ from model.prompt import render_conversation
 TEXTS = [
     "<image>\n图片里有什么？",
     "图形是什么颜色？",
-    "Describe this picture. <image> and <image>",
+    "Describe this image. <image> and <image>",
     "<image>",
 ]
 
@@ -32,8 +34,9 @@ def prompts(tokenizer):
 
 
 @pytest.fixture
-def features():
-    return torch.randn(4, 50, 24, generator=torch.Generator().manual_seed(5))
+def features() -> list[torch.Tensor]:
+    """Of each prompt its images."""
+    return list(torch.randn(4, 50, 24, generator=torch.Generator().manual_seed(5)).split([1, 0, 2, 1]))
 
 
 @pytest.fixture
@@ -57,10 +60,9 @@ def collect(decoder, prompts, sampling, features) -> list[list[int]]:
 )
 def test_batched_equals_one_by_one(decoder, prompts, features, sampling):
     together = collect(decoder, prompts, sampling, features)
-    per_prompt = features.split([len(prompt.image_slots) for prompt in prompts])
     alone = [
         collect(
-            decoder, [prompt], Sampling(**vars(sampling) | {"seed": sampling.seed + row}), per_prompt[row]
+            decoder, [prompt], Sampling(**vars(sampling) | {"seed": sampling.seed + row}), [features[row]]
         )[0]
         for row, prompt in enumerate(prompts)
     ]
@@ -72,7 +74,7 @@ def test_cached_equals_uncached(lively, decoder, prompts, features):
     answer = collect(decoder, prompts[:1], Sampling(max_new_tokens=25), features[:1])[0]
     ids = list(prompts[0].input_ids)
     for token in answer:
-        logits, _ = lively(torch.tensor([ids]), features[:1])
+        logits, _ = lively(torch.tensor([ids]), features[0])
         assert int(logits[0, -1].argmax()) == token
         ids.append(token)
 
@@ -117,7 +119,26 @@ def test_forgotten_images_are_told(decoder, prompts, features):
     with pytest.raises(ValueError, match="no images were given"):
         collect(decoder, prompts[:1], Sampling(), None)
     with pytest.raises(ValueError, match=r"1 image placeholder\(s\) but 2"):
-        collect(decoder, prompts[:1], Sampling(), features[:2])
+        collect(decoder, prompts[:1], Sampling(), [torch.cat([features[0], features[3]])])
+
+
+def test_images_are_counted_prompt_by_prompt(decoder, tokenizer, prompts, features):
+    """Three placeholders and three images in all, but the first prompt lacks an image, which the second has
+    too many. Compared by their totals alone, they would swap images without a word."""
+    swapped, right = [features[0], features[2]], [features[2], features[0]]
+    told = r"row 1 of the batch: the prompt holds 2 image placeholder\(s\) but 1 image"
+    with pytest.raises(ValueError, match=told):
+        collect(decoder, [prompts[2], prompts[0]], Sampling(), swapped)
+    chat = Chat(decoder, tokenizer, vision_model=None, image_processor=None, report=LoadReport("none", 0))
+    conversations = [[{"from": "human", "value": TEXTS[number]}] for number in (2, 0)]
+    with pytest.raises(ValueError, match=told):
+        chat.answer_batch(conversations, swapped)
+    sampling = Sampling(max_new_tokens=9)
+    together = chat.answer_batch(conversations, right, sampling)
+    assert together == [
+        chat.answer_batch([conversation], [images], sampling)[0]
+        for conversation, images in zip(conversations, right, strict=True)
+    ]
 
 
 def test_choosing_equals_transformers_processors():
