@@ -26,6 +26,7 @@ from trainer.args import add_model_flags
 from trainer.script import Checked, Parser, above, at_least, clean_exit, true_or_false
 
 CONTROLS = ("real", "blank", "shuffled", "swapped", "shuffled_frames")  # scoring.py says what they show
+IMAGE_DIR, PROMPT = Path("dataset/eval_images"), "这个图片描述的是什么内容？"
 MULTI = {
     "stage": "vlm_sft_multi",
     "image_dir": Path("dataset/eval_multi_images"),
@@ -54,7 +55,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("what to do")
     group.add_argument(
-        "--image_dir", type=Path, default=Path("dataset/eval_images"), help="describe all images in it"
+        "--image_dir",
+        type=Path,
+        help=f"describe all images in it (default: what the weights say, else {IMAGE_DIR})",
     )
     group.add_argument(
         "--multi",
@@ -75,8 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--prompt",
-        default="这个图片描述的是什么内容？",
-        help=f"what to ask about each (default: %(default)s; with --multi: {MULTI['prompt']})",
+        help=f"what to ask about each (default: the weights' own example, else {PROMPT}; "
+        f"with --multi: {MULTI['prompt']})",
     )
     group.add_argument(
         "--chat",
@@ -89,9 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--max_rounds",
         type=at_least(0),
-        default=0,
-        help="rounds of a chat that the model sees, the question included "
-        "(0 = all that fit its context, 1 = each question stands alone)",
+        help="rounds of a chat that the model sees, the question included (0 = all that fit its context, "
+        "1 = each question stands alone; default: 1 for weights that learned single rounds, else 0)",
     )
     group.add_argument(
         "--questions",
@@ -175,8 +177,13 @@ def main(argv: list[str] | None = None) -> None:
             run.device,
             choose_dtype(args.dtype, run.device),
             args.batch_size if args.questions else 1,
+            args.allow_other_inputs,
         )
         run.print(str(chat.report))
+        if args.max_rounds is None:  # what no flag says, the weights do
+            args.max_rounds = chat.max_rounds
+        args.image_dir = args.image_dir or Path(chat.about.get("image_dir", IMAGE_DIR))
+        args.prompt = args.prompt or next(iter(chat.about.get("questions", [])), PROMPT)
         if args.questions:
             score_questions(run, args, chat, partial(make_sampling, args))
         elif args.chat:

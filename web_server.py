@@ -21,8 +21,9 @@ import tempfile
 from pathlib import Path
 
 from model.names import CLIP_PATH, DEVICE, DTYPES, TOKENIZER_PATH, find_weights
-from trainer.script import Parser, at_least, clean_exit, matching, true_or_false
+from trainer.script import Checked, Parser, at_least, clean_exit, matching, true_or_false
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 STAGES = ("vlm_sft_multi", "vlm_sft", "vlm_pretrain")  # the furthest that has weights is served
 
 
@@ -48,12 +49,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})")
     add("--clip_path", help=f"CLIP folder (default: what the weights name, else {CLIP_PATH})")
-    add("--image_dir", default="dataset/eval_images", help="example images, if any")
+    add("--image_dir", help="example images (default: what the weights say, else dataset/eval_images)")
     add(
         "--device",
         type=matching(DEVICE, "auto, cpu, cuda, cuda:N or mps"),
         default="auto",
-        help="auto (CUDA if there is any, else CPU), cpu, cuda, cuda:N, mps",
+        help="auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:N, mps",
     )
     add(
         "--dtype",
@@ -67,16 +68,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="address of this computer to serve on; any but the default lets "
         "others in, without password or encryption",
     )
-    add("--port", type=int, default=7860, help="TCP port")
+    add(
+        "--port",
+        type=Checked(int, lambda value: 0 <= value <= 65535, "0 to 65535"),
+        default=7860,
+        help="TCP port (0 = any free one)",
+    )
     add(
         "--max_rounds",
         type=at_least(0),
-        default=0,
-        help="rounds of a chat that the model sees, the question "
-        "included (0 = all that fit its context, 1 = each question stands alone)",
+        help="rounds of a chat that the model sees, the question included (0 = all that fit its context, "
+        "1 = each question stands alone; default: 1 for weights that learned single rounds, else 0)",
     )
     add("--max_new_tokens", type=at_least(1), default=256, help="longest answer, at first")
     add("--temperature", type=at_least(0, float), default=0.0, help="at first; 0 = always the likeliest word")
+    add(
+        "--allow_other_inputs",
+        action="store_true",
+        help="take another CLIP or tokenizer than the weights were trained with (otherwise refused)",
+    )
     add("--seed", type=at_least(0), default=0, help="at first; the same seed gives the same answer")
     return parser.parse_args(argv)
 
@@ -88,16 +98,26 @@ def main(argv: list[str] | None = None) -> None:
     weights = args.load_from or find_weights(args.out_dir, STAGES, args.dim, args.use_moe)
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # Gradio asks its own address whether it is up: a proxy from the environment must not be asked instead.
-    for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join([os.environ.get(name, ""), args.host, "localhost"]).lstrip(",")
+    # The page needs no network, and Gradio asks its own address whether it is up: no proxy may come between.
+    for name in [name for name in os.environ if name.lower() in PROXIES]:
+        del os.environ[name]
     from model.chat import load_chat  # only now: loading PyTorch and Gradio takes seconds
     from model.device import choose_device, choose_dtype
     from serving.page import build_page, serve
 
     device = choose_device(args.device)
-    chat = load_chat(weights, args.tokenizer_path, args.clip_path, device, choose_dtype(args.dtype, device))
+    chat = load_chat(
+        weights,
+        args.tokenizer_path,
+        args.clip_path,
+        device,
+        choose_dtype(args.dtype, device),
+        allow_other_inputs=args.allow_other_inputs,
+    )
     print(chat.report, flush=True)
+    if args.max_rounds is None:  # what no flag says, the weights do
+        args.max_rounds = chat.max_rounds
+    args.image_dir = args.image_dir or chat.about.get("image_dir", "dataset/eval_images")
     # So that the folder below goes then, too, and a second signal does not disturb that.
     signal.signal(signal.SIGTERM, lambda number, _: (signal.signal(number, signal.SIG_IGN), sys.exit(0)))
     with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:  # /tmp/gradio is shared

@@ -30,10 +30,25 @@ ANSWER_ROOM = 32  # tokens; a longer answer takes what the question leaves
 class Chat:
     """A model that answers; holds no conversation, so one object can serve many people."""
 
-    def __init__(self, decoder: Decoder, tokenizer, vision_model, image_processor, report: LoadReport):
-        self.decoder, self.tokenizer, self.report = decoder, tokenizer, report
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer,
+        vision_model,
+        image_processor,
+        report: LoadReport,
+        about: dict | None = None,
+    ):
+        """about: what the weights say of themselves: knows, questions, image_dir, max_rounds"""
+        self.decoder, self.tokenizer, self.report, self.about = decoder, tokenizer, report, about or {}
         self.vision_model, self.image_processor = vision_model, image_processor
         self.renderer = Renderer(tokenizer, decoder.config.num_image_tokens, decoder.config.max_seq_len)
+
+    @property
+    def max_rounds(self) -> int:
+        """Rounds of a chat to show where no flag says: 1 for a model that learned single rounds alone,
+        else 0, all that fit."""
+        return 1 if self.about.get("max_rounds") == 1 else 0
 
     def encode(self, images: list[Image.Image]) -> Tensor:
         """Images to image features, (M, N, vision_dim)."""
@@ -139,7 +154,10 @@ def load_chat(
     vision_model.to(device, dtype)
     if dtype != torch.float32:  # in fp32 CLIP stays mapped from its file: a packed copy would double it
         pack_linears(vision_model, config.num_image_tokens)
-    return Chat(decoder, tokenizer, vision_model, image_processor, report)
+    about = description.get("about", {})
+    if "knows" in about:
+        report.details.append(about["knows"])
+    return Chat(decoder, tokenizer, vision_model, image_processor, report, about)
 
 
 # ---- a chat of several rounds ------------------------------------------------------------------------------

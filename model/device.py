@@ -6,14 +6,16 @@ from model.names import DEVICE
 
 
 def choose_device(device: str, index: int = 0) -> torch.device:
-    """ "auto" (CUDA if there is any, else CPU), "cpu", "cuda" (number `index`), "cuda:N" or "mps".
+    """ "auto" (CUDA if there is any, else Apple's MPS, else CPU), "cpu", "mps", "cuda" (number `index`) or
+    "cuda:N".
 
     Raises ValueError if it cannot be had.
     """
     if not DEVICE.fullmatch(device):
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {device}")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     kind = device.partition(":")[0]
     if kind == "cuda":
         if not torch.cuda.is_available():

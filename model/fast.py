@@ -42,7 +42,7 @@ def use_fast_kernels(
         elif isinstance(module, Attention):
             module.__class__ = FastAttention
             module.rotate, module.attend = (
-                rotate_real if compiled else apply_rope,
+                rotate_real if compiled or device.type == "mps" else apply_rope,
                 choose_attend(device, dtype),
             )
         elif isinstance(module, MixtureOfExperts):

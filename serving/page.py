@@ -2,8 +2,9 @@
 
 import argparse
 import html
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -133,12 +134,12 @@ def shown(messages: list[dict]) -> list[dict]:
 # ---- the page ---------------------------------------------------------------------------------------------
 
 
-def find_examples(image_dir: str | Path, several: bool) -> list[dict]:
+def find_examples(image_dir: str | Path, several: bool, questions: Sequence[str] = EXAMPLES) -> list[dict]:
     """Up to four example questions about the images of a folder; one about two if the model can do that."""
     paths = sorted(
         str(path) for path in Path(image_dir).glob("*") if path.suffix.lower() in SHOWN_BY_BROWSERS
     )
-    examples = [{"text": text, "files": [path]} for path, text in zip(paths, EXAMPLES, strict=False)]
+    examples = [{"text": text, "files": [path]} for path, text in zip(paths, questions[:4], strict=False)]
     if several and len(paths) > 1:
         examples[-1] = {"text": "这两张图片有什么不同？", "files": paths[:2]}
     return examples
@@ -153,7 +154,8 @@ def describe(chat: Chat, weights: Path) -> str:
         f"{decoder.num_parameters / 1e6:.1f} M 参数 / params{active}",
         f"{decoder.device} {str(decoder.dtype).removeprefix('torch.')}",
     ]
-    return f"<h1>MiniMind-V</h1><p>{html.escape(' · '.join(facts))}</p>"
+    lines = [" · ".join(facts), *filter(None, [chat.about.get("knows")])]
+    return "<h1>MiniMind-V</h1>" + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
 def add_settings(args: argparse.Namespace, max_seq_len: int) -> list[gr.components.Component]:
@@ -205,7 +207,7 @@ def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks
             show_label=False,
             allow_file_downloads=False,
             height="calc(100dvh - 224px)",
-            examples=find_examples(args.image_dir, several),
+            examples=find_examples(args.image_dir, several, chat.about.get("questions") or EXAMPLES),
         )
         chatbot.keep_in_cache.update(chatbot.temp_files)  # delete_cache must spare the examples
         box = gr.MultimodalTextbox(
@@ -286,7 +288,13 @@ def connect(
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until interrupted."""
+    """Serve the page until interrupted.
+
+    host  a name or an address, of IPv6 too
+    port  0 = any free one
+    """
+    host = f"[{host}]" if ":" in host else host
+    port = port or find_free_port()
     theme = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]
     )
@@ -308,7 +316,7 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
         )
     except OSError:
         raise OSError(f"cannot serve on {host}:{port}: is it taken? Try another --port") from None
-    if not (host.startswith("127.") or host in ("localhost", "::1")):
+    if not (host.startswith("127.") or host in ("localhost", "[::1]")):
         print(
             f"warning: whoever can reach {host} can use this page; no password, no encryption",
             file=sys.stderr,
@@ -316,3 +324,10 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
         )
     print(f"http://{host}:{port}  (Ctrl+C ends it)", flush=True)
     page.block_thread()
+
+
+def find_free_port() -> int:
+    """A port that is free now; Gradio itself would search near its own default."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

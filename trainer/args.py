@@ -34,7 +34,7 @@ def add_device_flags(group) -> None:
         "--device",
         type=matching(DEVICE, "auto, cpu, cuda, cuda:N or mps"),
         default="auto",
-        help="auto (CUDA if there is any, else CPU), cpu, cuda, cuda:N, mps",
+        help="auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:N, mps",
     )
     group.add_argument(
         "--dtype",
@@ -162,6 +162,12 @@ def add_data_flags(parser: Parser, data_path: str, image_dir: str) -> None:
         default="float16",
         choices=FEATURE_DTYPES,
         help="of the cache; float32 takes twice the room and loses nothing",
+    )
+    group.add_argument(
+        "--about",
+        metavar="FILE",
+        help="JSON that says what a model trained on this data knows; it is kept with the weights, and chat "
+        'and page obey it: {"knows": text, "questions": [examples], "image_dir": folder of example images}',
     )
     group.add_argument(
         "--jpeg_draft",

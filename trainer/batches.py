@@ -74,6 +74,11 @@ class GlobalBatches(Sampler):
         return torch.cat(parts)
 
 
+def spread(length: int, number: int) -> list[int]:
+    """So many positions, or all there are, spread from the first to the last."""
+    return [round(place) for place in np.linspace(0, length - 1, min(number, length))]
+
+
 def group_micro_batches(batches: Iterable[dict], accumulation_steps: int) -> Iterator[list[dict]]:
     """The micro-batches of one optimizer step at a time."""
     batches = iter(batches)

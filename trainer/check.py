@@ -23,6 +23,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,10 +41,11 @@ from model.transformer import Transformer
 from model.vision_proj import placeholder_ids
 from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
 from trainer.args import AUTO
-from trainer.batches import split_off
+from trainer.batches import split_off, spread
 from trainer.distributed import Run, start_run
 from trainer.inputs import Stage, make_config, weights_cure
 from trainer.interrupt import ignore_interrupts
+from trainer.loader import fitting_workers
 from trainer.logger import describe_run, progress_bar
 from trainer.loop import Trainer
 from trainer.memory import (
@@ -55,11 +57,11 @@ from trainer.memory import (
     plan_memory,
     size_in_memory,
 )
-from trainer.meter import MAX_BAD_SHARE
+from trainer.meter import ENOUGH, MAX_BAD_SHARE, describe_cut
 from trainer.optimizer import choose_trained
 from trainer.saves import RunFiles
 from trainer.script import Parser, clean_exit
-from trainer.stage import load_model, make_batches, settings_of
+from trainer.stage import LoadedStage, compare_inputs, load_model, make_batches, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"pretrain": ROOT / "1-pretrain_vlm.py", "sft": ROOT / "2-sft_vlm.py"}
@@ -77,6 +79,16 @@ ORDINARY = [
 ]
 
 
+class Measured(NamedTuple):
+    """Of a sample: tokens as trained on, those of them that are targets, bytes of pixels, and the tokens it
+    would have without --max_seq_len."""
+
+    num_tokens: int
+    num_targets: int
+    num_bytes: int
+    full_length: int
+
+
 class Check:
     """Looks at one stage part by part; what a part loads is kept for the next, None where it could not be."""
 
@@ -87,7 +99,8 @@ class Check:
         self.problems, self.all_images = problems, all_images
         self.alone = replace(run, world_size=1)  # the other processes of the run do not answer here
         self.model: Transformer | None = None
-        self.good: dict[int, tuple[int, int, int]] = {}  # of some rows, what measure() says
+        self.inputs: dict | None = None
+        self.good: dict[int, Measured] = {}  # of some rows, what measure() says
 
     def everything(self) -> None:
         torch.manual_seed(self.args.seed)
@@ -170,6 +183,14 @@ class Check:
         )
         if self.tokenizer and self.vision_model:
             self.attempt(check_fit, config, self.tokenizer, self.vision_model, source, self.clip_path)
+            self.inputs = self.attempt(
+                compare_inputs,
+                source,
+                self.tokenizer,
+                self.vision_model,
+                self.image_processor,
+                self.args.allow_other_inputs,
+            )
         loaded = state and self.attempt(load_model, config, source, self.stage.weights_in)
         self.model = loaded[0] if loaded else Transformer(config)
         if loaded:
@@ -197,11 +218,11 @@ class Check:
             self.report_bad(name, [dataset[position].reason for position in bad_rows(dataset)], len(dataset))
         return dataset
 
-    def load_rows(self, name: str, dataset: VLMDataset) -> dict[int, tuple[int, int, int]]:
+    def load_rows(self, name: str, dataset: VLMDataset) -> dict[int, Measured]:
         """Load rows with their images, as training will; what measure() says of the good ones, by
         position."""
         number = len(dataset) if self.all_images else min(NUM_LOADED, len(dataset))
-        positions = spread(dataset, number)
+        positions = spread(len(dataset), number)
         loader = DataLoader(
             Subset(dataset, positions),
             batch_size=20,
@@ -212,8 +233,13 @@ class Check:
         bar = progress_bar(loader, desc=name, disable=not self.all_images)
         found = dict(zip(positions, (facts for batch in bar for facts in batch), strict=True))
         good = {position: facts for position, facts in found.items() if not isinstance(facts, str)}
-        longest = max((num_tokens for num_tokens, _, _ in good.values()), default=0)
+        longest = max((sample.num_tokens for sample in good.values()), default=0)
         report(name, f"{len(good)} of {number} rows loaded with their images, at most {longest} tokens long")
+        lengths = sorted(sample.full_length for sample in good.values())
+        num_cut = sum(length > self.args.max_seq_len for length in lengths)
+        if num_cut:
+            enough = lengths[math.ceil(ENOUGH * len(lengths)) - 1]
+            report(name, describe_cut(num_cut, len(lengths), self.args.max_seq_len, enough))
         self.report_bad(name, [facts for facts in found.values() if isinstance(facts, str)], number)
         return good
 
@@ -246,7 +272,10 @@ class Check:
             dtype = choose_dtype(args.dtype, self.run.device)
             report("run", describe_run(self.run, args, model, self.vision_model, *sets, batches, dtype))
         path = weights_path(args.out_dir, model.config, self.stage.weights_out)
-        settings = settings_of(self.run, args, model, self.dataset, batches) if batches else {}
+        settings = {}
+        if batches:
+            stage = LoadedStage(model, self.vision_model, self.dataset, path, {"inputs": self.inputs})
+            settings = settings_of(self.run, args, stage, batches)
         files = RunFiles(self.alone, args, path, settings, {})
         if path.parent.is_dir():
             report(
@@ -304,7 +333,7 @@ class Check:
         """Compare what a step will take, its rows as long as the longest, with what can be had. After
         check_losses(): until they are used, weights that were read from a file are not yet in memory."""
         args, device, cpu = self.args, self.run.device, torch.device("cpu")
-        num_tokens, num_targets, num_bytes = np.array(list(self.good.values())).T
+        num_tokens, num_targets, num_bytes, _ = np.array(list(self.good.values())).T
         step = estimate_step(
             self.model,
             device,
@@ -317,6 +346,8 @@ class Check:
                 "loading": estimate_loading(args.num_workers, args.batch_size * int(num_bytes.max())),
             }
         }
+        if note := fitting_workers(args.num_workers, args.batch_size * int(num_bytes.max()))[1]:
+            report("loading", note)
         if device != cpu:
             needs[device] = {"weights": size_in_memory(self.model), "CLIP": size_in_memory(self.vision_model)}
         needs[device] |= step
@@ -350,15 +381,10 @@ def size_of(path: str | Path) -> str:
     return format_bytes(sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())))
 
 
-def spread(dataset: VLMDataset, number: int) -> list[int]:
-    """So many positions, from the first row to the last."""
-    return [round(place) for place in np.linspace(0, len(dataset) - 1, min(number, len(dataset)))]
-
-
 def well_formed(dataset: VLMDataset, number: int) -> list[list[dict]]:
     """The conversations of some rows."""
     found = []
-    for position in spread(dataset, number):
+    for position in spread(len(dataset), number):
         with contextlib.suppress(ValueError):
             found.append(check_row(dataset.rows[position], dataset.spec)[1])
     return found
@@ -381,16 +407,16 @@ def bad_rows(dataset: VLMDataset) -> list[int]:
     return []
 
 
-def measure(samples: list[dict[str, Tensor] | BadSample]) -> list[tuple[int, int, int] | str]:
-    """Instead of a batch: tokens, target token and bytes of pixels of each sample, or why it cannot be
-    used."""
+def measure(samples: list[dict[str, Tensor] | BadSample]) -> list[Measured | str]:
+    """Instead of a batch: what each sample measures, or why it cannot be used."""
     return [
         sample.reason
         if isinstance(sample, BadSample)
-        else (
+        else Measured(
             len(sample["input_ids"]),
             int((sample["labels"] != IGNORE_INDEX).sum()),
             sample["pixel_values"].nbytes,
+            sample["full_length"],
         )
         for sample in samples
     ]

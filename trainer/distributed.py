@@ -135,6 +135,17 @@ def retain_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def allow_open_files(wanted: int = 4096) -> None:
+    """Raise the soft limit of open files as far as the system lets a user: loader workers need many."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < limit:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
 def start_run(device: str = "auto", timeout: float = 600) -> Run:
     """Join the process group if torchrun started this process, and choose the device.
 
@@ -143,6 +154,7 @@ def start_run(device: str = "auto", timeout: float = 600) -> Run:
     raises   ValueError if the device cannot be had
     """
     retain_freed_memory()
+    allow_open_files()
     # The loader's workers are forked after the tokenizer's first use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

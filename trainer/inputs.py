@@ -11,10 +11,12 @@ from model.files import (
     check_image_dir,
     check_tokenizer_folder,
     check_weight_file,
+    read_json,
 )
 from model.LMConfig import EXPERT_FIELDS, LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
 
+ABOUT = ("knows", "questions", "image_dir")  # what --about may say of the data
 TRAINED_BY = {"vlm_pretrain": "1-pretrain_vlm.py", "vlm_sft": "2-sft_vlm.py"}
 
 
@@ -58,6 +60,19 @@ def check_inputs(args: argparse.Namespace, stage: Stage) -> None:
     for path in filter(None, (args.data_path, args.val_data_path)):
         check_data_file(Path(path))
     check_image_dir(Path(args.image_dir))
+    read_about(args.about)
+
+
+def read_about(path: str | None) -> dict:
+    """What --about says of the data, {} without it. Raises FileNotFoundError or ValueError."""
+    if not path:
+        return {}
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--about: there is no file {path}")
+    about = read_json(Path(path))
+    if unknown := [name for name in about if name not in ABOUT]:
+        raise ValueError(f"{path}: {unknown[0]} is not among what --about may say: {', '.join(ABOUT)}")
+    return about
 
 
 def weights_cure(weights_in: str, use_moe: bool) -> str:

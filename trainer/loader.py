@@ -1,10 +1,12 @@
 """Batches from the processes that load them, and an explanation when one of those dies."""
 
 import contextlib
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from functools import partial
 from multiprocessing import connection
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +15,33 @@ from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 from model.data.batch import collate
 from model.data.dataset import check_row
 from trainer.interrupt import ignore_interrupts
+
+FILES_PER_WORKER = 32  # descriptors: pipes, and one for each tensor of the batches under way
+
+
+def fitting_workers(
+    num_workers: int, batch_bytes: int, shared_memory: Path = Path("/dev/shm")
+) -> tuple[int, str]:
+    """As many workers as the system has room for, at most num_workers; and in words why they are fewer.
+
+    batch_bytes    of one batch as a worker hands it over, in shared memory; three are under way at a time
+    shared_memory  where that lies, if it has a size of its own: containers often give it 64 MB
+    """
+    fitting, reason = num_workers, ""
+    with contextlib.suppress(OSError):  # elsewhere than on Linux there is no such place
+        free = shutil.disk_usage(shared_memory).free
+        fitting = min(num_workers, int(0.9 * free) // max(1, 3 * batch_bytes))
+        reason = f"{shared_memory} has {free / 1e6:,.0f} MB free (docker run --shm-size, or --ipc=host)"
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY and (files - 64) // FILES_PER_WORKER < fitting:
+            fitting = max(0, (files - 64) // FILES_PER_WORKER)
+            reason = f"this process may open {files} files only (ulimit -n)"
+    if fitting >= num_workers:
+        return num_workers, ""
+    return fitting, f"{fitting} loader workers instead of {num_workers}: {reason}"
 
 
 class WorkerDied(ValueError):
@@ -84,7 +113,7 @@ class Loader:
         # The workers, which start here, write into it; one tensor for each round of workers.
         self.watched.held = torch.full((self.loader.num_workers,), -1).share_memory_()
         batches = iter(self.loader)
-        if self.loader.num_workers:
+        if self.loader.num_workers and hasattr(signal, "SIGCHLD"):  # Windows has none
             # PyTorch's handler raises in the middle of whatever this process does, an optimizer step or a
             # save included. Without it a death is noticed here, within five seconds.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -4,9 +4,11 @@ for), and what is printed of it."""
 import argparse
 import contextlib
 import json
+import netrc
 import os
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -86,7 +88,11 @@ def start_wandb(weights_out: Path, run: Run, args: argparse.Namespace, run_id: s
         "resume": "allow" if run_id else None,
         "settings": wandb.Settings(init_timeout=20, login_timeout=10, finish_timeout=60),
     }
-    for mode in (None, "offline"):
+    modes = [None, "offline"]
+    if not (has_wandb_key() or os.environ.get("WANDB_MODE")):  # wandb would ask at the terminal, and wait
+        run.print("no wandb key: recording offline; `wandb login`, then `wandb sync` sends it later")
+        modes = ["offline"]
+    for mode in modes:
         try:
             return wandb.init(**settings, mode=mode)
         except Exception as error:  # wandb raises its own types, and those of its transport
@@ -97,6 +103,18 @@ def start_wandb(weights_out: Path, run: Run, args: argparse.Namespace, run_id: s
                 "recording offline, `wandb sync` sends it later"
             )
     return None
+
+
+def has_wandb_key() -> bool:
+    """Is there a key where wandb looks for one: in the environment, or in the user's netrc file?"""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(os.path.expanduser(path)).authenticators(host):
+                return True
+    return False
 
 
 def first_line(error: Exception) -> str:

@@ -62,6 +62,7 @@ class StepMemory:
     fixed: int
     per_sample: int
     available: int | None
+    loaded: int = 0  # of one sample as a loader worker hands it over
 
     def needed(self, batch_size: int) -> int:
         return self.fixed + batch_size * self.per_sample
@@ -133,7 +134,10 @@ def plan_step(
     else:  # where two batches lie at a time
         fixed, per_sample = size_in_memory(model) + size_in_memory(vision_model), 2 * num_bytes
     return StepMemory(
-        fixed + none, per_sample + one - none + clip, None if available is None else available // num_sharing
+        fixed + none,
+        per_sample + one - none + clip,
+        None if available is None else available // num_sharing,
+        num_bytes,
     )
 
 

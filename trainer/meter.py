@@ -14,6 +14,7 @@ from trainer.script import AgreedError
 
 LENGTH_STEP, NUM_LENGTHS = 64, 64  # tokens: how finely the lengths of rows are counted, and up to where
 COUNTS = ("num_steps", "num_tokens", "num_bad", "num_cut", "lengths")  # kept in the resume file
+ENOUGH = 0.99  # of the rows that a longer --max_seq_len should hold
 MAX_BAD_SHARE = 0.01  # of the rows seen; beyond it --on_bad_sample skip gives up
 
 
@@ -45,6 +46,10 @@ class Meter:
         self.loss, self.num_steps, self.num_tokens = 0.0, 0, 0
         self.num_bad, self.num_shown, self.seconds = 0, 0, 0.0
         self.num_cut, self.lengths = 0, torch.zeros(NUM_LENGTHS, dtype=torch.int64)
+        self.start()
+
+    def start(self) -> None:
+        """The clock starts with the first batch: what came before is no training time."""
         self.started = self.since = time.perf_counter()
 
     def agree(self, micro_batches: list[dict], wants_stop: bool) -> tuple[StepSize, bool]:
@@ -134,7 +139,7 @@ class Meter:
         return text
 
 
-def length_of_most(lengths: Tensor, share: float = 0.99) -> int:
+def length_of_most(lengths: Tensor, share: float = ENOUGH) -> int:
     """The tokens that so many of the rows fit into, from how many there are of each LENGTH_STEP."""
     reached = lengths.cumsum(0) >= share * lengths.sum()
     return LENGTH_STEP * (1 + int(reached.int().argmax()))
@@ -143,7 +148,7 @@ def length_of_most(lengths: Tensor, share: float = 0.99) -> int:
 def describe_cut(num_cut: int, num_rows: int, max_seq_len: int, enough: int) -> str:
     """In words that the model is not taught to end the longest answers."""
     cure = (
-        f"99 % of the rows fit into --max_seq_len {enough}"
+        f"{ENOUGH:.0%} of the rows fit into --max_seq_len {enough}"
         if enough > max_seq_len
         else "few enough to ignore"
     )

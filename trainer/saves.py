@@ -253,6 +253,7 @@ class Checkpointer:
     def finishing(self, interruption: Interruption) -> Iterator[None]:
         """Around the loop: whatever ends it, what is not saved yet is saved, and the record closed. A run
         that was asked to stop then ends the process."""
+        self.meter.start()
         try:
             yield
         except WorkerDied:

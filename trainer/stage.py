@@ -9,7 +9,6 @@ import contextlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -26,14 +25,14 @@ from model.fingerprint import (
 )
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
-from model.prompt import Renderer, load_tokenizer
+from model.prompt import Renderer, load_tokenizer, normalise_turns
 from model.transformer import Transformer
-from model.vision_utils import check_fit, get_vision_model, num_image_tokens
-from trainer.batches import GlobalBatches, lengths_of, split_off
+from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
+from trainer.batches import GlobalBatches, lengths_of, split_off, spread
 from trainer.distributed import Run, versions
 from trainer.features import fill_feature_cache
-from trainer.inputs import Stage, make_config, weights_cure
-from trainer.loader import Loader
+from trainer.inputs import Stage, make_config, read_about, weights_cure
+from trainer.loader import Loader, fitting_workers
 from trainer.logger import describe_run, name_of
 from trainer.memory import StepMemory, plan_memory
 from trainer.optimizer import choose_trained
@@ -53,6 +52,7 @@ LOCAL_FLAGS = (
     "wandb_project",
     "wandb_run_name",
 )
+NUM_LOOKED_AT = 1000  # rows in which the longest conversation is searched for
 NUM_VOUCHED = 512  # images whose content is compared when a run is resumed, spread over the rows
 COMPILED_MULTIPLE = 64  # tokens; every length is compiled by itself, so there had better be few
 
@@ -62,7 +62,7 @@ class LoadedStage:
     """What the training loop starts from.
 
     vision_model  None where no image is encoded while training: cached features, or text alone
-    description   what the .json beside the weights says besides sizes and settings
+    description   what the description of the weights says besides sizes and settings
     """
 
     model: Transformer
@@ -86,14 +86,8 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     )
     source = weights_path(args.out_dir, config, stage.weights_in)
     check_fit(config, tokenizer, vision_model, source, clip_path)
-    inputs = {
-        "CLIP": fingerprint_clip(vision_model, image_processor),
-        "tokenizer": fingerprint_tokenizer(tokenizer),
-    }
-    if not args.allow_other_inputs:
-        check_inputs_match(source, read_description(source).get("inputs", {}), inputs)
+    inputs = compare_inputs(source, tokenizer, vision_model, image_processor, args.allow_other_inputs)
     model, report = load_model(config, source, stage.weights_in)
-    inputs["weights_in"] = fingerprint_tensors(read_state_dict(source))
     run.print(str(report))
 
     renderer = Renderer(tokenizer, config.num_image_tokens, args.max_seq_len)
@@ -117,9 +111,35 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
             "tokenizer_path": str(tokenizer_path),
             "clip_path": str(clip_path),
             "inputs": inputs,
+            "about": {**read_about(args.about), "max_rounds": most_rounds(datasets[0])},
         },
         datasets[1] if args.val_data_path else None,
     )
+
+
+def compare_inputs(
+    source: Path, tokenizer, vision_model, image_processor: ImageProcessor, allow_others: bool
+) -> dict[str, str]:
+    """The fingerprints of CLIP, tokenizer and starting weights. Raises ValueError for another CLIP or
+    tokenizer than the weights were trained with."""
+    inputs = {
+        "CLIP": fingerprint_clip(vision_model, image_processor),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+    }
+    if not allow_others:
+        check_inputs_match(source, read_description(source).get("inputs", {}), inputs)
+    return inputs | {"weights_in": fingerprint_tensors(read_state_dict(source))}
+
+
+def most_rounds(dataset: VLMDataset) -> int:
+    """The longest conversation, in answers, that the model learns from, among NUM_LOOKED_AT rows. A model of
+    single rounds cannot answer the second question of a chat."""
+    most = 1
+    for position in spread(len(dataset), NUM_LOOKED_AT):
+        with contextlib.suppress(ValueError):  # a bad row is reported elsewhere
+            _, turns = check_row(dataset.rows[position], dataset.spec)
+            most = max(most, sum(role == "assistant" for role, _ in normalise_turns(turns)))
+    return most
 
 
 def comparable(run: Run, args: argparse.Namespace) -> dict:
@@ -205,6 +225,9 @@ def make_plan(run: Run, args: argparse.Namespace, stage: LoadedStage) -> Plan:
     train_set, val_set = split_off(stage.dataset, stage.val_dataset, args.val_fraction, args.seed)
     choose_trained(stage.model, args.train)
     memory = plan_memory(run, args, stage.model, stage.vision_model, train_set)
+    args.num_workers, note = fitting_workers(args.num_workers, args.batch_size * memory.loaded)
+    if note:
+        run.print(note)
     batches = make_batches(run, args, train_set)
     settings = settings_of(run, args, stage, batches)
     run.check_agreement(settings)
@@ -252,7 +275,7 @@ def settings_of(run: Run, args: argparse.Namespace, stage: LoadedStage, batches:
         **{name: getattr(args, name) for name in named},
         "data": dataset.rows.fingerprint,
         "images": fingerprint_images(dataset),
-        **stage.description.get("inputs", {}),
+        **(stage.description.get("inputs") or {}),
         **{f"rows.{name}": value for name, value in asdict(dataset.spec).items()},
         **{f"model.{name}": value for name, value in model.config.to_dict().items()},
     }
@@ -263,9 +286,8 @@ def fingerprint_images(dataset: VLMDataset) -> str | None:
     600 k rows would take as long as a part of the training."""
     if not dataset.spec.max_images:
         return None
-    positions = np.linspace(0, len(dataset) - 1, min(NUM_VOUCHED, len(dataset))).round().astype(int)
     paths: list[Path] = []
-    for position in positions.tolist():
+    for position in spread(len(dataset), NUM_VOUCHED):
         with contextlib.suppress(ValueError):  # a bad row is reported elsewhere
             paths += [dataset.find_image(name) for name in check_row(dataset.rows[position], dataset.spec)[0]]
     return fingerprint_files(dict.fromkeys(paths))

@@ -8,6 +8,7 @@
     DIR/sft.json              instead of LLaVA-Instruct
     DIR/128_llm.pth           instead of MiniMind's 512_llm.pth
     DIR/sft_multi.json        rows of two images, of a video, and a few of one image
+    DIR/about.json            what a model of this world knows; the recipes give it to the weights
     DIR/*.args                recipes for the numbered scripts
     DIR/questions_*.jsonl     held-out questions with answers
     DIR/eval_images/          a few images never trained on
@@ -252,6 +253,10 @@ class World:
                 atomic_write(
                     weights_dir / source.name, lambda file, source=source: file.write(source.read_bytes())
                 )
+        write_json(
+            self.folder / "about.json",
+            {**sentences.about(), "image_dir": f"{self.folder}/eval_images"},
+        )
         model = [
             f"--tokenizer_path={self.folder}/tokenizer",
             f"--clip_path={self.folder}/clip",
@@ -278,20 +283,14 @@ class World:
                 f"--learning_rate={stage.lr}",
                 "--num_workers=0",
                 f"--feature_cache={self.folder}/features",
+                f"--about={self.folder}/about.json",
             ]
             # A video is twice as long as two images: side by side, half of a step would be padding.
             flags.append("--multi=True" if name == "sft_multi" else MIXED_STEPS)
             write_recipe(self.folder / f"{name}.args", flags)
-        # Its conversations have one round: a chat with this model asks every question by itself.
         write_recipe(
             self.folder / "eval.args",
-            [
-                *model,
-                f"--dim={self.preset.dim}",
-                *self.kind(),
-                f"--image_dir={self.folder}/eval_images",
-                "--max_rounds=1",
-            ],
+            [*model, f"--dim={self.preset.dim}", *self.kind(), f"--image_dir={self.folder}/eval_images"],
         )
 
 

@@ -169,6 +169,21 @@ def fill(pattern: str, **fields: str) -> str:
     return pattern.replace("|", "").format(**fields)
 
 
+def about() -> dict:
+    """What a model of this world says of itself: see --about of the stage scripts."""
+    return {
+        "knows": "演示模型，只认识彩色图形。A demo model: it knows coloured shapes, nothing else.",
+        "questions": [
+            fill(language.questions[kind][0])
+            for kind, language in zip(
+                ("description", "description", "colour", "shape"),
+                (CHINESE, ENGLISH, CHINESE, ENGLISH),
+                strict=True,
+            )
+        ],
+    }
+
+
 def name_attributes(scene: Scene, language: Language) -> dict[str, str]:
     """What colour, shape, position and size of a scene are called; an unnamed colour is called nothing."""
     return {attribute: language.words.get(getattr(scene, attribute), "") for attribute in ATTRIBUTES}
