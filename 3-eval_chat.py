@@ -21,9 +21,17 @@ from functools import partial
 from pathlib import Path
 
 from model.data.spec import SFT_MULTI
-from model.names import STAGES, find_weights
-from trainer.args import add_model_flags
-from trainer.script import Checked, Parser, above, at_least, clean_exit, true_or_false
+from model.names import STAGES
+from trainer.script import (
+    Checked,
+    Parser,
+    above,
+    add_loading_flags,
+    at_least,
+    choose_weights,
+    clean_exit,
+    true_or_false,
+)
 
 CONTROLS = ("real", "blank", "shuffled", "swapped", "shuffled_frames")  # scoring.py says what they show
 IMAGE_DIR, PROMPT = Path("dataset/eval_images"), "这个图片描述的是什么内容？"
@@ -36,24 +44,14 @@ MULTI = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add_model_flags(parser)
-    group = parser.add_argument_group("what to load")
+    add_loading_flags(parser)
+    group = parser.add_argument_group("what to do")
     group.add_argument(
         "--stage",
         default="vlm_sft",
         choices=STAGES[1:],
-        help="weights of this stage in --out_dir (default: vlm_sft, or vlm_sft_multi with "
-        "--multi or --video)",
+        help="weights of this stage (default: vlm_sft, or vlm_sft_multi with --multi or --video)",
     )
-    group.add_argument(
-        "--load_from",
-        "--load",
-        type=Path,
-        metavar="PATH",
-        help="weight file (also v1's own) or Hugging Face folder, "
-        "instead of --out_dir, --dim, --use_moe and --stage",
-    )
-    group = parser.add_argument_group("what to do")
     group.add_argument(
         "--image_dir",
         type=Path,
@@ -116,6 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch_size", type=at_least(1), default=64, help="questions answered at once when scoring"
     )
     group = parser.add_argument_group("answers")
+    group.add_argument("--seed", type=at_least(0), default=1337, help="of sampling, and of controls")
     group.add_argument(
         "--temperature", type=at_least(0, float), default=0.0, help="0 = always the likeliest token"
     )
@@ -153,9 +152,7 @@ def check_inputs(args: argparse.Namespace) -> Path:
     for path in args.questions or []:
         if not path.is_file():
             raise FileNotFoundError(f"question file not found: {path}")
-    if args.load_from and not args.load_from.exists():
-        raise FileNotFoundError(f"--load_from: there is no file or folder {args.load_from}")
-    return args.load_from or find_weights(args.out_dir, [args.stage], args.dim, args.use_moe)
+    return choose_weights(args, [args.stage])
 
 
 def main(argv: list[str] | None = None) -> None:

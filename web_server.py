@@ -18,10 +18,8 @@ import os
 import signal
 import sys
 import tempfile
-from pathlib import Path
 
-from model.names import CLIP_PATH, DEVICE, DTYPES, TOKENIZER_PATH, find_weights
-from trainer.script import Checked, Parser, at_least, clean_exit, matching, true_or_false
+from trainer.script import Checked, Parser, add_loading_flags, at_least, choose_weights, clean_exit
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 STAGES = ("vlm_sft_multi", "vlm_sft", "vlm_pretrain")  # the furthest that has weights is served
@@ -29,39 +27,9 @@ STAGES = ("vlm_sft_multi", "vlm_sft", "vlm_pretrain")  # the furthest that has w
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--load_from",
-        "--load",
-        type=Path,
-        metavar="PATH",
-        help="weight file (also v1's own) or Hugging Face folder (default: the best file in --out_dir)",
-    )
-    add("--out_dir", default="out", help="folder to look for weights in")
-    add("--dim", type=at_least(0), default=0, help="look only for weights of this width (0 = any)")
-    add(
-        "--use_moe",
-        type=true_or_false,
-        nargs="?",
-        const=True,
-        metavar="True|False",
-        help="look only for weights of a mixture of experts, or (False) only for others",
-    )
-    add("--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})")
-    add("--clip_path", help=f"CLIP folder (default: what the weights name, else {CLIP_PATH})")
+    add_loading_flags(parser)
+    add = parser.add_argument_group("the page").add_argument
     add("--image_dir", help="example images (default: what the weights say, else dataset/eval_images)")
-    add(
-        "--device",
-        type=matching(DEVICE, "auto, cpu, cuda, cuda:N or mps"),
-        default="auto",
-        help="auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:N, mps",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", *DTYPES],
-        help="arithmetic; auto: bfloat16 on GPUs that have it, else float32",
-    )
     add(
         "--host",
         default="127.0.0.1",
@@ -82,20 +50,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--max_new_tokens", type=at_least(1), default=256, help="longest answer, at first")
     add("--temperature", type=at_least(0, float), default=0.0, help="at first; 0 = always the likeliest word")
-    add(
-        "--allow_other_inputs",
-        action="store_true",
-        help="take another CLIP or tokenizer than the weights were trained with (otherwise refused)",
-    )
     add("--seed", type=at_least(0), default=0, help="at first; the same seed gives the same answer")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.load_from and not args.load_from.exists():
-        raise FileNotFoundError(f"--load_from: there is no file or folder {args.load_from}")
-    weights = args.load_from or find_weights(args.out_dir, STAGES, args.dim, args.use_moe)
+    weights = choose_weights(args, STAGES)
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The page needs no network, and Gradio asks its own address whether it is up: no proxy may come between.

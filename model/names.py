@@ -5,10 +5,12 @@ Imports nothing heavy, so a wrong flag or a missing file is reported before PyTo
 
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from model.LMConfig import LMConfig
 
+DEMO_DIR = Path("out/demo")  # where quickstart.sh trains
 TOKENIZER_PATH = "model/minimind_tokenizer"
 CLIP_PATH = "model/clip_model/clip-vit-base-patch32"
 STAGES = ("llm", "vlm_pretrain", "vlm_sft", "vlm_sft_multi")
@@ -37,19 +39,16 @@ def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:
 def find_weights(
     out_dir: str | Path, stages: Sequence[str], dim: int = 0, use_moe: bool | None = None
 ) -> Path:
-    """The weights of the first of `stages` that has any in out_dir; of several sizes, the newest file.
+    """The weights of the first of `stages` that has any in out_dir; of several sizes, the newest file. Where
+    nothing was trained in out/ itself, the demo's in out/demo/ will do.
 
     dim, use_moe  only weights of this width (0 = any), with or without experts (None = either)
     raises        FileNotFoundError that lists what is there instead
     """
     folder = Path(out_dir)
-    for stage in stages:
-        found = [
-            path
-            for path in folder.glob(f"{dim or ''}*_{stage}.pth")
-            if re.fullmatch(rf"{dim or '[0-9]+'}(_moe)?_{stage}\.pth", path.name)
-            and use_moe in (None, "_moe_" in path.name)
-        ]
+    folders = [folder, DEMO_DIR] if folder == DEMO_DIR.parent else [folder]
+    for place, stage in product(folders, stages):
+        found = [path for path in place.glob(f"*_{stage}.pth") if is_wanted(path.name, stage, dim, use_moe)]
         if found:
             return max(found, key=lambda path: path.stat().st_mtime)
     others = ", ".join(sorted(path.name for path in folder.glob("*_vlm_*.pth")))
@@ -60,6 +59,11 @@ def find_weights(
             "choose by --dim, --use_moe and --stage, or name a file with --load_from"
         )
     raise FileNotFoundError(
-        f"no *_vlm_*.pth in {folder}: train them (README, 'Stages'), download them "
-        "(README, 'Weights'), or name a file with --load_from"
+        f"no *_vlm_*.pth in {folder}: bash quickstart.sh trains a demo; or train your own (README, 'Stages'), "
+        "download them (README, 'Weights'), or name a file with --load_from"
     )
+
+
+def is_wanted(name: str, stage: str, dim: int, use_moe: bool | None) -> bool:
+    match = re.fullmatch(rf"(\d+)(_moe)?_{stage}\.pth", name)
+    return bool(match) and dim in (0, int(match[1])) and use_moe in (None, bool(match[2]))

@@ -6,8 +6,8 @@ Flags can also come from a file, one or more per line: python 1-pretrain_vlm.py 
 import argparse
 import os
 
-from model.names import CLIP_PATH, DEVICE, DTYPES, FEATURE_DTYPES, TOKENIZER_PATH
-from trainer.script import Parser, above, at_least, matching, true_or_false
+from model.names import CLIP_PATH, FEATURE_DTYPES, TOKENIZER_PATH
+from trainer.script import Parser, above, add_device_flags, at_least, true_or_false
 
 AUTO = "auto"  # --batch_size, until the memory is known
 TRAIN_CHOICES = ("all", "projection", "projection+last")
@@ -29,29 +29,6 @@ def training_parser(description: str, data_path: str, image_dir: str, learning_r
     return parser
 
 
-def add_device_flags(group) -> None:
-    group.add_argument(
-        "--device",
-        type=matching(DEVICE, "auto, cpu, cuda, cuda:N or mps"),
-        default="auto",
-        help="auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:N, mps",
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", *DTYPES],
-        help="arithmetic of the matrix products; auto: bfloat16 on GPUs that have it, else float32",
-    )
-
-
-def add_other_inputs_flag(group) -> None:
-    group.add_argument(
-        "--allow_other_inputs",
-        action="store_true",
-        help="take another CLIP or tokenizer than the weights were trained with (otherwise refused)",
-    )
-
-
 def add_model_flags(parser: Parser) -> None:
     """The files that every script reads, and the device it runs on."""
     group = parser.add_argument_group("model")
@@ -70,7 +47,6 @@ def add_model_flags(parser: Parser) -> None:
         metavar="True|False",
         help="a mixture of experts; its files are *_moe_*.pth",
     )
-    add_other_inputs_flag(group)
     add_device_flags(group)
     group.add_argument("--seed", type=at_least(0), default=1337, help="of weights, order and sampling")
 

@@ -11,7 +11,10 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from model.names import CLIP_PATH, DEVICE, DTYPES, TOKENIZER_PATH, find_weights
 
 
 class AgreedError(ValueError):
@@ -104,6 +107,60 @@ def true_or_false(text: str) -> bool:
     if text.lower() in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+
+
+def add_device_flags(group) -> None:
+    group.add_argument(
+        "--device",
+        type=matching(DEVICE, "auto, cpu, cuda, cuda:N or mps"),
+        default="auto",
+        help="auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:N, mps",
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="arithmetic of the matrix products; auto: bfloat16 on GPUs that have it, else float32",
+    )
+    group.add_argument(
+        "--allow_other_inputs",
+        action="store_true",
+        help="take another CLIP or tokenizer than the weights were trained with (otherwise refused)",
+    )
+
+
+def add_loading_flags(parser: Parser) -> None:
+    """Which weights answer, for whoever loads them to ask: find_weights() searches by these."""
+    group = parser.add_argument_group("what to load")
+    group.add_argument(
+        "--load_from",
+        "--load",
+        type=Path,
+        metavar="PATH",
+        help="weight file (also v1's own) or Hugging Face folder, instead of searching in --out_dir",
+    )
+    group.add_argument("--out_dir", default="out", help="folder to look for weights in")
+    group.add_argument("--dim", type=at_least(0), default=0, help="only weights of this width (0 = any)")
+    group.add_argument(
+        "--use_moe",
+        type=true_or_false,
+        nargs="?",
+        const=True,
+        metavar="True|False",
+        help="only weights of a mixture of experts, or (False) only others",
+    )
+    group.add_argument(
+        "--tokenizer_path", help=f"tokenizer folder (default: what the weights name, else {TOKENIZER_PATH})"
+    )
+    group.add_argument("--clip_path", help=f"CLIP folder (default: what the weights name, else {CLIP_PATH})")
+    add_device_flags(group)
+
+
+def choose_weights(args: argparse.Namespace, stages: Sequence[str]) -> Path:
+    """The weights that the flags of add_loading_flags() name. Raises FileNotFoundError."""
+    if args.load_from and not args.load_from.exists():
+        raise FileNotFoundError(f"--load_from: there is no file or folder {args.load_from}")
+    return args.load_from or find_weights(args.out_dir, stages, args.dim, args.use_moe)
 
 
 def clean_exit(main: Callable[[], None]) -> None:
