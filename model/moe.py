@@ -55,10 +55,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)"""
         _, weights, chosen = self.gate(x)
-        rows = x.reshape(-1, x.shape[-1])  # (R, D)
-        out = mix(
-            rows, weights.reshape(len(rows), -1), chosen.reshape(len(rows), -1), self.experts, self.compute
-        )
+        rows = x.flatten(0, -2)  # (R, D); R is 0 in the last layer of a batch without targets
+        out = mix(rows, weights.flatten(0, -2), chosen.flatten(0, -2), self.experts, self.compute)
         if self.shared_experts is not None:
             out = out + self.shared_experts(rows)
         return out.view_as(x)
