@@ -1,5 +1,5 @@
-"""Mixture of experts: the same function as plain loops, a balance loss that does not depend on how a batch is
-cut or padded, and runs that go on, in one process or two."""
+"""Mixture of experts: the same function as plain loops, v1's files, and runs that go on, in one process or
+two. Their balance loss: test_experts.py."""
 
 import copy
 import json
@@ -14,11 +14,9 @@ from test_resume import PowerCut, cut_after
 
 from dataset.demo_world.build import World
 from model.checkpoint import config_of, load_weights, read_state_dict, save_weights
-from model.data.batch import IGNORE_INDEX
 from model.decode import Decoder
-from model.fast import grouped
 from model.LMConfig import LMConfig
-from model.moe import MixtureOfExperts, Routing, one_by_one
+from model.moe import MixtureOfExperts
 from model.names import weights_path
 from model.transformer import FeedForward, Transformer
 from model.vision_proj import placeholder_ids
@@ -77,7 +75,7 @@ def test_parameter_counts_and_names_are_those_of_v1():
     }
 
 
-def test_sizes_of_experts_are_checked_and_kept(tmp_path):
+def test_sizes_of_experts_are_checked_and_kept():
     with pytest.raises(
         ValueError,
         match=r"num_experts_per_tok must be 1 to n_routed_experts \(4\), not 5; "
@@ -87,8 +85,7 @@ def test_sizes_of_experts_are_checked_and_kept(tmp_path):
     with pytest.raises(ValueError, match="aux_loss_alpha must be 0 or more, not -1"):
         LMConfig(aux_loss_alpha=-1)
     config = LMConfig(use_moe=True, n_routed_experts=6, aux_loss_alpha=0.1, norm_topk_prob=False)
-    config.to_json(tmp_path / "config.json")
-    assert LMConfig.from_json(tmp_path / "config.json") == config
+    assert LMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert not any("expert" in name or "moe" in name for name in LMConfig().to_dict())
 
 
@@ -142,22 +139,6 @@ def test_experts_equal_a_slow_loop_gradients_included(sizes, num_tokens):
     assert num_tokens > 1 or any(gradient is None for gradient in expected)
 
 
-def test_the_grouped_products_of_a_gpu_are_those_of_the_loop():
-    """On a CPU PyTorch computes them too, in its own loop. One expert has no row."""
-    config = LMConfig(dim=16, n_heads=2, n_kv_heads=1, use_moe=True)
-    experts = loud(MixtureOfExperts(config, FeedForward)).to(torch.bfloat16).experts
-    rows, counts = torch.randn(29, 16).bfloat16(), torch.tensor([13, 0, 1, 15])
-    weight, results = torch.randn(29, 16).bfloat16(), []
-    for compute in (one_by_one, grouped):
-        x = rows.clone().requires_grad_()
-        said = compute(experts, x, counts)
-        gradients = torch.autograd.grad((said * weight).sum(), [x, *experts.parameters()])
-        results.append([said, *gradients])
-    for one, two in zip(*results, strict=True):
-        assert one.abs().max() > 0 or not two.any()
-        torch.testing.assert_close(two, one, rtol=0.05, atol=0.02 * one.abs().max().item())
-
-
 def v1_forward(state: dict, config: LMConfig, ids: list[int], features: torch.Tensor) -> torch.Tensor:
     """MiniMind-V v1 as its documents describe it, one row and one head at a time: logits (T, V)."""
     T, E = len(ids), config.head_dim
@@ -195,18 +176,25 @@ def v1_forward(state: dict, config: LMConfig, ids: list[int], features: torch.Te
     return norm(h, "norm") @ state["output.weight"].T
 
 
+def test_the_sizes_of_v1_with_experts_are_read_off_names_and_shapes(tmp_path):
+    """v1's files have no description beside them."""
+    config = LMConfig(use_moe=True, vision_proj_bias=True)
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    assert config_of(tmp_path / "512_moe_vlm_sft.pth", state) == config
+
+
 def test_a_file_of_v1_with_experts_gives_the_logits_of_an_independent_forward(tmp_path):
-    """Everything is read off its names and shapes; there is no description beside it."""
     config = LMConfig(dim=64, n_layers=3, vocab_size=600, use_moe=True, vision_dim=24, vision_proj_bias=True)
-    state = loud(Transformer(config)).state_dict()
+    state, path = loud(Transformer(config)).state_dict(), tmp_path / "64_moe.pth"
     old_names = {
         name.replace("vision_proj.", "vision_proj.vision_proj.0."): tensor for name, tensor in state.items()
     }
-    torch.save({f"module.{name}": tensor for name, tensor in old_names.items()}, tmp_path / "64_moe.pth")
-    found = config_of(tmp_path / "64_moe.pth", read_state_dict(tmp_path / "64_moe.pth"))
-    assert found == config
-    model = Transformer(found).eval()
-    report = load_weights(model, tmp_path / "64_moe.pth")
+    torch.save({f"module.{name}": tensor for name, tensor in old_names.items()}, path)
+    path.with_suffix(".json").write_text(json.dumps({"config": config.to_dict()}))
+    assert config_of(path, read_state_dict(path)) == config
+    model = Transformer(config).eval()
+    report = load_weights(model, path)
     assert report.missing == report.ignored == []
     ids, features = [1, 7, *placeholder_ids(), 9, 300, 41, 2], torch.randn(50, 24)
     with torch.no_grad():
@@ -214,9 +202,7 @@ def test_a_file_of_v1_with_experts_gives_the_logits_of_an_independent_forward(tm
         logits = model(torch.tensor([ids]), features.unsqueeze(0))[0][0]
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     with pytest.raises(ValueError, match="the file would fit --use_moe True$"):
-        load_weights(
-            Transformer(LMConfig.from_dict(config.to_dict() | {"use_moe": False})), tmp_path / "64_moe.pth"
-        )
+        load_weights(Transformer(LMConfig.from_dict(config.to_dict() | {"use_moe": False})), path)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -230,93 +216,6 @@ def test_cached_logits_are_those_of_the_whole(lively, config, batch_size):
     for step in range(10):
         torch.testing.assert_close(logits, full[range(3), lengths + step - 1], rtol=1e-4, atol=1e-4)
         logits = decoder.step(ids[range(3), lengths + step], cache)
-
-
-# ---- the balance loss --------------------------------------------------------------------------------------
-
-
-def make_batch(vocab_size: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that end where their last label stands; what lies behind is random, and must not matter."""
-    ids = torch.randint(3, vocab_size, (3, T), generator=torch.Generator().manual_seed(T))
-    labels = torch.full((3, T), IGNORE_INDEX)
-    generator = torch.Generator().manual_seed(0)
-    for row, length in enumerate((31, 17, 5)):
-        ids[row, :length] = torch.randint(3, vocab_size, (length,), generator=generator)
-        labels[row, length // 2 : length] = ids[row, length // 2 : length]
-    return ids, labels
-
-
-def route_of(model, ids, labels) -> tuple[torch.Tensor, Routing]:
-    routing = Routing()
-    return model(ids, labels=labels, routing=routing)[1], routing
-
-
-def test_the_balance_loss_is_deepseeks_sequence_by_sequence(lively, config):
-    """Counted with hooks, row by row, over all its tokens, in the last layer too."""
-    seen = []
-    for layer in lively.layers:
-        layer.ffn_norm.register_forward_hook(lambda module, inputs, x: seen.append(x))
-    ids, labels = make_batch(config.vocab_size, 40)
-    expected, load = 0.0, torch.zeros(2, 4, dtype=torch.long)
-    for row, length in enumerate((31, 17, 5)):
-        seen.clear()
-        lively(ids[row : row + 1, :length])
-        for number, x in enumerate(seen):
-            probabilities = (x[0] @ lively.layers[number].feed_forward.gate.weight.T).softmax(-1)  # (T, E)
-            for expert in range(4):
-                hits = sum(expert in token.argsort(descending=True)[:2] for token in probabilities)
-                load[number, expert] += hits
-                expected += hits / length * 4 / 2 * probabilities[:, expert].mean()
-    _, routing = route_of(lively, ids, labels)
-    torch.testing.assert_close(routing.balance, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(routing.load, load) and load.sum() == 2 * 2 * (31 + 17 + 5)
-
-
-def test_routing_changes_no_loss_and_even_use_costs_one(lively, config):
-    ids, labels = make_batch(config.vocab_size, 40)
-    loss, _ = route_of(lively, ids, labels)
-    torch.testing.assert_close(loss, lively(ids, labels=labels)[1])
-    for layer in lively.layers:
-        layer.feed_forward.gate.weight.zero_()
-    assert route_of(lively, ids, labels)[1].balance.item() == pytest.approx(3 * config.n_layers)
-
-
-def test_padding_changes_neither_the_balance_nor_a_gradient(model, config):
-    results = []
-    for T in (31, 64):
-        model.zero_grad()
-        loss, routing = route_of(model, *make_batch(config.vocab_size, T))
-        (loss + routing.balance).backward()
-        results.append(
-            [
-                loss.detach(),
-                routing.balance.detach(),
-                routing.load,
-                *(parameter.grad.clone() for parameter in model.layers.parameters()),
-            ]
-        )
-    for short, long in zip(*results, strict=True):
-        torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-6)
-
-
-def test_a_batch_with_nothing_to_learn_is_harmless(model):
-    loss, routing = route_of(model, torch.ones(2, 4, dtype=torch.long), torch.full((2, 4), IGNORE_INDEX))
-    (loss + routing.balance).backward()
-    assert loss.item() == routing.balance.item() == 0 and not routing.load.any()
-    assert all(
-        parameter.grad is not None and not parameter.grad.any() for parameter in model.layers.parameters()
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_parameter_has_a_finite_gradient_in_every_dtype(model, config, dtype):
-    ids, labels = make_batch(config.vocab_size, 40)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss, routing = route_of(model, ids, labels)
-    (loss + routing.balance).backward()
-    assert routing.balance.dtype == torch.float32
-    assert loss.item() == pytest.approx(model(ids, labels=labels)[1].item(), rel=1e-2)
-    assert all(parameter.grad.isfinite().all() for parameter in model.layers.parameters())
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -413,6 +312,24 @@ def test_a_resumed_run_ends_in_the_same_bits_and_the_same_record(moe_workplace, 
     assert records() == record and len(record) == 2
 
 
+def test_validation_leaves_no_trace_in_the_record(moe_workplace):
+    """Neither in the load and the balance loss, nor in the weights."""
+    (moe_workplace / "val.json").write_text(json.dumps(make_rows(5)))
+    records, weights = [], []
+    for flags in ([], [f"--val_data_path={moe_workplace}/val.json", "--save_interval=1"]):
+        run_inside(SCRIPT, f"@{moe_workplace}/args", "--max_steps=3", *flags)
+        weights.append(weights_of(moe_workplace, STAGE))
+        records.append(
+            [
+                {name: value for name, value in record.items() if "expert" in name or "balance" in name}
+                for record in metrics_of(moe_workplace)
+                if "val_loss" not in record
+            ]
+        )
+    check_same(*weights)
+    assert records[0] == records[1] and len(records[0]) == 3
+
+
 def test_the_feature_cache_changes_no_bit(moe_workplace):
     flags = [f"@{moe_workplace}/args", "--max_steps=3"]
     run_inside(SCRIPT, *flags)
@@ -443,10 +360,10 @@ def test_every_script_finds_the_files_of_experts(moe_workplace, capsys):
     assert "32_moe_vlm_sft.pth: " in output and output.count("0.png]") == 1
     with pytest.raises(
         FileNotFoundError,
-        match="32_vlm_sft.pth not found, but 32_moe_vlm_pretrain.pth, "
+        match="32_vlm_sft.*pth not found, but 32_moe_vlm_pretrain.pth, "
         "32_moe_vlm_sft.pth: choose by --dim, --use_moe and --stage",
     ):
-        run_inside("3-eval_chat.py", *flags)
+        run_inside("3-eval_chat.py", *flags, "--use_moe=False")
 
 
 def test_the_recipes_of_a_demo_world_with_experts_say_so(tmp_path):
