@@ -59,7 +59,7 @@ def find_weights(
             "choose by --dim, --use_moe and --stage, or name a file with --load_from"
         )
     raise FileNotFoundError(
-        f"no *_vlm_*.pth in {folder}: bash quickstart.sh trains a demo; or train your own (README, 'Stages'), "
+        f"no *_vlm_*.pth in {folder}: bash quickstart.sh trains a demo; or train yours (README, 'Stages'), "
         "download them (README, 'Weights'), or name a file with --load_from"
     )
 
