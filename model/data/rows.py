@@ -10,7 +10,8 @@ indexed once, into a folder .NAME.index beside it, or where that cannot be writt
     KEY.NAME.json   what remember() keeps
     lock            held while any of these is written
 
-The key holds the file's size and time, so the index of a file that has changed since is never found.
+The key holds the file's size and time; at every start the fingerprint of its content is compared too, so the
+index of another file is never used.
 """
 
 import codecs
@@ -28,9 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from model.files import atomic_write, check_data_file, locked
+from model.files import atomic_write, check_data_file, fingerprint_file, locked
 
-VERSION = 1  # of the index; another one does not find what this one wrote
+VERSION = 2  # of the index; another one does not find what this one wrote
 SMALL = 4 << 20  # bytes; a smaller file is indexed in milliseconds, at every start and in memory
 WINDOW = 16 << 20  # bytes decoded at a time while looking for the rows of a JSON list
 SPACE, SPACE_BYTES = re.compile(r"[ \t\r\n]*"), re.compile(rb"[ \t\r\n]*")
@@ -96,6 +97,7 @@ class Rows:
             spans = np.load(self.file(folder, "spans.npy"), mmap_mode="r").view(np.ndarray)
             data = map_file(self.file(folder, "jsonl") if self.path.suffix == ".parquet" else self.path)
             whole = spans.shape == (facts["num_rows"], 2) and len(data) == facts["num_bytes"]
+            whole = whole and facts["fingerprint"] == fingerprint_file(self.path)
         except (OSError, ValueError, KeyError, TypeError, EOFError):
             return False
         if whole:
@@ -129,7 +131,7 @@ class Rows:
             self.data = map_file(self.path)
         if not spans:
             raise ValueError(f"{self.path} holds no rows")
-        self.fingerprint = hashlib.blake2b(map_file(self.path), digest_size=8).hexdigest()
+        self.fingerprint = fingerprint_file(self.path)
         status = self.path.stat()
         if self.key != f"{status.st_size}-{status.st_mtime_ns}-v{VERSION}":
             raise ValueError(f"{self.path} was changed while it was read")
