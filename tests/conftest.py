@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import av
 import numpy as np
@@ -25,9 +26,11 @@ from model.LMConfig import LMConfig
 from model.names import weights_path
 from model.prompt import load_tokenizer
 from model.transformer import Transformer
+from trainer.loop import Trainer
 from trainer.script import clean_exit
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = 600  # seconds after which something hangs; a busy machine needs many times what an idle one does
 SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 
 
@@ -214,15 +217,17 @@ def workplace(tmp_path, tokenizer, tokenizer_path, clip_path) -> Path:
     return tmp_path
 
 
-def run_script(*command: str, processes: int = 1, timeout: int = 180) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a process, under torchrun if there are several."""
+def run_script(
+    *command: str, processes: int = 1, timeout: int = LONG, folder: Path = ROOT
+) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a process in a folder, under torchrun if there are several."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [*launcher, *map(str, command)],
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         timeout=timeout,
         capture_output=True,
@@ -230,12 +235,17 @@ def run_script(*command: str, processes: int = 1, timeout: int = 180) -> subproc
     )
 
 
-def run_inside(script: str, *flags: str) -> None:
-    """Run a numbered script in this process, for tests that reach into it."""
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", script), ROOT / script)
+def load_script(name: str) -> ModuleType:
+    """A script as a module; its name is no word of Python's."""
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", name), ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main([str(flag) for flag in flags])
+    return module
+
+
+def run_inside(script: str, *flags: str) -> None:
+    """Run a numbered script in this process, for tests that reach into it."""
+    load_script(script).main([str(flag) for flag in flags])
 
 
 def run_clean(capsys, script: str, *flags: str) -> subprocess.CompletedProcess:
@@ -248,6 +258,23 @@ def run_clean(capsys, script: str, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess([script, *flags], status, *capsys.readouterr())
 
 
+class PowerCut(Exception):
+    pass
+
+
+def cut_after(monkeypatch, steps: int) -> None:
+    """Let Trainer.step fail in the middle of step number steps + 1 of a process."""
+    original, taken = Trainer.step, []
+
+    def step(self, *arguments):
+        if len(taken) == steps:
+            raise PowerCut
+        taken.append(1)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
 def weights_of(workplace: Path, stage: str = "vlm_pretrain", folder: str = "out") -> dict[str, torch.Tensor]:
     return torch.load(workplace / folder / f"32_{stage}.pth", weights_only=True)
 
@@ -257,7 +284,7 @@ def check_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
-def wait_until(condition, seconds: float = 120, pause: float = 0.02) -> None:
+def wait_until(condition, seconds: float = LONG, pause: float = 0.02) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, "waited in vain"

@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZES, check_same, make_rows, run_inside, run_script, train, weights_of
-from test_resume import PowerCut, cut_after
+from conftest import (
+    SIZES,
+    PowerCut,
+    check_same,
+    cut_after,
+    make_rows,
+    run_inside,
+    run_script,
+    train,
+    weights_of,
+)
 
 from dataset.demo_world.build import World
 from model.checkpoint import config_of, load_weights, read_state_dict, save_weights

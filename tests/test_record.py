@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
-from conftest import make_rows, run_inside, train, weights_of
+from conftest import PowerCut, cut_after, load_script, make_rows, run_inside, train, weights_of
 
 from model.checkpoint import read_description
+from trainer.distributed import Run
 from trainer.logger import read_metrics
 from trainer.loop import Trainer
+from trainer.stage import load_stage, make_plan
 from trainer.validation import Validation
 
 SCRIPT = "1-pretrain_vlm.py"
@@ -26,15 +28,15 @@ def test_the_validation_loss_is_that_of_the_weights_on_all_rows(workplace, monke
     """Measured again with the saved weights in one batch: a mean over tokens, not over batches."""
     (workplace / "val.json").write_text(json.dumps(make_rows(7)))
     seen = []
-    original = Trainer.forward
+    original = Trainer.loss
 
-    def forward(self, batch, model=None, **settings):
-        loss = original(self, batch, model, **settings)
+    def watched(self, batch, model=None):
+        loss = original(self, batch, model)
         if model is not None:
             seen.append((self.model.training, loss.requires_grad))
         return loss
 
-    monkeypatch.setattr(Trainer, "forward", forward)
+    monkeypatch.setattr(Trainer, "loss", watched)
     flags = [f"@{workplace}/args", f"--val_data_path={workplace}/val.json"]
     run_inside(SCRIPT, *flags, "--max_steps=5", "--save_interval=2")
     measured = [record for record in metrics_of(workplace) if "val_loss" in record]
@@ -53,7 +55,7 @@ def test_the_validation_loss_is_that_of_the_weights_on_all_rows(workplace, monke
     assert metrics_of(workplace)[0]["loss"] == pytest.approx(measured[-1]["val_loss"], rel=1e-5)
 
 
-def test_a_validation_share_is_never_trained_on_and_is_the_same_for_two_processes(workplace, monkeypatch):
+def test_a_validation_share_has_the_same_loss_for_two_processes(workplace):
     flags = ["--val_fraction=0.25", "--save_interval=3"]
     run_inside(SCRIPT, f"@{workplace}/args", *flags, "--max_steps=6")
     one = [record["val_loss"] for record in metrics_of(workplace) if "val_loss" in record]
@@ -62,20 +64,14 @@ def test_a_validation_share_is_never_trained_on_and_is_the_same_for_two_processe
     assert "18 samples, 4 per step" in output and "6 samples for the validation loss" in output
     assert len(one) == 2 and two == pytest.approx(one, abs=1e-4)
 
-    from trainer import loop
 
-    trained, validated = [], []
-    original = loop.split_off
-
-    def split_off(*arguments):
-        sets = original(*arguments)
-        trained.extend(sets[0].indices.tolist())
-        validated.extend(sets[1].indices.tolist())
-        return sets
-
-    monkeypatch.setattr(loop, "split_off", split_off)
-    run_inside(SCRIPT, f"@{workplace}/args", *flags, "--max_steps=1")
-    assert sorted(trained + validated) == list(range(24)) and len(validated) == 6
+def test_a_validation_share_is_never_trained_on(workplace):
+    script, run = load_script(SCRIPT), Run(0, 1, torch.device("cpu"))
+    args = script.parse_args([f"@{workplace}/args", "--val_fraction=0.25", "--epochs=3"])
+    plan = make_plan(run, args, load_stage(run, args, script.make_stage(args)))
+    trained = [int(plan.train_set.indices[place]) for places in plan.batches for place in places]
+    validated = plan.val_set.indices.tolist()
+    assert len(validated) == 6 and sorted(trained + 3 * validated) == sorted(3 * list(range(24)))
 
 
 def test_the_best_weights_are_kept_on_request(workplace, monkeypatch):
@@ -83,15 +79,8 @@ def test_the_best_weights_are_kept_on_request(workplace, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(Validation, "measure", lambda self, trainer: {"val_loss": next(losses)})
     flags = [f"@{workplace}/args", "--val_fraction=0.25", "--keep_best", "--save_interval=1", "--max_steps=4"]
-    original = Trainer.step
-
-    def step(self, micro_batches, num_targets, rate):
-        if rate < 5e-4:
-            raise InterruptedError
-        return original(self, micro_batches, num_targets, rate)
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(Trainer, "step", step)
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_after(patch, 3)
         run_inside(SCRIPT, *flags)
     run_inside(SCRIPT, *flags, "--resume")
     description = read_description(workplace / "out" / "32_vlm_pretrain.best.pth")
@@ -105,7 +94,7 @@ def test_the_best_weights_are_kept_on_request(workplace, monkeypatch):
     [
         (["--val_fraction=0.01"], "leaves nothing to validate on"),
         (["--val_fraction=0.99"], "leaves no row to train on"),
-        (["--val_fraction=1.5"], "--val_fraction must be below 1"),
+        (["--val_fraction=1.5"], "--val_fraction must be at least 0 and below 1, not 1.5"),
         (["--keep_best"], "--keep_best needs a validation loss"),
         (["--val_fraction=0.1", "--val_data_path=x.json"], "exclude each other"),
         (["--resume", "--resume_weights_only"], "give one of them"),
@@ -138,17 +127,9 @@ def test_wandb_records_and_never_stops_a_run(workplace, mode, key, monkeypatch):
 def test_a_resumed_run_goes_on_with_its_wandb_run(workplace, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
-    def stop(self, *arguments):
-        raise InterruptedError
-
     flags = [f"@{workplace}/args", "--use_wandb", "--max_steps=3", "--save_interval=1"]
-    original = Trainer.step
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(
-            Trainer,
-            "step",
-            lambda self, *arguments: original(self, *arguments) if self.learning_rate == 0 else stop(self),
-        )
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_after(patch, 1)
         run_inside(SCRIPT, *flags)
     saved = torch.load(workplace / "out" / "32_vlm_pretrain.resume", weights_only=True)
     run_inside(SCRIPT, *flags, "--resume")

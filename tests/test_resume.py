@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    LONG,
     ROOT,
+    PowerCut,
     check_refused,
     check_same,
     children_of,
+    cut_after,
     make_rows,
     run_inside,
     train,
@@ -31,23 +34,6 @@ from trainer.loop import Trainer
 from trainer.saves import RunFiles
 
 SCRIPT = "1-pretrain_vlm.py"
-
-
-class PowerCut(Exception):
-    pass
-
-
-def cut_after(monkeypatch, steps: int) -> None:
-    """Let Trainer.step fail in the middle of step number steps + 1 of a process."""
-    original, taken = Trainer.step, []
-
-    def step(self, *arguments):
-        if len(taken) == steps:
-            raise PowerCut
-        taken.append(1)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "step", step)
 
 
 def records_of(workplace: Path) -> list[dict]:
@@ -96,12 +82,12 @@ def test_a_resumed_run_ends_in_the_same_bits_and_the_same_record(workplace, monk
 
 def test_random_numbers_go_on_too(workplace, monkeypatch):
     """MiniMind has no dropout; whoever adds it finds that every step and rank has a stream of its own."""
-    original = Trainer.forward
+    original = Trainer.loss
 
-    def noisy(self, *arguments, **settings):
-        return original(self, *arguments, **settings) * (1 + torch.rand(()))
+    def noisy(self, *arguments):
+        return original(self, *arguments) * (1 + torch.rand(()))
 
-    monkeypatch.setattr(Trainer, "forward", noisy)
+    monkeypatch.setattr(Trainer, "loss", noisy)
     flags = [f"@{workplace}/args", "--max_steps=4"]
     run_inside(SCRIPT, *flags)
     expected = weights_of(workplace)
@@ -126,8 +112,8 @@ def test_an_unfinished_run_is_never_overwritten_silently(workplace, monkeypatch,
     (workplace / "data.json").write_text(json.dumps(make_rows(25)))
     with pytest.raises(
         ValueError,
-        match=r"rows 24 then, 25 now; data \w+ then, \w+ now; "
-        r"batch_size 4 then, 2 now.*--resume_weights_only",
+        match="rows 24 then, 25 now; batch_size 4 then, 2 now; "
+        r"data \w+ then, \w+ now.*--resume_weights_only",
     ):
         run_inside(SCRIPT, *flags, "--resume", "--batch_size=2")
     check_same(weights_of(workplace), interrupted)
@@ -197,7 +183,7 @@ def test_told_to_stop_it_saves_once_and_ends_as_told(workplace, number, processe
     else:
         for pid in children_of(process.pid) if processes > 1 else [process.pid]:
             os.kill(pid, number)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=LONG)[0]
     assert process.returncode == status and "Traceback" not in output, output
     assert output.count("stopped and saved at step") == 1
     step = read_description(workplace / "out" / "32_vlm_pretrain.pth")["step"]
@@ -220,7 +206,7 @@ def test_two_processes_stopped_by_torchrun_and_resumed_end_in_the_same_bits(work
         path.unlink()
     process = start(workplace, *flags, processes=2)
     os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=LONG)[0]
     assert "stopped and saved at step" in output, output
     train(workplace, *flags, "--resume", processes=2)
     check_same(weights_of(workplace), expected)
