@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.max_rounds is None:  # what no flag says, the weights do
         args.max_rounds = chat.max_rounds
     args.image_dir = args.image_dir or chat.about.get("image_dir", "dataset/eval_images")
-    # So that the folder below goes then, too, and a second signal does not disturb that.
+    # So that the folder below is removed then too, undisturbed by a second signal.
     signal.signal(signal.SIGTERM, lambda number, _: (signal.signal(number, signal.SIG_IGN), sys.exit(0)))
     with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:  # /tmp/gradio is shared
         os.environ["GRADIO_TEMP_DIR"] = folder

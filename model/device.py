@@ -9,7 +9,7 @@ def choose_device(device: str, index: int = 0) -> torch.device:
     """ "auto" (CUDA if there is any, else Apple's MPS, else CPU), "cpu", "mps", "cuda" (number `index`) or
     "cuda:N".
 
-    Raises ValueError if it cannot be had.
+    Raises ValueError if it is not available.
     """
     if not DEVICE.fullmatch(device):
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {device}")

@@ -83,5 +83,5 @@ def check_inputs_match(
         flags = " or ".join(f"--{name.lower()}_path" for name in found if name in trained_with)
         raise ValueError(
             f"{weights} was trained with the {'; with the '.join(differences)}: name the right one with "
-            f"{flags}, or take it all the same with --allow_other_inputs"
+            f"{flags}, or use it anyway with --allow_other_inputs"
         )

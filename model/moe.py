@@ -87,7 +87,7 @@ def mix(
 
 
 def one_by_one(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-    """Each expert's own rows, one product after another. An expert without rows takes part all the same: its
+    """Each expert's own rows, one product after another. An expert without rows still takes part: its
     gradient is then zero, not absent, and DDP waits for every gradient."""
     parts = rows.split(counts.tolist())
     return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])

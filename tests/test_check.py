@@ -99,7 +99,7 @@ def test_a_good_place_as_a_process(good_place):
         "float32 on cpu, 1 threads",
         "6 steps",
         "the saves need",
-        "32_vlm_pretrain.pth: begins anew",
+        "32_vlm_pretrain.pth: starts from step 0",
         "free\n",
         "guessing has ln(581) = 6.36",
         "3 rows with their images",
@@ -244,7 +244,7 @@ def test_too_little_memory(good_place, look, monkeypatch):
     monkeypatch.setattr(check, "available_memory", lambda device: 402_000_000)
     status, report, (problem,) = look(good_place)
     assert status == 2 and "(held now 400 MB, loading 2.41 MB, gradients 201 kB" in report
-    assert "of memory on cpu, but 402 MB can be had: halve --batch_size" in problem
+    assert "of memory on cpu, but 402 MB is available: halve --batch_size" in problem
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     both = look(good_place)[2][0]
     assert number_after("about ", both) == pytest.approx(2 * number_after("about ", problem), abs=1)
@@ -282,7 +282,7 @@ def test_what_becomes_of_the_files_of_an_earlier_run(good_place, look):
     """The check foresees what the run does: begin anew, keep, go on, refuse."""
     train_stage(good_place)
     status, report, _ = look(good_place, "--max_steps=6")
-    assert status == 0 and "begins anew; what is there now is kept as 32_vlm_pretrain.previous.pth" in report
+    assert status == 0 and "starts from step 0; the present file is kept as 32_vlm_pretrain.previous.pth" in report
     assert "finished; there is nothing to do" in look(good_place, "--max_steps=6", "--resume")[1]
     assert "learning_rate" in look(good_place, "--max_steps=6", "--resume", "--learning_rate=0.1")[2][0]
     weights = weights_of(good_place)
@@ -294,7 +294,7 @@ def test_what_becomes_of_the_files_of_an_earlier_run(good_place, look):
         path.with_suffix(".resume"),
     )
     before = contents(good_place)
-    assert "goes on from step 6 of 9" in look(good_place, "--max_steps=9", "--resume")[1]
+    assert "resumes from step 6 of 9" in look(good_place, "--max_steps=9", "--resume")[1]
     assert "is an unfinished run" in look(good_place, "--max_steps=9")[2][0]
     assert "a new schedule" in look(good_place, "--max_steps=9", "--resume_weights_only")[1]
     assert contents(good_place) == before

@@ -249,7 +249,7 @@ def test_a_full_disk_costs_no_good_file(workplace, monkeypatch):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     check_refused(result, "cannot write", "32_vlm_pretrain.pth: File too large", "as it was")
-    assert result.stdout.count("training goes on and saves again later") == 3
+    assert result.stdout.count("training continues and will save again later") == 3
     check_same(weights_of(workplace), good)
     assert not list((workplace / "out").glob(".*.tmp"))
     run_inside(SCRIPT, *flags)

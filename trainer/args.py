@@ -160,7 +160,7 @@ def add_step_flags(parser: Parser, learning_rate: float) -> None:
         "--train",
         default="all",
         choices=TRAIN_CHOICES,
-        help="what is trained besides CLIP, which never is: all, the projection alone, or the "
+        help="what is trained (CLIP never is): all, the projection alone, or the "
         "projection with the last block and the final norm (default: %(default)s, as v1)",
     )
     group.add_argument("--epochs", type=at_least(1), default=19, help="passes over the data")
@@ -205,7 +205,7 @@ def add_step_flags(parser: Parser, learning_rate: float) -> None:
         "--max_bad_steps",
         type=at_least(1),
         default=20,
-        help="a step whose loss or gradient is not finite is skipped; stop after so many in a row",
+        help="a step whose loss or gradient is not finite is skipped; stop after this many in a row",
     )
     group.add_argument(
         "--compile",
@@ -227,17 +227,17 @@ def add_step_flags(parser: Parser, learning_rate: float) -> None:
 
 
 def add_saving_flags(parser: Parser) -> None:
-    """What a training stage keeps, and how it goes on."""
+    """What a training stage keeps, and how it resumes."""
     group = parser.add_argument_group("interruption")
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an unfinished run, to the same bits; begin if there is none",
+        help="resume an unfinished run, to the same bits; start one if there is none",
     )
     group.add_argument(
         "--resume_weights_only",
         action="store_true",
-        help="begin a new schedule from the weights that an earlier run of this stage left",
+        help="start a new schedule from the weights that an earlier run of this stage left",
     )
     group = parser.add_argument_group("record")
     group.add_argument(
@@ -271,7 +271,7 @@ def check_training_args(args: argparse.Namespace) -> argparse.Namespace:
         problems.append("--keep_best needs a validation loss: give --val_fraction or --val_data_path")
     if args.resume and args.resume_weights_only:
         problems.append(
-            "--resume goes on with the old schedule, --resume_weights_only begins a new one: give one of them"
+            "--resume continues the old schedule, --resume_weights_only begins a new one: give one of them"
         )
     if args.compile and args.use_moe:
         problems.append("--compile does not go with --use_moe: experts choose their rows anew at every step")

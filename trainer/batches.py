@@ -18,7 +18,7 @@ class GlobalBatches(Sampler):
 
     A global step takes the next batch_size * world_size * accumulation_steps samples of the epoch's order and
     deals them out, so the order does not depend on how many processes there are. An epoch's last step may
-    hold fewer. It is a function of seed and step alone, so a run goes on at any `start_step`.
+    hold fewer. It is a function of seed and step alone, so a run can resume at any `start_step`.
 
     max_steps  optimizer steps; 0 = as many as `epochs` take
     lengths    of the samples, roughly; if given, a global step holds samples of similar length, so that

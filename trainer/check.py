@@ -1,4 +1,4 @@
-"""Is everything in place? Says so in seconds, before a run of hours; trains nothing, saves nothing.
+"""Is everything in place? Answers in seconds, before a run of hours; trains nothing, saves nothing.
 
     python -m trainer.check                                           # stage 1
     python -m trainer.check pretrain @dataset/demo/pretrain.args      # with the flags of the run to come
@@ -68,7 +68,7 @@ SCRIPTS = {"pretrain": ROOT / "1-pretrain_vlm.py", "sft": ROOT / "2-sft_vlm.py"}
 NUM_LOADED = 200  # rows loaded with their images, spread over the file
 NUM_ANSWERS = 8  # of them, whose answers the language model is measured on
 NUM_SHOWN = 3  # samples decoded; bad rows named one by one
-GUESSING = 0.9  # who has a loss above this share of ln(vocabulary) has learnt next to nothing
+GUESSING = 0.9  # a model with a loss above this share of ln(vocabulary) has learned next to nothing
 ORDINARY = [
     ("今天天气怎么样？", "今天天气很好，阳光明媚，适合出去散步。"),
     ("苹果是什么颜色的？", "苹果通常是红色或绿色的。"),
@@ -90,7 +90,7 @@ class Measured(NamedTuple):
 
 
 class Check:
-    """Looks at one stage part by part; what a part loads is kept for the next, None where it could not be."""
+    """Looks at one stage part by part; each part keeps what it loaded for the next, None where it failed."""
 
     def __init__(
         self, run: Run, args: argparse.Namespace, stage: Stage, problems: list[str], all_images: bool = False
@@ -168,7 +168,7 @@ class Check:
 
     def check_weights(self) -> bool:
         """Make the model that the flags describe; is it loaded? Sizes that a missing tokenizer or CLIP would
-        tell are taken from the weights."""
+        give are taken from the weights."""
         config = self.attempt(make_config, self.args)
         if not config:
             return False
@@ -253,7 +253,7 @@ class Check:
         for reason in reasons[:NUM_SHOWN]:
             self.problem(reason if skip else f"{reason} (--on_bad_sample skip would leave it out)")
         if len(reasons) > NUM_SHOWN or skip:
-            cure = "mend them" if len(reasons) < number else "are --data_path and --image_dir the right ones?"
+            cure = "fix them" if len(reasons) < number else "are --data_path and --image_dir the right ones?"
             self.problem(f"{len(reasons)} of {number} rows looked at ({name}) cannot be used: {cure}")
 
     # ---- what it will do -----------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class Check:
                 self.problem(f"the loss with images is {loss}: compute in --dtype float32 or bfloat16")
 
     def check_memory(self) -> None:
-        """Compare what a step will take, its rows as long as the longest, with what can be had. After
+        """Compare what a step will take, its rows as long as the longest, with what is available. After
         check_losses(): until they are used, weights that were read from a file are not yet in memory."""
         args, device, cpu = self.args, self.run.device, torch.device("cpu")
         num_tokens, num_targets, num_bytes, _ = np.array(list(self.good.values())).T
@@ -365,7 +365,7 @@ class Check:
             if available is not None and needed > available:
                 self.problem(
                     f"a step needs about {format_bytes(needed)} of memory on {place}, but "
-                    f"{format_bytes(available)} can be had: halve --batch_size and double "
+                    f"{format_bytes(available)} is available: halve --batch_size and double "
                     "--accumulation_steps, or lower --num_workers"
                 )
 
@@ -430,13 +430,13 @@ def foresee(files: RunFiles, model: Transformer, total_steps: int) -> str:
     if is_finished(files.path):
         previous = files.path.with_suffix(".previous.pth")
         lost = ", whose place it takes" if previous.is_file() else ""
-        kept = f"; what is there now is kept as {previous.name}{lost}"
+        kept = f"; the present file is kept as {previous.name}{lost}"
     state = files.read_start(model)
     if not state:
-        return f"begins anew{kept}"
+        return f"starts from step 0{kept}"
     if files.args.resume_weights_only:
         return f"a new schedule from the weights of the earlier run{kept}"
-    return f"goes on from step {state['step']} of {total_steps}"
+    return f"resumes from step {state['step']} of {total_steps}"
 
 
 @torch.no_grad()

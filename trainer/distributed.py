@@ -87,7 +87,7 @@ class Run:
                 )
 
     def seed(self, seed: int, step: int) -> None:
-        """Begin a step's own random stream: a function of seed, step and rank, so that a run that goes on
+        """Begin a step's own random stream: a function of seed, step and rank, so that a resumed run
         draws the same numbers, and no generator's state has to be gathered and kept."""
         torch.manual_seed(((seed * 1_000_003 + step) * 65_536 + self.rank) % 2**63)
 
@@ -151,7 +151,7 @@ def start_run(device: str = "auto", timeout: float = 600) -> Run:
 
     device   "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps"
     timeout  seconds after which a rank that does not answer is given up
-    raises   ValueError if the device cannot be had
+    raises   ValueError if the device is not available
     """
     retain_freed_memory()
     allow_open_files()

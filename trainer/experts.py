@@ -84,7 +84,7 @@ class Experts:
         """Which tokens count, (B, T, 1) for every layer: those up to a row's last target; in the last layer
         the targets themselves, since its experts see no others.
 
-        Derived from the labels, because they alone tell where a row ends: a batch that is padded further has
+        Derived from the labels, because they alone say where a row ends: a batch that is padded further has
         the same balance.
         """
         is_target = labels != IGNORE_INDEX  # (B, T)

@@ -23,7 +23,7 @@ from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
 
 BATCH = 32  # images per call of CLIP
-SEGMENT = 512  # images per file, and the most that a killed run has encoded in vain
+SEGMENT = 512  # images per file, and the most that a killed run loses
 
 
 def fill_feature_cache(

@@ -87,7 +87,7 @@ class Loader:
     """Batches of a VLMDataset or a Subset of one, loaded by num_workers processes (0 = this one).
 
     batches   lists of positions
-    multiple  rows are padded to a multiple of so many tokens
+    multiple  rows are padded to a multiple of this many tokens
     raises    WorkerDied
     """
 

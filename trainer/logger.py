@@ -23,7 +23,7 @@ class MetricsLog:
     """Writes on rank 0 only; other ranks may call everything too."""
 
     def __init__(self, weights_out: Path, run: Run, args: argparse.Namespace, resumed: dict | None = None):
-        """resumed: what state_dict() said at the save that the run goes on from; what was recorded after it
+        """resumed: what state_dict() said at the save that the run resumes from; what was recorded after it
         is dropped, since those steps come again."""
         self.run, self.path = run, weights_out.with_suffix(".metrics.jsonl")
         self.curve = weights_out.with_suffix(".png")

@@ -18,7 +18,7 @@ from trainer.distributed import Run
 
 FLOAT = 4  # bytes; weights, gradients and moments are float32 whatever --dtype computes in
 WORKER = 100 << 20  # what a loader worker's copy of this process comes to hold for itself
-SHARE = 0.8  # of what can be had; the rest is for what no estimate knows
+SHARE = 0.8  # of what is available; the rest covers what the estimate misses
 LARGEST_BATCH = 256  # that --batch_size auto takes, whatever the memory
 
 
@@ -30,8 +30,8 @@ def estimate_step(
     gradients    one number per trained parameter
     moments      two numbers per trained parameter, Adam's
     activations  what the blocks keep for the backward pass, 8 dim + 2 hidden_dim numbers per token and block
-                 as counted in float32 (half precision keeps less, and copies of the weights), and a
-                 fifth more for what is at work meanwhile; of experts the feed-forward width of each that a
+                 as counted in float32 (half precision keeps less, and copies of the weights), plus
+                 20 % for temporaries; of experts the feed-forward width of each that a
                  token uses (on a GPU, which groups them, half as much again of those it has chosen), and
                  its copies of the token
     logits       three numbers per target token and vocabulary entry: logits, probabilities, gradients
@@ -57,7 +57,7 @@ def estimate_step(
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step takes, by batch size, and what can be had; bytes, None where the system does not say."""
+    """What a step takes, by batch size, and what is available; bytes, None where the system does not say."""
 
     fixed: int
     per_sample: int
@@ -142,7 +142,7 @@ def plan_step(
 
 
 def clip_work(vision_model: nn.Module | None) -> int:
-    """Bytes at work per image while CLIP looks at it; it keeps nothing."""
+    """Temporary bytes per image while CLIP encodes it; nothing is kept."""
     if vision_model is None:
         return 0
     config = vision_model.config

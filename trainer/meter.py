@@ -112,7 +112,7 @@ class Meter:
         if self.num_bad > MAX_BAD_SHARE * num_rows:
             raise AgreedError(
                 f"{self.num_bad} of {num_rows} rows could not be used, "
-                f"more than {MAX_BAD_SHARE:.0%}: mend {self.data_path}"
+                f"more than {MAX_BAD_SHARE:.0%}: fix {self.data_path}"
             )
         return values
 
@@ -140,7 +140,7 @@ class Meter:
 
 
 def length_of_most(lengths: Tensor, share: float = ENOUGH) -> int:
-    """The tokens that so many of the rows fit into, from how many there are of each LENGTH_STEP."""
+    """How many tokens that share of the rows fits into; lengths: how many rows there are per LENGTH_STEP."""
     reached = lengths.cumsum(0) >= share * lengths.sum()
     return LENGTH_STEP * (1 + int(reached.int().argmax()))
 

@@ -1,8 +1,8 @@
-"""The files of a training run, what is kept when, and how a run goes on after an interruption.
+"""The files of a training run, what is kept when, and how a run resumes after an interruption.
 
     512_vlm_sft.pth, .json      the weights, and in words what they are
     512_vlm_sft.best.pth        those of the lowest validation loss (--keep_best)
-    512_vlm_sft.resume          all that an unfinished run needs to go on to the same bits; gone at its end
+    512_vlm_sft.resume          all that an unfinished run needs to resume to the same bits; gone at its end
 
 Every file is replaced in one move by a complete one: whenever a run is killed, each that is there is whole.
 """
@@ -39,7 +39,7 @@ RESUME_FORMAT = 2
 class RunFiles:
     """Reads and writes the files of one run, on rank 0 only.
 
-    settings     what decides the bits of the run; a run goes on only under the same
+    settings     what decides the bits of the run; a run resumes only under the same
     description  what the .json beside the weights says besides
     """
 
@@ -81,9 +81,9 @@ class RunFiles:
             return {"model": state}
         if unfinished and not self.args.resume:
             raise ValueError(
-                f"{self.resume_path} is an unfinished run: go on with --resume, start a new "
+                f"{self.resume_path} is an unfinished run: continue it with --resume, start a new "
                 "schedule from its weights with --resume_weights_only, "
-                "or remove that file to begin anew"
+                "or remove that file to start over"
             )
         if not unfinished:
             return None
@@ -191,7 +191,7 @@ class RunFiles:
 
 
 class Checkpointer:
-    """Records, validates and saves a run while it goes on.
+    """Records, validates and saves a run while it trains.
 
     trainer    the loop's Trainer
     plan       the run's Plan (stage.py)
@@ -207,7 +207,7 @@ class Checkpointer:
             trainer.load_state_dict(saved_run["trainer"])
             meter.load_state_dict(saved_run["meter"])
             self.step = plan.batches.start_step = saved_run["step"]
-            self.run.print(f"going on from step {self.step} of {self.total_steps}")
+            self.run.print(f"resuming from step {self.step} of {self.total_steps}")
         self.log = MetricsLog(files.path, self.run, args, saved_run and saved_run["log"])
         self.validation = Validation(
             self.run, plan.val_set, args.batch_size, args.num_workers, args.on_bad_sample
@@ -233,7 +233,7 @@ class Checkpointer:
             try:
                 self.save()
             except OSError as error:  # a disk that is full now may have room later
-                self.run.print(f"{error}; training goes on and saves again later")
+                self.run.print(f"{error}; training continues and will save again later")
 
     def save(self, validate: bool = True) -> None:
         """Measure the validation loss, and save everything. Raises AgreedError rather than save a wreck."""
@@ -251,7 +251,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def finishing(self, interruption: Interruption) -> Iterator[None]:
-        """Around the loop: whatever ends it, what is not saved yet is saved, and the record closed. A run
+        """Around the loop: whatever ends it, what is not saved yet is saved, and the record is closed. A run
         that was asked to stop then ends the process."""
         self.meter.start()
         try:
@@ -269,7 +269,7 @@ class Checkpointer:
                 self.log.close()
         if self.step < self.total_steps:
             self.run.print(
-                f"stopped and saved at step {self.step} of {self.total_steps}: --resume goes on from there"
+                f"stopped and saved at step {self.step} of {self.total_steps}: --resume continues from there"
             )
             interruption.leave()
 
@@ -281,7 +281,7 @@ class Checkpointer:
 
 
 def read_resume_file(path: Path) -> dict[str, Tensor | dict | int]:
-    cure = "remove it to begin anew"
+    cure = "remove it to start over"
     check_weight_file(path, cure)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -158,7 +158,7 @@ def answer_questions(
     sampling: Callable[[int], Sampling],
 ) -> list[str]:
     """Answers in the order of the questions, on rank 0. Whole batches go to one rank each, so that every
-    answer is computed in the same company, and comes out the same, whatever the number of processes.
+    answer is computed in the same batch, and comes out the same, whatever the number of processes.
 
     asked  questions, each with the images that the model is given
     """

@@ -125,7 +125,7 @@ def add_device_flags(group) -> None:
     group.add_argument(
         "--allow_other_inputs",
         action="store_true",
-        help="take another CLIP or tokenizer than the weights were trained with (otherwise refused)",
+        help="use another CLIP or tokenizer than the weights were trained with (otherwise refused)",
     )
 
 
@@ -180,7 +180,7 @@ def clean_exit(main: Callable[[], None]) -> None:
             raise
         print_and_exit(
             "another process of this run has ended or does not answer; all steps done are saved, "
-            "--resume goes on from there"
+            "--resume continues from there"
         )
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_DEBUG"):

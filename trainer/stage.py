@@ -143,7 +143,7 @@ def most_rounds(dataset: VLMDataset) -> int:
 
 
 def comparable(run: Run, args: argparse.Namespace) -> dict:
-    """What all processes of a run must have been given alike: all flags but those that name a place or a part
+    """What all processes of a run must have in common: all flags but those that name a place or a part
     of one machine, and the versions of what computes. Contents are compared later, see settings_of()."""
     flags = {name: value for name, value in vars(args).items() if name not in LOCAL_FLAGS}
     optional = {f"--{name} given": bool(getattr(args, name)) for name in ("feature_cache", "val_data_path")}

@@ -16,8 +16,8 @@ IGNORE_INDEX = -100  # the label of a token that is no target
 
 @dataclass
 class BadSample:
-    """Stands in for a sample that cannot be used. A value, not an exception: it must cross process borders in
-    one line."""
+    """Stands in for a sample that cannot be used. A value, not an exception, because it has
+    to cross process borders."""
 
     reason: str
 
@@ -47,7 +47,7 @@ def join_images(pixels: list[Tensor]) -> Tensor:
 def collate(samples: list[dict[str, Tensor] | BadSample], multiple: int = 1) -> dict:
     """Samples of a VLMDataset to one batch.
 
-    multiple  rows are padded to a multiple of so many tokens
+    multiple  rows are padded to a multiple of this many tokens
 
     returns a dict with
         input_ids         (B, T)

@@ -31,7 +31,7 @@ VERSION = 1  # of the way from a file to pixels; raise it when that changes, and
 
 
 def image_key(image: str | Path | Frame) -> np.ndarray:
-    """128 bits that tell an image, (2,) uint64. Raises FileNotFoundError or ValueError with its name."""
+    """128 bits that identify an image, (2,) uint64. Raises FileNotFoundError or ValueError with its name."""
     return image_keys([image])[0]
 
 
