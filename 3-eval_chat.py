@@ -23,6 +23,7 @@ from pathlib import Path
 from model.data.spec import SFT_MULTI
 from model.names import STAGES
 from trainer.script import (
+    SEED_LIMIT,
     Checked,
     Parser,
     above,
@@ -114,7 +115,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch_size", type=at_least(1), default=64, help="questions answered at once when scoring"
     )
     group = parser.add_argument_group("answers")
-    group.add_argument("--seed", type=at_least(0), default=1337, help="of sampling, and of controls")
+    group.add_argument(
+        "--seed", type=at_least(0, below=SEED_LIMIT), default=1337, help="of sampling, and of controls"
+    )
     group.add_argument(
         "--temperature", type=at_least(0, float), default=0.0, help="0 = always the likeliest token"
     )

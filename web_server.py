@@ -50,7 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--max_new_tokens", type=at_least(1), default=256, help="longest answer, at first")
     add("--temperature", type=at_least(0, float), default=0.0, help="at first; 0 = always the likeliest word")
-    add("--seed", type=at_least(0), default=0, help="at first; the same seed gives the same answer")
+    add(
+        "--seed",
+        type=at_least(0, below=2**31),
+        default=0,
+        help="at first; the same seed gives the same answer",
+    )
     return parser.parse_args(argv)
 
 

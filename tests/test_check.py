@@ -245,7 +245,8 @@ def test_too_little_memory(good_place, look, monkeypatch):
     status, report, (problem,) = look(good_place)
     assert status == 2 and "(held now 400 MB, loading 2.41 MB, gradients 201 kB" in report
     assert "of memory on cpu, but 402 MB is available: halve --batch_size" in problem
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     both = look(good_place)[2][0]
     assert number_after("about ", both) == pytest.approx(2 * number_after("about ", problem), abs=1)
     monkeypatch.setattr(check, "available_memory", lambda device: None)

@@ -7,7 +7,7 @@ import argparse
 import os
 
 from model.names import CLIP_PATH, FEATURE_DTYPES, TOKENIZER_PATH
-from trainer.script import Parser, above, add_device_flags, at_least, true_or_false
+from trainer.script import SEED_LIMIT, Parser, above, add_device_flags, at_least, true_or_false
 
 AUTO = "auto"  # --batch_size, until the memory is known
 TRAIN_CHOICES = ("all", "projection", "projection+last")
@@ -48,7 +48,9 @@ def add_model_flags(parser: Parser) -> None:
         help="a mixture of experts; its files are *_moe_*.pth",
     )
     add_device_flags(group)
-    group.add_argument("--seed", type=at_least(0), default=1337, help="of weights, order and sampling")
+    group.add_argument(
+        "--seed", type=at_least(0, below=SEED_LIMIT), default=1337, help="of weights, order and sampling"
+    )
 
 
 def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_rate: float) -> None:

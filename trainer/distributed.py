@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.device import choose_device
-from trainer.script import AgreedError
+from trainer.script import AgreedError, place_in_run
 
 
 @dataclass
@@ -34,9 +34,11 @@ class Run:
         return self.rank == 0
 
     def print(self, text: str = "") -> None:
-        """Print once, on rank 0, above a progress bar if there is one."""
+        """Print once, on rank 0, above a progress bar if there is one. A log on a full disk or a closed
+        terminal costs the text, not the run."""
         if self.is_main:
-            tqdm.write(text)
+            with contextlib.suppress(OSError, UnicodeError):
+                tqdm.write(text)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a small tensor over all ranks, in place. One on the CPU never waits for a GPU."""
@@ -157,13 +159,19 @@ def start_run(device: str = "auto", timeout: float = 600) -> Run:
     allow_open_files()
     # The loader's workers are forked after the tokenizer's first use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    place = place_in_run()
+    chosen = choose_device(device, place.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if "RANK" in os.environ and world_size > 1:
+    if place.world_size > 1:
         # Tensors on the GPU travel by nccl; those on the CPU by gloo, without waiting for the GPU.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
         )
-    return Run(rank, world_size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    run = Run(place.rank, place.world_size, chosen, place.local_world_size)
+    if run.world_size == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+        run.print(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but RANK is not set: this is a run of "
+            "one process (torchrun sets both)"
+        )
+    return run

@@ -1,20 +1,32 @@
 """What every command of this repository shares: flags with recipes and bounds, and errors of one line.
 
+A recipe is a text file of flags, one or more per line:
+
+    # a comment: a "#" begins one at the beginning of a line or after a space, nowhere else
+    --data_path=D:\\data\\rows.json  --out_dir=out/exp#2
+    --wandb_run_name "quotes of either kind hold words together"
+
 Imports nothing heavy: a wrong flag is reported before PyTorch is loaded.
 """
 
 import argparse
+import codecs
+import contextlib
 import difflib
 import math
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from model.names import CLIP_PATH, DEVICE, DTYPES, TOKENIZER_PATH, find_weights
+
+WORD = re.compile(r"""\s*(\#.*|(?:"[^"]*"|'[^']*'|[^\s"'])+)""", re.ASCII)  # of a recipe, or a comment
+QUOTED = re.compile(r""""([^"]*)"|'([^']*)'""")
+SEED_LIMIT = 2**63  # PyTorch's generators take no more
 
 
 class AgreedError(ValueError):
@@ -58,9 +70,32 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             allow_abbrev=False,
         )
+        self.recipes: dict[str, list[str]] = {}  # the words of those that were read
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
+        """argparse's own takes every word that begins with @ for a recipe, the value of a flag too."""
+        return self.expand(arg_strings, ())
+
+    def expand(self, words: Sequence[str], inside: tuple[str, ...]) -> list[str]:
+        """The words with those of a recipe in the place of its name; inside: the recipes that name them."""
+        expanded: list[str] = []
+        for word in words:
+            is_recipe = word.startswith("@") and not (expanded and self.needs_value(expanded[-1]))
+            if is_recipe and word in inside:
+                raise ValueError(f"recipe {word[1:]} names itself")
+            expanded += self.expand(self.read(word[1:]), (*inside, word)) if is_recipe else [word]
+        return expanded
+
+    def needs_value(self, word: str) -> bool:
+        """Is this a flag that the next word belongs to, whatever that looks like?"""
+        action = self._option_string_actions.get(word)
+        return action is not None and (action.nargs is None or action.nargs == "+")
+
+    def read(self, path: str) -> list[str]:
+        """The words of a recipe. It is read once: a pipe has nothing to say the second time."""
+        if path not in self.recipes:
+            self.recipes[path] = read_recipe(path)
+        return self.recipes[path]
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
@@ -89,6 +124,41 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.7)
         return f": did you mean {near[0]}?" if near else ""
+
+
+def read_recipe(path: str) -> list[str]:
+    """The words in a text file of flags. Raises FileNotFoundError or ValueError, naming file and line."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no recipe {path}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file system can hold
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read recipe {path}: {reason}") from None
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's `>` writes these
+    # Bytes that are no UTF-8 come through as they do from the command line: in the names of files.
+    text = content.decode("utf-16" if is_wide else "utf-8-sig", "replace" if is_wide else "surrogateescape")
+    if "\0" in text:
+        raise ValueError(f"{path} is not a recipe but a binary file")
+    words = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            words += split_words(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return words
+
+
+def split_words(line: str) -> list[str]:
+    """The words in a line of a recipe. Quotes go, backslashes stay: they belong to the names of Windows."""
+    words, position = [], 0
+    while match := WORD.match(line, position):
+        position = match.end()
+        if not match[1].startswith("#"):
+            words.append(QUOTED.sub(lambda quoted: quoted[1] or quoted[2] or "", match[1]))
+    if line[position:].strip():
+        raise ValueError(f"a quote is not closed: {line[position:].strip()[:80]}")
+    return words
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -163,6 +233,26 @@ def choose_weights(args: argparse.Namespace, stages: Sequence[str]) -> Path:
     return args.load_from or find_weights(args.out_dir, stages, args.dim, args.use_moe)
 
 
+class Place(NamedTuple):
+    """Of one process among those of a run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def place_in_run() -> Place:
+    """What torchrun says in the environment. It sets both RANK and WORLD_SIZE: where one stands alone,
+    another program left it there, and this process is the only one."""
+    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    if not (found[0].isdecimal() and found[1].isdecimal()):
+        return Place()
+    return Place(
+        *(int(text) if text.isdecimal() else default for text, default in zip(found, Place(), strict=True))
+    )
+
+
 def clean_exit(main: Callable[[], None]) -> None:
     """Run a script's main(): what the user can cure ends in one line and exit status 2, without a traceback.
 
@@ -171,6 +261,9 @@ def clean_exit(main: Callable[[], None]) -> None:
     # PyTorch's threads wait for each other by spinning. Where other programs want the same cores, that makes
     # a step ten times slower; a shorter spin costs nothing where none do. Read when PyTorch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for stream in (sys.stdout, sys.stderr):  # what a terminal or a log cannot show must not end a run
+        with contextlib.suppress(AttributeError, ValueError):  # no stream, another's, or a closed one
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -194,7 +287,7 @@ def print_and_exit(message: str, agreed: bool = False) -> None:
 
     agreed  all ranks certainly have the same to say
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = place_in_run().rank == 0
     if not is_main:
         time.sleep(5)
     if is_main or not agreed:

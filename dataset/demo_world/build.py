@@ -42,7 +42,7 @@ from trainer.distributed import start_run
 from trainer.inputs import make_config
 from trainer.logger import progress_bar
 from trainer.loop import train
-from trainer.script import Parser
+from trainer.script import SEED_LIMIT, Parser, at_least
 from trainer.stage import LoadedStage
 
 WORLD_VERSION = 3  # raised when a change of the recipe makes existing worlds outdated
@@ -328,7 +328,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--preset", default="full", choices=list(scenes.PRESETS), help="full learns all; tiny is for tests"
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
+    parser.add_argument(
+        "--seed", type=at_least(0, below=SEED_LIMIT), default=0, help="another seed is another world"
+    )
     parser.add_argument(
         "--use_moe",
         action="store_true",
