@@ -45,6 +45,7 @@ LOCAL_FLAGS = (
     "data_path",
     "val_data_path",
     "image_dir",
+    "about",
     "feature_cache",
     "num_workers",
     "device",
