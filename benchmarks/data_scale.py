@@ -18,8 +18,6 @@ import json
 import multiprocessing
 import random
 import shutil
-import subprocess
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -28,11 +26,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-import model.data.dataset
+from benchmarks.machine import run_module, save_results
 from model.data.dataset import VLMDataset
 from model.data.rows import Rows
 from model.data.spec import PRETRAIN
-from model.prompt import load_tokenizer
+from model.prompt import Renderer, load_tokenizer
 from model.vision_utils import ImageProcessor
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
@@ -99,7 +97,7 @@ def make_data(folder: Path, num_rows: int) -> Path:
     return path.with_suffix(".tmp").rename(path)
 
 
-# ---- one measurement, in a process of its own ----
+# ---- one measurement, in a process of its own --------------------------------------------------------------
 
 
 def memory_of(pid: int) -> dict[str, float]:
@@ -121,17 +119,15 @@ def measure_memory() -> dict:
 
 def measure(path: Path, kind: str, num_workers: int, born: float) -> dict:
     """Open the file as training does, load some batches with images, then one epoch of rows without."""
+    renderer = Renderer(load_tokenizer(path.parent / "tokenizer"))  # an import of its own
     imported = time.time()
+    dataset = VLMDataset(path, PRETRAIN, renderer, path.parent, ImageProcessor())
     if kind == "list":
-        model.data.dataset.Rows = PlainList
-    dataset = VLMDataset(
-        path, PRETRAIN, load_tokenizer(path.parent / "tokenizer"), path.parent, ImageProcessor()
-    )
+        dataset.rows = PlainList(path)  # in the place of the file and its index, which cost 10 ms to open
     opened = time.time()
     dataset.check_rows()
     checked = time.time()
-    args = argparse.Namespace(seed=0, batch_size=32, accumulation_steps=1, max_steps=0, epochs=1)
-    batches = GlobalBatches(len(dataset), args, Run(0, 1, torch.device("cpu")))
+    batches = GlobalBatches(len(dataset), 32, Run(0, 1, torch.device("cpu")))
     loader = iter(Loader(dataset, batches, num_workers))
     assert not next(loader)["bad_samples"]
     result = {
@@ -155,19 +151,7 @@ def measure(path: Path, kind: str, num_workers: int, born: float) -> dict:
 
 
 def measure_apart(path: Path, kind: str, num_workers: int) -> dict:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "benchmarks.data_scale",
-        "--measure",
-        str(path),
-        kind,
-        str(num_workers),
-        str(time.time()),
-    ]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(run_module("data_scale", "--measure", path.resolve(), kind, num_workers, time.time()))
 
 
 def print_table(results: list[dict]) -> None:
@@ -215,14 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"once: index {first['open_s']:.1f} s, check of all rows {first['check_s']:.1f} s")
     results = [measure_apart(path, kind, workers) for workers in args.workers for kind in ("rows", "list")]
     print_table(results)
-    report = args.folder / "data_scale.json"
-    report.write_text(
-        json.dumps(
-            {"rows": args.rows, "bytes": path.stat().st_size, "once": first, "results": results}, indent=1
-        )
-        + "\n"
-    )
-    print(f"written: {report}")
+    report = {"rows": args.rows, "bytes": path.stat().st_size, "once": first, "results": results}
+    save_results("data_scale", report, args.folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What a training step cannot do without, and how fast this machine could do it."""
-
-import time
+"""The work that a training step cannot do without; machine.matmul_speed() says how fast it could be done."""
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ def row_lengths(batch: dict) -> Tensor:
 
 
 def needed_flops(batch: dict, config: LMConfig, vision: CLIPVisionConfig, with_clip: bool) -> float:
-    """Operations of the matrix products that one step cannot do without."""
+    """Operations of the matrix products of one step, at the rows' real lengths."""
     D, L, N, V = config.dim, config.n_layers, config.num_image_tokens, config.vision_dim
     tokens, targets = row_lengths(batch).double(), batch["num_targets"]
     attention = 2 * D * D + 2 * D * config.n_kv_heads * config.head_dim
@@ -33,19 +31,3 @@ def needed_flops(batch: dict, config: LMConfig, vision: CLIPVisionConfig, with_c
         2 * N * (4 * V * V + 2 * V * vision.intermediate_size) + 4 * N * N * V
     )
     return float(3 * forward + with_clip * num_images * per_image)
-
-
-def matmul_speed(dtype: torch.dtype, size: int = 2048) -> float:
-    """Operations per second of one product of square matrices."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    start = time.perf_counter()
-    a @ b
-    return 2 * size**3 / (time.perf_counter() - start)
-
-
-def read_speed(megabytes: int = 256) -> float:
-    """Bytes per second of reading memory."""
-    data = torch.ones(megabytes << 18)
-    start = time.perf_counter()
-    data.sum()
-    return (megabytes << 20) / (time.perf_counter() - start)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pandas
 import pytest
-from conftest import make_rows, run_script
+from conftest import make_rows
 
 from model.data import rows as rows_module
 from model.data.rows import Rows
@@ -333,11 +333,3 @@ def test_a_builder_that_is_killed_leaves_nothing_that_is_used(data, monkeypatch)
             assert in_processes(1, lambda: Rows(data)) == [-signal.SIGKILL]
     read = Rows(data)  # its lock is gone with it
     assert read.index_seconds > 0 and list(read) == rows
-
-
-def test_the_benchmark_runs(tmp_path):
-    result = run_script("-m", "benchmarks.data_scale", "--rows=4000", "--workers=1", f"--folder={tmp_path}")
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "data_scale.json").read_text())
-    assert [one["kind"] for one in report["results"]] == ["rows", "list"]
-    assert all(len(one["at_work"]["rss_mb"]) == 2 for one in report["results"])  # trainer and worker
