@@ -2,7 +2,7 @@
 
 chat = load_chat("out/512_vlm_sft.pth", "model/minimind_tokenizer",
                  "model/clip_model/clip-vit-base-patch32")
-for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}], [Image.open("a.jpg")]):
+for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}], [open_image("a.jpg")]):
     print(text, end="", flush=True)
 """
 

@@ -12,7 +12,7 @@ import gradio as gr
 
 from model.chat import Chat, Round
 from model.generate import Sampling
-from model.vision_utils import open_image
+from model.images import open_image
 
 SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp")
 DEFAULT_QUESTION = "这个图片描述的是什么内容？"

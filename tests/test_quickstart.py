@@ -17,8 +17,9 @@ from benchmarks.llava import to_llava, to_llava_ids
 from model.chat import load_chat
 from model.checkpoint import load_weights, read_description, read_state_dict
 from model.generate import Sampling, generate
+from model.images import open_image
 from model.transformer import Transformer
-from model.vision_utils import get_img_process, get_vision_model, open_image
+from model.vision_utils import get_img_process, get_vision_model
 
 
 def quickstart(place: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -16,8 +16,9 @@ from model.chat import Round, load_chat, recent_turns
 from model.checkpoint import save_weights
 from model.data.dataset import VLMDataset
 from model.generate import Sampling
+from model.images import open_image
 from model.prompt import render_conversation
-from model.vision_utils import ImageProcessor, open_image
+from model.vision_utils import ImageProcessor
 
 
 def human(text: str) -> dict:

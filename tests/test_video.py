@@ -21,8 +21,9 @@ from model.data.dataset import VLMDataset, check_row
 from model.data.feature_store import FeatureStore, image_key
 from model.data.spec import SFT, SFT_MULTI, DatasetSpec
 from model.data.video import Frame, find_frames, load_images, open_images, read_frames
+from model.images import open_image
 from model.transformer import Transformer
-from model.vision_utils import ImageProcessor, get_img_process, open_image
+from model.vision_utils import ImageProcessor, get_img_process
 from trainer import check
 from trainer.logger import read_metrics
 from trainer.loop import Trainer

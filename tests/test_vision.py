@@ -11,6 +11,7 @@ from conftest import save_clip
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
+from model.images import open_image, to_rgb
 from model.vision_utils import (
     ImageProcessor,
     get_img_embedding,
@@ -18,8 +19,6 @@ from model.vision_utils import (
     get_vision_model,
     load_pixels,
     num_image_tokens,
-    open_image,
-    to_rgb,
 )
 
 

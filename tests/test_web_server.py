@@ -23,9 +23,9 @@ from test_structure import load_script
 from model.chat import Round, load_chat
 from model.checkpoint import save_weights
 from model.generate import Sampling
+from model.images import open_image
 from model.LMConfig import LMConfig
 from model.transformer import Transformer
-from model.vision_utils import open_image
 
 TYPED = "Describe <b>this</b> <s>image</s>.\n  <<< <image> &lt; <!-- x --> <img src=x onerror=alert(1)> \"'"
 QUESTION = "图形是什么颜色？"

@@ -39,7 +39,8 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 from dataset.demo_world.scenes import Preset, Scene, Stage
 from dataset.demo_world.sentences import caption
-from model.vision_utils import ImageProcessor, get_img_process, open_image
+from model.images import open_image
+from model.vision_utils import ImageProcessor, get_img_process
 
 IMAGE_SIDE, PATCH_SIDE = 224, 32  # ViT-B/32's, hence its 50 tokens per image
 POSITION_STD = 0.35  # CLIP's 0.02 drowns in the patches (positions were never learnt), 1.0 drowns the patches

@@ -25,7 +25,8 @@ from torch import Tensor
 from model.data.video import VERSION as VIDEO_VERSION
 from model.data.video import Frame, file_of
 from model.files import atomic_write
-from model.vision_utils import ImageProcessor, check_is_file
+from model.images import check_is_file
+from model.vision_utils import ImageProcessor
 
 VERSION = 1  # of the way from a file to pixels; raise it when that changes, and no old feature is served
 

@@ -15,15 +15,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from model.images import check_is_file, explain_damage, open_image
 from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, expand_marks, find_marks, normalise_turns
-from model.vision_utils import (
-    ImageProcessor,
-    check_is_file,
-    explain_damage,
-    get_img_process,
-    load_pixels,
-    open_image,
-)
+from model.vision_utils import ImageProcessor, get_img_process, load_pixels
 
 VERSION = 1  # of the way from a video to its frames; see feature_store.VERSION
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a frame; 89 millions, where Pillow begins to fear a bomb
