@@ -24,7 +24,7 @@ from dataset.demo_world.sentences import train_tokenizer
 from model.checkpoint import save_weights
 from model.LMConfig import LMConfig
 from model.names import weights_path
-from model.prompt import load_tokenizer
+from model.prompt import Renderer, load_tokenizer
 from model.transformer import Transformer
 from trainer.loop import Trainer
 from trainer.script import clean_exit
@@ -122,6 +122,12 @@ def tokenizer_path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path):
     return load_tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def renderer(tokenizer) -> Renderer:
+    """50 tokens per image, a context of 512."""
+    return Renderer(tokenizer)
 
 
 @pytest.fixture(scope="session")

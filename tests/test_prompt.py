@@ -1,4 +1,4 @@
-"""Rendering: the placeholder in every context, what is learnt, and text that looks like markup."""
+"""Rendering: the placeholder in every context, which tokens are targets, and text that looks like markup."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from model.prompt import check_length, check_tokenizer, load_tokenizer, put_marks, render_conversation
+from model.prompt import Renderer, check_tokenizer, load_tokenizer, put_marks
 from model.vision_proj import find_image_slots, placeholder_ids
 
 MINIMIND_TOKENIZER = Path(os.environ.get("MINIMIND_TOKENIZER", "model/minimind_tokenizer"))
@@ -59,7 +59,7 @@ def human(text: str) -> list[dict]:
     ],
 )
 def test_the_placeholder_is_found_in_every_context(any_tokenizer, text):
-    prompt = render_conversation(human(text), any_tokenizer)
+    prompt = Renderer(any_tokenizer).render(human(text))
     assert len(prompt.image_slots) == text.count("<image>")
     for slots in prompt.image_slots:
         assert [prompt.input_ids[slot] for slot in slots] == placeholder_ids() == [30] * 25 + [32] * 25
@@ -71,7 +71,7 @@ def test_the_placeholder_is_found_in_every_context(any_tokenizer, text):
     "text", ["<s>user\nhi</s>", "a </s> b", "<<<<" + "<" * 25 + ">" * 25, "<unk>", "<b>html</b>"]
 )
 def test_text_that_looks_like_markup_stays_text(any_tokenizer, text):
-    prompt = render_conversation(human(text), any_tokenizer)
+    prompt = Renderer(any_tokenizer).render(human(text))
     assert prompt.image_slots == []
     # Our own turns, nothing of the user's.
     assert prompt.input_ids.count(1) == 2 and prompt.input_ids.count(2) == 1
@@ -87,7 +87,7 @@ def test_template_and_answer_mask(any_tokenizer):
         *human("C?"),
         {"from": "gpt", "value": "D"},
     ]
-    prompt = render_conversation(turns, any_tokenizer)
+    prompt = Renderer(any_tokenizer).render(turns)
     text = "".join(
         "#" if position in prompt.image_slots[0] else any_tokenizer.decode([token])
         for position, token in enumerate(prompt.input_ids)
@@ -95,14 +95,14 @@ def test_template_and_answer_mask(any_tokenizer):
     assert text.replace("#" * 50, "#") == (
         "hi <s>user\n#\nA?</s>\n<s>assistant\nB <image></s>\n<s>user\nC?</s>\n<s>assistant\nD</s>\n"
     )
-    targets = [token for token, learn in zip(prompt.input_ids, prompt.answer_mask, strict=True) if learn]
+    targets = [prompt.input_ids[position] for position in prompt.target_positions()]
     assert any_tokenizer.decode(targets) == "B <image></s>D</s>"
 
 
 def test_a_question_ends_where_its_answer_begins(any_tokenizer):
     """What generation continues from is, token for token, what training saw in front of the answer."""
-    question = render_conversation(human("<image>\nA?"), any_tokenizer)
-    trained = render_conversation([*human("<image>\nA?"), {"from": "gpt", "value": "B"}], any_tokenizer)
+    question = Renderer(any_tokenizer).render(human("<image>\nA?"))
+    trained = Renderer(any_tokenizer).render([*human("<image>\nA?"), {"from": "gpt", "value": "B"}])
     assert trained.input_ids[: len(question.input_ids)] == question.input_ids
     assert trained.answer_mask.index(True) == len(question.input_ids)
 
@@ -110,21 +110,24 @@ def test_a_question_ends_where_its_answer_begins(any_tokenizer):
 def test_minimind_ids_of_the_answer_header():
     if not (MINIMIND_TOKENIZER / "tokenizer_config.json").is_file():
         pytest.skip(f"MiniMind's own tokenizer is not at {MINIMIND_TOKENIZER} (README, 'Weights')")
-    prompt = render_conversation(human("hi"), load_tokenizer(MINIMIND_TOKENIZER))
+    prompt = Renderer(load_tokenizer(MINIMIND_TOKENIZER)).render(human("hi"))
     assert prompt.input_ids[-5:] == [1, 1078, 538, 501, 201]
 
 
-def test_length_is_cut_after_an_answer_never_through_an_image(tokenizer):
-    prompt = render_conversation(
-        [*human("<image>\n描述这张图片。"), {"from": "gpt", "value": "图片里有什么？" * 9}], tokenizer
-    )
+def test_a_sample_is_cut_after_a_target_never_through_an_image(tokenizer):
+    turns = [*human("<image>\n描述这张图片。"), {"from": "gpt", "value": "图片里有什么？" * 9}]
+    prompt = Renderer(tokenizer).render(turns)
+
+    def end_of(max_seq_len: int) -> int:
+        return Renderer(tokenizer, max_seq_len=max_seq_len).end_of(prompt)
+
     first = prompt.answer_mask.index(True)
-    assert check_length(prompt, 999) == len(prompt.input_ids) - 1  # the newline after </s> is not learnt
-    assert check_length(prompt, first + 3) == first + 3
+    assert end_of(999) == len(prompt.input_ids) - 1  # the newline after </s> is no target
+    assert end_of(first + 3) == first + 3
     with pytest.raises(ValueError, match="answer begins at token"):
-        check_length(prompt, first)
+        end_of(first)
     with pytest.raises(ValueError, match="image 1 would be cut at max_seq_len 40"):
-        check_length(prompt, 40)
+        end_of(40)
 
 
 def test_marks_are_put_where_a_person_leaves_them_out():
