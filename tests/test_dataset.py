@@ -1,6 +1,5 @@
-"""Rows to batches: file formats, checks with names, shifting, padding, dealing out over ranks."""
+"""Rows to batches: file formats, checks that name the row, shifting, padding, dealing out to ranks."""
 
-import argparse
 import json
 
 import numpy as np
@@ -27,14 +26,14 @@ def row(question="<image>\n什么？", answer="它是蓝色。", image="0.png", 
 
 
 @pytest.fixture
-def make(tmp_path, tokenizer):
+def make(tmp_path, renderer):
     """Rows to a dataset with six images."""
     for number in range(6):
         save_image(tmp_path / f"{number}.png", number)
 
-    def build(rows, spec=PRETRAIN, **more) -> VLMDataset:
+    def build(rows, spec=PRETRAIN) -> VLMDataset:
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-        return VLMDataset(tmp_path / "rows.json", spec, tokenizer, tmp_path, ImageProcessor(), **more)
+        return VLMDataset(tmp_path / "rows.json", spec, renderer, tmp_path, ImageProcessor())
 
     return build
 
@@ -109,25 +108,25 @@ def test_labels_are_shifted_once_and_hold_the_answer(make, tokenizer):
     position = int((sample["labels"] != IGNORE_INDEX).nonzero()[0])
     assert tokenizer.decode(sample["input_ids"][: position + 1]).endswith("<s>assistant\n")
     assert torch.equal(sample["labels"][position:-1], sample["input_ids"][position + 1 :])
-    # Nothing after the last target token is computed.
+    # Nothing after the last target is computed.
     assert sample["labels"][-1] == tokenizer.eos_token_id
 
 
 def test_sft_keeps_the_first_round_as_v1_and_finds_coco_names(make, tmp_path, tokenizer):
+    def answers(rows, spec) -> str:
+        return tokenizer.decode(make(rows, spec)[0]["labels"].clamp(min=0), skip_special_tokens=True)
+
     rounds = row()["conversations"] + [
         {"from": "human", "value": "再说？"},
         {"from": "gpt", "value": "它是红色。"},
     ]
     save_image(tmp_path / "COCO_train2014_9.png", 9)
     rows = [row(image="9.png") | {"conversations": rounds}]
-    targets = {spec: make(rows, spec)[0] for spec in (SFT,)}
-    assert tokenizer.decode(targets[SFT]["labels"].clamp(min=0), skip_special_tokens=True) == "它是蓝色。"
+    assert answers(rows, SFT) == "它是蓝色。"
     # The prefix belongs to the SFT data alone.
     assert "image not found" in make(rows, PRETRAIN)[0].reason
     rows[0]["image"] = "0.png"
-    assert "它是红色。" in tokenizer.decode(
-        make(rows, PRETRAIN)[0]["labels"].clamp(min=0), skip_special_tokens=True
-    )
+    assert "它是红色。" in answers(rows, PRETRAIN)
 
 
 def test_a_batch_of_rows_with_different_numbers_of_images(make):
@@ -154,17 +153,15 @@ def test_a_batch_without_a_usable_sample_keeps_its_shape():
     assert batch["input_ids"].shape == (1, 1) and batch["pixel_values"].shape[:2] == (0, 3)
 
 
-def order_of(
-    num_samples, world_size=1, batch_size=4, accumulation_steps=1, steps=0, seed=3, lengths=None
-) -> list[list[list[int]]]:
-    """Per global step, the samples of every (pass, rank)."""
-    args = argparse.Namespace(
-        seed=seed, batch_size=batch_size, accumulation_steps=accumulation_steps, max_steps=steps, epochs=2
-    )
-    ranks = [
-        list(GlobalBatches(num_samples, args, Run(rank, world_size, torch.device("cpu")), lengths))
-        for rank in range(world_size)
-    ]
+def batches_of(num_samples, rank=0, world_size=1, batch_size=4, **more) -> GlobalBatches:
+    run = Run(rank, world_size, torch.device("cpu"))
+    return GlobalBatches(num_samples, batch_size, run, **{"epochs": 2, "seed": 3} | more)
+
+
+def order_of(num_samples, world_size=1, accumulation_steps=1, **more) -> list[list[list[int]]]:
+    """Per global step, the samples of every (micro-batch, rank)."""
+    more["accumulation_steps"] = accumulation_steps
+    ranks = [list(batches_of(num_samples, rank, world_size, **more)) for rank in range(world_size)]
     micro_batches = list(zip(*ranks, strict=True))
     return [
         [part for one in micro_batches[n : n + accumulation_steps] for part in one]
@@ -203,7 +200,7 @@ def test_the_order_does_not_depend_on_how_the_batch_is_split(lengths):
 
 def test_buckets_hold_samples_of_like_length_in_a_shuffled_order():
     """Hardly any padding, no rank with much more to do than another; but no order from short to long, which
-    would be learnt too."""
+    would be learned too."""
 
     def padding(steps) -> float:
         parts = [LENGTHS[part] for step in steps for part in step if part]
@@ -218,8 +215,7 @@ def test_buckets_hold_samples_of_like_length_in_a_shuffled_order():
 
 
 def test_an_order_goes_on_in_the_middle():
-    args = argparse.Namespace(seed=3, batch_size=8, accumulation_steps=1, max_steps=0, epochs=2)
-    whole, rest = (GlobalBatches(2000, args, Run(0, 1, torch.device("cpu")), LENGTHS) for _ in range(2))
+    whole, rest = (batches_of(2000, batch_size=8, lengths=LENGTHS) for _ in range(2))
     rest.start_step = 300
     assert list(whole)[300:] == list(rest)
 
@@ -231,7 +227,7 @@ def test_rough_lengths_sort_rows_as_their_tokens_do(make):
     assert dataset.lengths()[4] == 0
 
 
-def test_rows_of_parquet_without_a_image_are_named(tmp_path):
+def test_rows_of_parquet_without_an_image_are_named(tmp_path):
     pandas.DataFrame([row(), row(image=None)]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match='no "image"'):
         check_row(Rows(tmp_path / "a.parquet")[1], PRETRAIN)
