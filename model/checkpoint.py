@@ -6,6 +6,7 @@ the file repeats it for people. A Hugging Face folder (config.json, model.safete
 tokenizer) is read like a file: its tensors and sizes, never its code.
 """
 
+import io
 import json
 import os
 import re
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from model.files import atomic_write, check_weight_file, read_json, write_text
+from model.files import atomic_write, check_weight_file, encode_text, is_utf8, read_json, write_text
 from model.LMConfig import LMConfig
 
 # Copies of the frozen CLIP that other programs save with the model: CLIP is read from its own folder.
@@ -46,7 +47,7 @@ def save_weights(model: nn.Module, path: str | Path, **description) -> None:
     def write(file: IO[bytes]) -> None:
         torch.save(state, file)
         with zipfile.ZipFile(file, "a") as archive:
-            archive.writestr(archive.namelist()[0].split("/")[0] + f"/{DESCRIPTION}", text)
+            archive.writestr(archive.namelist()[0].split("/")[0] + f"/{DESCRIPTION}", encode_text(text))
 
     atomic_write(path, write)
     write_text(path.with_suffix(".json"), text)
@@ -128,9 +129,13 @@ def read_tensors(path: Path, cure: str) -> dict[str, Tensor]:
     check_weight_file(path, cure)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_file(path) if is_utf8(path) else load(path.read_bytes())
         # Mapped, not read: tensors that are only looked at, or converted one by one, take no memory.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = (
+            torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if is_utf8(path)
+            else torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # torch raises a dozen different types here, all meaning the same to the user
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): {cure}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -37,7 +37,18 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
 
 
 def write_text(path: str | Path, text: str) -> None:
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write(path, lambda file: file.write(encode_text(text)))
+
+
+def encode_text(text: str) -> bytes:
+    """UTF-8. Half a surrogate pair, as which Python spells a byte of a file's name that is not UTF-8, becomes
+    its escape, and JSON reads that back."""
+    return text.encode(errors="backslashreplace")
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Libraries in C++ and Rust open no file whose name is anything else."""
+    return os.fsencode(path) == encode_text(os.fspath(path))
 
 
 def sync_folder(folder: Path) -> None:

@@ -142,6 +142,8 @@ def load_tokenizer(path: str | Path):
     try:
         # Said, not left out: transformers would ask at the terminal whether to run the code of a folder.
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except UnicodeEncodeError:
+        raise ValueError(f"cannot read the tokenizer at {path}: that name is not UTF-8; rename it") from None
     except Exception as error:  # a broken tokenizer.json surfaces as any of half a dozen types
         raise ValueError(
             f"cannot read the tokenizer at {path} ({type(error).__name__}: {error}); {TOKENIZER_CURE}"

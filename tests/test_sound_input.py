@@ -1,5 +1,5 @@
-"""Input that is sound, though unusual: it is read, or refused in words that are true. Each test tells of one that
-was refused in misleading words, ended a run, or went wrong without a word."""
+"""Input that is sound, though unusual, is read, or refused in words that are true. Each test tells of one
+that was refused in misleading words, ended a run, or went wrong without a word."""
 
 import argparse
 import os
@@ -99,9 +99,8 @@ def test_a_recipe_may_name_another_and_may_be_a_pipe(tmp_path):
 
 def test_the_check_reads_recipes_as_the_script_does(tmp_path):
     """It knows its own flags alone, and so took the values of others for recipes."""
-    result = run_script(
-        "-m", "trainer.check", "pretrain", "--wandb_run_name", "@night", "--dim=0", "--all_images"
-    )
+    flags = ["--wandb_run_name", "@night", "--dim=0", "--all_images"]
+    result = run_script("-m", "trainer.check", "pretrain", *flags)
     check_refused(result, "--dim must be at least 1")
 
 
