@@ -5,6 +5,7 @@ Weights carry the fingerprints of what they were trained with; whoever loads the
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
     parts = []
     for path in paths:
         try:
+            if not os.path.isfile(path):  # a pipe would be waited for; no file has a name with NUL
+                raise FileNotFoundError
             with open(path, "rb") as file:
                 parts += [file.read(HEAD), str(path.stat().st_size)]
         except OSError:

@@ -1,5 +1,5 @@
-"""Every kind of bad row and image that people's data hold: named by file, row, id and reason; left out and
-counted, to the last one, by training with --on_bad_sample skip."""
+"""Every kind of bad row and image found in people's data: named by file, row, id and reason; left out and
+counted, down to the last one, by training with --on_bad_sample skip."""
 
 import io
 import json
@@ -19,6 +19,7 @@ from model.data import dataset as dataset_module
 from model.data.batch import BadSample
 from model.data.dataset import VLMDataset
 from model.data.spec import PRETRAIN, SFT
+from model.prompt import Renderer
 from model.vision_utils import ImageProcessor
 from trainer.loader import Loader
 
@@ -162,19 +163,25 @@ def images(tmp_path):
     return folder
 
 
-def make_dataset(images, tokenizer, rows: list) -> VLMDataset:
-    path = images.parent / "rows.json"
-    path.write_text(json.dumps(rows))
-    return VLMDataset(path, PRETRAIN, tokenizer, images, ImageProcessor(), max_seq_len=MAX_SEQ_LEN)
+@pytest.fixture
+def make(images, tokenizer):
+    """Rows to a dataset with these images."""
+
+    def build(rows: list, spec=PRETRAIN) -> VLMDataset:
+        path = images.parent / "rows.json"
+        path.write_text(json.dumps(rows))
+        return VLMDataset(path, spec, Renderer(tokenizer, max_seq_len=MAX_SEQ_LEN), images, ImageProcessor())
+
+    return build
 
 
-def test_every_kind_of_bad_row_is_named(images, tokenizer):
+def test_every_kind_of_bad_row_is_named(make):
     assert len(BAD) >= 30
     rows = [
         bad | {"id": f"no {n}"} if isinstance(bad, dict) and "id" not in bad else bad
         for n, (bad, _) in enumerate(BAD.values())
     ]
-    dataset = make_dataset(images, tokenizer, rows)
+    dataset = make(rows)
     for position, (kind, (_, reason)) in enumerate(BAD.items()):
         sample = dataset[position]
         assert isinstance(sample, BadSample), kind
@@ -184,42 +191,44 @@ def test_every_kind_of_bad_row_is_named(images, tokenizer):
         assert sample.reason.isprintable() and len(sample.reason) < 500, kind  # safe to show, on one line
 
 
-def test_what_is_merely_unusual_is_good(images, tokenizer):
-    dataset = make_dataset(images, tokenizer, list(GOOD.values()))
+def test_what_is_merely_unusual_is_good(make):
+    dataset = make(list(GOOD.values()))
     dataset.check_rows()
     for position, kind in enumerate(GOOD):
         assert not isinstance(dataset[position], BadSample), (kind, dataset[position])
 
 
-def test_a_mistake_in_the_program_is_no_bad_sample(images, tokenizer, monkeypatch):
-    dataset = make_dataset(images, tokenizer, [row()])
+def test_a_mistake_in_the_program_is_no_bad_sample(make, monkeypatch):
+    dataset = make([row()])
     for mistake in (TypeError, AttributeError, KeyError, RuntimeError, AssertionError):
 
         def fail(*_, mistake=mistake):
             raise mistake("a mistake")
 
-        for function in ("load_images", "render_conversation", "check_row"):
+        for function in ("load_images", "tokenize", "check_row"):
             with monkeypatch.context() as patch, pytest.raises(mistake):
                 patch.setattr(dataset_module, function, fail)
                 dataset[0]
 
 
-def test_the_verdict_on_a_large_file_is_kept_with_its_index(images, tokenizer, monkeypatch):
+def test_the_verdict_on_a_large_file_is_kept_with_its_index(make, monkeypatch):
     monkeypatch.setattr("model.data.rows.SMALL", 0)
-    for rows, bad in (([row(), row(answer="")], True), ([row()], False)):
-        path = make_dataset(images, tokenizer, rows).rows.path
+    for rows, is_bad in (([row(), row(answer="")], True), ([row()], False)):
+        dataset = make(rows)
 
-        def check(path=path, spec=PRETRAIN, bad=bad):
-            dataset = VLMDataset(path, spec, tokenizer, images, ImageProcessor())
-            with pytest.raises(ValueError, match="row 2: it has an empty answer") if bad else nullcontext():
-                dataset.check_rows()
+        def check(spec=PRETRAIN, dataset=dataset, is_bad=is_bad):
+            again = VLMDataset(dataset.rows.path, spec, dataset.renderer, dataset.image_dir)
+            with (
+                pytest.raises(ValueError, match="row 2: it has an empty answer") if is_bad else nullcontext()
+            ):
+                again.check_rows()
 
         check()
         with monkeypatch.context() as patch:
             patch.setattr(VLMDataset, "first_problem", lambda self: 1 / 0)
             check()
             with pytest.raises(ZeroDivisionError):  # another stage asks for something else
-                check(spec=SFT)
+                check(SFT)
 
 
 # ---- training ----
@@ -227,7 +236,7 @@ def test_the_verdict_on_a_large_file_is_kept_with_its_index(images, tokenizer, m
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_training_leaves_out_every_bad_row_and_counts_it(workplace, images, processes):
-    """1 % of the rows is bad, which is just let pass; one process meets half of the kinds, two the rest."""
+    """1 % of the rows is bad, which is just tolerated; one process meets half of the kinds, two the rest."""
     kinds = list(BAD.values())[processes - 1 :: 2]
     rows = make_rows(100 * len(kinds))
     for number, (bad, _) in enumerate(kinds):
@@ -250,8 +259,8 @@ def test_training_leaves_out_every_bad_row_and_counts_it(workplace, images, proc
     assert "Traceback" not in result.stderr
 
 
-def test_a_worker_that_dies_is_told_with_the_sample_it_held(workplace):
-    """As the kernel ends a process that takes too much memory, on the one image that does it."""
+def test_a_worker_that_dies_is_reported_with_the_sample_it_held(workplace):
+    """As when the kernel kills a process for its memory, on the one image that takes so much."""
     code = (
         "import os, sys, runpy, model.data.dataset as d; whole = d.load_images; "
         "d.load_images = lambda p, *more: "
@@ -272,8 +281,8 @@ def test_a_worker_that_dies_is_told_with_the_sample_it_held(workplace):
     )
 
 
-def test_the_death_is_told_by_the_worker_that_died_alone(images, tokenizer, monkeypatch):
-    dataset = make_dataset(images, tokenizer, [row(id=str(n)) for n in range(8)])
+def test_only_the_worker_that_died_is_reported(make, monkeypatch):
+    dataset = make([row(id=str(n)) for n in range(8)])
     sample = dataset.sample
 
     def deadly_sample(position):
@@ -282,24 +291,25 @@ def test_the_death_is_told_by_the_worker_that_died_alone(images, tokenizer, monk
     monkeypatch.setattr(dataset, "sample", deadly_sample)
     with pytest.raises(ValueError, match=r"loader worker 0 died \(SIGTERM\) .*row 6 \(id 5\) with 0.png"):
         list(Loader(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], num_workers=2))
-    # Of a share of the rows, the number is still that in the file.
+    # Of a share of the rows too, it is the number in the file that is named.
     with pytest.raises(ValueError, match=r"loader worker 0 died \(SIGTERM\) .*row 6 \(id 5\) with 0.png"):
         list(Loader(Subset(dataset, [7, 5]), [[0, 1]], num_workers=1))
 
 
-def test_an_error_in_a_worker_is_no_death(images, tokenizer, monkeypatch):
-    dataset = make_dataset(images, tokenizer, [row()])
+def test_an_error_in_a_worker_is_no_death(make, monkeypatch):
+    dataset = make([row()])
     monkeypatch.setattr(dataset, "sample", lambda position: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         list(Loader(dataset, [[0]], num_workers=1))
 
 
-def test_workers_load_what_this_process_loads_and_hold_nothing_at_the_end(images, tokenizer):
-    dataset = make_dataset(images, tokenizer, [row(), row(image="1.png"), row(answer="")])
-    here, there = (list(Loader(dataset, [[0, 1], [2, 0], [2]], num_workers)) for num_workers in (0, 2))
-    for one, other in zip(here, there, strict=True):
+def test_workers_load_what_this_process_loads_and_hold_nothing_at_the_end(make):
+    dataset = make([row(), row(image="1.png"), row(answer="")])
+    here, there = (Loader(dataset, [[0, 1], [2, 0], [2]], num_workers) for num_workers in (0, 2))
+    batches = list(there)
+    for one, other in zip(here, batches, strict=True):
         assert one.keys() == other.keys() and one["bad_samples"] == other["bad_samples"]
         for name in ("input_ids", "labels", "image_slots", "pixel_values", "num_images"):
             assert torch.equal(one[name], other[name])
-    assert [len(batch["pixel_values"]) for batch in there] == [2, 1, 0]
-    assert dataset.held.tolist() == [-1, -1]
+    assert [len(batch["pixel_values"]) for batch in batches] == [2, 1, 0]
+    assert there.watched.held.tolist() == [-1, -1]
