@@ -3,32 +3,38 @@
 A video of D seconds is cut into n equal parts, n = D * frames_per_second, but at least 1 and at most
 max_frames, and what is shown in the middle of each part is looked at: its beginning and its end count as much
 as the rest, and a video of one frame per second gives exactly its frames.
+
+The packets of a video are read twice, which costs little beside decoding: once to learn when each is shown
+(timeline.py), and once to decode those that the wanted frames need.
 """
 
 import contextlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from model.images import check_is_file, explain_damage, open_image
+from model.data.timeline import Timeline, demux, read_timeline
+from model.images import check_is_file, explain_damage, open_image, to_rgb
 from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, expand_marks, find_marks, normalise_turns
 from model.vision_utils import ImageProcessor, get_img_process, load_pixels
 
-VERSION = 1  # of the way from a video to its frames; see feature_store.VERSION
+VERSION = 2  # of the way from a video to its frames; see feature_store.VERSION
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a frame; 89 millions, where Pillow begins to fear a bomb
 MICRO = 1_000_000  # microseconds per second
-SEEK_GAP = 2 * MICRO  # a shorter way to the next moment is decoded instead of jumped over
+SEEK_GAP = 2 * MICRO  # a shorter way to the next moment is decoded, of a longer one the end at most
 # What may be found in a video's file, whatever its name: no play lists, which would open other files.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,ogg,asf,gif,"
-    "nut,ivf,dv,mjpeg,mp3,wav,flac,aac"
+    "nut,ivf,dv,mjpeg,apng,mp3,wav,flac,aac"
 )  # the last four, to say that there is nothing to see
-DEFAULT_RATE = 25  # frames per second of a stream that tells neither times nor rate
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own do not see transparency
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,10 @@ def find_frames(path: str | Path, max_frames: int = 8, frames_per_second: float 
     """Which frames a video is looked at: the middles of equal parts. Decodes nothing; raises as read_frames()
     does."""
     with open_video(path) as (container, stream):
-        length = video_length(container, stream)
-        count = max(1, min(max_frames, round(length * Fraction(frames_per_second))))
-        return [
-            Frame(Path(path), int(length * MICRO * (2 * number + 1) / (2 * count))) for number in range(count)
-        ]
+        timeline = read_timeline(container, stream, path)
+    count = max(1, min(max_frames, round(timeline.length * Fraction(frames_per_second))))
+    middles = [timeline.length * (2 * number + 1) / (2 * count) for number in range(count)]
+    return [Frame(Path(path), int(timeline.settle(middle) * MICRO)) for middle in middles]
 
 
 def expand_videos(
@@ -162,64 +167,126 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"its frames have {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
 
 
-def video_length(container, stream) -> Fraction:
-    """Seconds from the first frame to the end of the last. Where the file does not say, its packets are read
-    through, but not decoded."""
-    if stream.duration and stream.duration > 0:
-        return stream.duration * stream.time_base
-    if container.duration and container.duration > 0:
-        return Fraction(container.duration, MICRO)
-    times, count = [], 0
-    for packet in container.demux(stream):
-        if packet.size:
-            count += 1
-            if packet.pts is not None:
-                times += [packet.pts, packet.pts + (packet.duration or 0)]
-                times = [min(times), max(times)]
-    told = (times[1] - times[0]) * stream.time_base if times else Fraction(0)
-    return told or count / rate_of(stream)
-
-
-def rate_of(stream) -> Fraction:
-    return Fraction(stream.guessed_rate or stream.average_rate or DEFAULT_RATE)
-
-
 def decode_frames(wanted: list[Frame]) -> Iterator[Image.Image]:
-    """Frames of one video, in the order of time, as RGB images. Holds two decoded frames at a time."""
-    moments = [frame.moment for frame in wanted]
-    with open_video(wanted[0].video) as (container, stream):
-        can_seek = bool(stream.duration or container.duration)  # streams that tell no times cannot
-        gap = (moments[-1] - moments[0]) // max(1, len(moments) - 1)
-        frames, shown, following = timed_frames(container, stream), None, None
-        position = 0
-        for moment in moments:
-            if can_seek and moment - position > SEEK_GAP:
-                start = stream.start_time or 0
-                container.seek(start + int(Fraction(moment, MICRO) / stream.time_base), stream=stream)
-                frames, shown, following = timed_frames(container, stream), None, None
-            if following is None:
-                following = next(frames, None)
-            while following and (shown is None or following[0] <= moment):
-                shown, following = following, next(frames, None)
-            if shown is None:
-                raise ValueError("no frame of it can be decoded")
-            time, frame = shown
-            if following is None and moment - time > max(gap, SEEK_GAP):
-                raise ValueError(
-                    f"it ends after {time / MICRO:.1f} s, though it should last longer than "
-                    f"{moment / MICRO:.1f} s; was it cut off?"
-                )
-            check_size(frame.width, frame.height)
-            position = moment
-            # The angle is the one that a player turns by, counter-clockwise as Pillow counts it.
-            yield frame.to_image().rotate(frame.rotation, expand=True)
+    """Frames of one video, in the order of time, as RGB images. Holds few decoded frames at a time."""
+    path = wanted[0].video
+    with open_video(path) as (container, stream):
+        timeline = read_timeline(container, stream, path)
+    done = back = 0
+    while done < len(wanted):
+        with open_video(path) as (container, stream):
+            reader = Reader(container, stream, timeline)
+            for moment in [frame.moment for frame in wanted[done:]]:
+                frame = reader.show(moment, back)
+                if frame is None:
+                    back = max(1, 2 * back)
+                    break
+                yield to_image(frame)
+                done += 1
 
 
-def timed_frames(container, stream) -> Iterator[tuple[int, object]]:
-    """(microseconds since the video's beginning, frame) of all frames from where the container stands."""
-    start = stream.start_time or 0
-    for number, frame in enumerate(container.decode(stream)):
-        if frame.pts is None:
-            yield int(number * MICRO / rate_of(stream)), frame
-        else:
-            yield int((frame.pts - start) * stream.time_base * MICRO), frame
+class Reader:
+    """Decodes a video forwards, and passes over what is not needed."""
+
+    def __init__(self, container, stream, timeline: Timeline):
+        self.timeline, self.decoder = timeline, find_decoder(stream)
+        self.packets = demux(container, stream)
+        self.taken = 0  # packets that were decoded or passed over
+        self.pass_over(timeline.first)
+        self.start = None  # when the first frame is shown, in ticks
+        self.position = 0  # the last moment that was asked for
+        self.trusted = None  # after a jump: the moment from which on all must be right
+        self.begin()
+        if self.following is None:
+            raise ValueError("no frame of it can be decoded")
+
+    def begin(self) -> None:
+        self.frames, self.shown, self.spoiled = timed_frames(self), None, False
+        self.following = next(self.frames, None)
+
+    def show(self, moment: int, back: int):
+        """The frame that is shown at a moment; None if what was passed over would have been needed.
+
+        back  begin so many entries earlier than should be necessary
+        """
+        try:
+            if moment - self.position > SEEK_GAP:
+                self.jump(moment, back)
+            while self.following and (self.shown is None or self.following[0] <= moment):
+                self.shown, self.following = self.following, next(self.frames, None)
+                # What is made up for missing parts depends on all that was decoded before.
+                self.spoiled |= self.shown[1].is_corrupt
+        except Exception:  # a decoder that lacks something raises any of FFmpeg's types
+            if self.trusted is None:
+                raise
+            return None
+        self.position = moment
+        time, frame = self.shown
+        if self.trusted is not None and (self.spoiled or time < self.trusted):
+            return None
+        return frame
+
+    def jump(self, moment: int, back: int) -> None:
+        """To the last entry before a moment, if that is ahead."""
+        entries = self.timeline.entries
+        time = self.start + moment / self.timeline.tick / MICRO
+        place = bisect_right(entries, time, key=lambda entry: entry[0]) - 1
+        if place - back < 0 or entries[place - back][1] <= self.taken:
+            return
+        self.trusted = self.moment(entries[place][0])
+        self.decoder.flush_buffers()
+        self.pass_over(entries[place - back][1])
+        self.begin()
+        if self.following is None or self.following[0] > self.trusted:
+            raise ValueError("it cannot be entered there")
+
+    def pass_over(self, number: int) -> None:
+        """Go on with the packet of that number."""
+        self.taken += sum(1 for _ in islice(self.packets, number - self.taken))
+
+    def decode(self) -> Iterator:
+        for packet in self.packets:
+            self.taken += 1
+            yield from self.decoder.decode(packet)
+        yield from self.decoder.decode(None)  # what it still holds
+
+    def moment(self, time: int) -> int:
+        """Microseconds from the first frame."""
+        return int((time - self.start) * self.timeline.tick * MICRO)
+
+
+def find_decoder(stream):
+    """The stream's own, or one that sees transparency."""
+    codec = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and codec.name in ALPHA_DECODERS:
+        import av
+
+        codec, options = av.CodecContext.create(ALPHA_DECODERS[codec.name], "r"), codec.options
+        codec.options = options
+    return codec
+
+
+def timed_frames(reader: Reader) -> Iterator[tuple[int, object]]:
+    """(microseconds from the video's first frame, frame) of all frames from where the reader stands."""
+    timeline = reader.timeline
+    for number, frame in enumerate(reader.decode()):
+        time = frame.pts
+        if timeline.counted or time is None:
+            if reader.trusted is not None:
+                raise ValueError("its frames cannot be counted")
+            time = timeline.times[min(number, len(timeline.times) - 1)]
+        if reader.start is None:
+            reader.start = time
+        yield reader.moment(time), frame
+
+
+def to_image(frame) -> Image.Image:
+    """Of a decoded frame: in RGB, upright, on white paper."""
+    check_size(frame.width, frame.height)
+    shape = frame.format
+    if shape.has_palette or any(component.is_alpha for component in shape.components):
+        image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        image = frame.to_image()
+    # The angle is the one that a player turns by, counter-clockwise as Pillow counts it.
+    return image.rotate(frame.rotation, expand=True)
