@@ -3,9 +3,9 @@ numbers, so that times and answers can be compared.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
-    CLIPVisionModel,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -76,11 +76,14 @@ def to_llama(model: Transformer) -> LlamaForCausalLM:
     return llama.eval().requires_grad_(False)
 
 
-def to_llava(model: Transformer, vision_model: CLIPVisionModel) -> LlavaForConditionalGeneration:
-    """The whole model. Our one matrix is LLaVA's first projection layer; its second becomes the identity."""
+def to_llava(model: Transformer, vision_model: nn.Module) -> LlavaForConditionalGeneration:
+    """The whole model. Our one matrix is LLaVA's first projection layer; its second becomes the identity.
+
+    vision_model  a VisionTower, or transformers' own CLIPVisionModel
+    """
     llava = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=vision_model.config,
+            vision_config=CLIPVisionConfig.from_dict(vision_model.config.to_dict()),
             text_config=llama_config(model.config),
             image_token_index=IMAGE_TOKEN,
             projector_hidden_act="linear",

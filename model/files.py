@@ -126,10 +126,15 @@ def check_clip_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no config.json: {CLIP_CURE}")
     check_weight_file(path / "config.json", CLIP_CURE)
-    weights = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+    names = [
+        f"{name}{ending}"
+        for name in ("model.safetensors", "pytorch_model.bin")  # the order in which they are looked for
+        for ending in ("", ".index.json")
+    ]
+    weights = [path / name for name in names if (path / name).is_file()]
     if not weights:
         raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin: {CLIP_CURE}")
-    check_weight_file(weights[0], CLIP_CURE)  # transformers prefers safetensors too
+    check_weight_file(weights[0], CLIP_CURE)
 
 
 def describe_placeholder_file(path: str | Path) -> str:

@@ -1,13 +1,12 @@
 """From an image file to CLIP features: decode, RGB, squash to 224 x 224, the frozen vision tower.
 
 Any CLIP vision tower in the format of transformers will do, or a SigLIP one: sizes follow from its config.
+The tower itself is vision_tower.py.
 
 Letters: M images, N tokens per image (50), V CLIP width (768), S side in pixels (224), for ViT-B/32.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionModel, SiglipVisionModel
-from transformers.utils import logging as transformers_logging
 
-from model.files import check_clip_folder, read_json
+from model.checkpoint import read_tensors, weight_files
+from model.files import check_clip_folder
 from model.images import open_image, to_rgb
 from model.names import CLIP_CURE
+from model.vision_config import read_vision_config
+from model.vision_tower import VisionTower
 
-# model_type in config.json -> the class that reads it, and what of its config is set: SigLIP's pooling head,
-# which makes one vector of an image, is not used here.
-ENCODERS = {"clip": (CLIPVisionModel, {}), "siglip": (SiglipVisionModel, {"vision_use_head": False})}
-UNUSED_WEIGHTS = ("text_", "visual_projection", "logit_", "head.", "vision_model.head.")
+# The text tower, and what makes one vector of an image or compares it with a text.
+UNUSED_WEIGHTS = ("text_", "visual_projection", "logit_", "head.")
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -40,60 +38,48 @@ class ImageProcessor:
     jpeg_draft: bool = False  # decode large JPEGs at a half, quarter or eighth of their size: faster
 
 
-def get_vision_model(path: str | Path) -> tuple[CLIPVisionModel | SiglipVisionModel, ImageProcessor]:
+def get_vision_model(path: str | Path) -> tuple[VisionTower, ImageProcessor]:
     """Load the vision tower of a folder in the format of openai/clip-vit-base-patch32, frozen, in fp32.
 
     The folder may hold the whole CLIP or SigLIP (its text tower is skipped) or the vision tower alone,
-    as pytorch_model.bin or model.safetensors.
+    as model.safetensors or pytorch_model.bin, whole or in parts.
     Raises FileNotFoundError or ValueError, naming the file and the cure.
     """
     path = Path(path)
     check_clip_folder(path)
-    kind = str(read_json(path / "config.json").get("model_type", "clip"))
-    if kind.removesuffix("_vision_model") not in ENCODERS:
+    config = read_vision_config(path)
+    with torch.device("meta"):  # without memory: it takes the file's own tensors, which are mapped, not read
+        vision_model = VisionTower(config)
+    wanted, state = vision_model.state_dict(), read_vision_state(path)
+    missing = sorted(wanted.keys() - state.keys())
+    foreign = sorted(state.keys() - wanted.keys())
+    shapes = [name for name, tensor in wanted.items() if name in state and state[name].shape != tensor.shape]
+    if missing or foreign or shapes:
+        named = ", ".join([*missing, *shapes, *foreign][:3])
         raise ValueError(
-            f"{path} holds a model of type {kind}, but images are encoded by "
-            f"{' or '.join(ENCODERS)}: {CLIP_CURE}, or name yours with --clip_path"
+            f"{path} does not fit its own config.json: {len(missing)} weights missing, "
+            f"{len(shapes)} of other shape, {len(foreign)} unknown ({named}); {CLIP_CURE}"
         )
-    encoder, settings = ENCODERS[kind.removesuffix("_vision_model")]
-    with quiet_transformers():
-        # The stock class under its own name: a subclass would match no key and keep random weights.
-        # dtype: otherwise the checkpoint's own type decides. local_files_only: never wait for a network.
-        try:
-            vision_model, report = encoder.from_pretrained(
-                path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **settings
-            )
-        except Exception as error:  # half a dozen types, all meaning the same to the user
-            raise ValueError(
-                f"cannot read the CLIP at {path} ({type(error).__name__}: {error}); {CLIP_CURE}"
-            ) from None
-    missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
-    foreign = [
-        name
-        for name in report["unexpected_keys"]
-        if not name.startswith(UNUSED_WEIGHTS) and "position_ids" not in name
-    ]
-    if missing or foreign:
-        raise ValueError(
-            f"{path} does not fit its own config.json: {len(missing)} weights missing "
-            f"({', '.join(sorted(missing)[:3])}), {len(foreign)} unknown; {CLIP_CURE}"
-        )
-    vision_model.eval().requires_grad_(False)  # after loading: a freeze in __init__ is lost
-    return vision_model, read_image_processor(path, vision_model.config.image_size)
+    vision_model.load_state_dict(state, assign=True)
+    vision_model.eval().requires_grad_(False)
+    return vision_model, read_image_processor(path, config.image_size)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' table of skipped text-tower weights: they are expected, and what matters is checked
-    here."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+def read_vision_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of the vision tower in a folder, in fp32, under the names of VisionTower. Raises
+    ValueError."""
+    state = {}
     try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        for file in weight_files(path, CLIP_CURE):
+            state |= read_tensors(file, CLIP_CURE)
+    except ValueError as error:
+        raise ValueError(f"cannot read the CLIP at {path}: {error}") from None
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
+    return {
+        name: tensor.float()  # whatever type they were saved in
+        for name, tensor in state.items()
+        if not name.startswith(UNUSED_WEIGHTS) and "position_ids" not in name
+    }
 
 
 def read_image_processor(path: Path, size: int) -> ImageProcessor:
@@ -110,11 +96,9 @@ def read_image_processor(path: Path, size: int) -> ImageProcessor:
     )
 
 
-def num_image_tokens(vision_model: CLIPVisionModel | SiglipVisionModel) -> int:
-    """Tokens per image: one per patch, and CLIP's class token, which SigLIP lacks; 7 * 7 + 1 = 50 for
-    ViT-B/32."""
-    config = vision_model.config
-    return (config.image_size // config.patch_size) ** 2 + isinstance(vision_model, CLIPVisionModel)
+def num_image_tokens(vision_model: VisionTower) -> int:
+    """Tokens per image: 50 for ViT-B/32."""
+    return vision_model.embeddings.position_embedding.num_embeddings
 
 
 def check_fit(config, tokenizer, vision_model, weights: str | Path, clip_path: str | Path) -> None:
@@ -157,7 +141,7 @@ def load_pixels(path: str | Path, image_processor: ImageProcessor) -> Tensor:
 
 
 @torch.no_grad()
-def get_img_embedding(pixel_values: Tensor, vision_model: CLIPVisionModel | SiglipVisionModel) -> Tensor:
+def get_img_embedding(pixel_values: Tensor, vision_model: VisionTower) -> Tensor:
     """Encode images with the frozen vision tower, all in one call, in the tower's own dtype.
 
     pixel_values  (M, 3, S, S) float32, from get_img_process; M may be 0
@@ -165,8 +149,6 @@ def get_img_embedding(pixel_values: Tensor, vision_model: CLIPVisionModel | Sigl
                   because v1 took them there; of SigLIP the patch tokens
     """
     if not len(pixel_values):
-        config = vision_model.config
-        return pixel_values.new_zeros(
-            0, num_image_tokens(vision_model), config.hidden_size, dtype=vision_model.dtype
-        )
-    return vision_model(pixel_values=pixel_values.to(vision_model.dtype)).last_hidden_state
+        shape = (0, num_image_tokens(vision_model), vision_model.config.hidden_size)
+        return pixel_values.new_zeros(shape, dtype=vision_model.dtype)
+    return vision_model(pixel_values.to(vision_model.dtype))

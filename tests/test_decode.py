@@ -5,20 +5,19 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionModel
 
 from benchmarks.llava import to_llama, to_llava, to_llava_ids
 from model.decode import Decoder, can_pack, pack_linears, pack_weight
 from model.generate import Sampling, generate
 from model.prompt import render_conversation
-from model.vision_utils import get_img_embedding
+from model.vision_utils import get_img_embedding, get_vision_model
 
 TEXTS = ["<image>\n图片里有什么？", "它是什么颜色？", "Compare <image> with <image>, and with <image>."]
 
 
 @pytest.fixture
 def clip(clip_path):
-    return CLIPVisionModel.from_pretrained(clip_path, dtype=torch.float32).eval().requires_grad_(False)
+    return get_vision_model(clip_path)[0]
 
 
 @pytest.fixture
