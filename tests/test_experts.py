@@ -34,8 +34,8 @@ def make_batch(vocab_size: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class Routed:
-    """What Experts gathers of one forward pass: the balance loss before its weight, and the choices that each
-    expert of each layer received."""
+    """What Experts gathers of one forward pass: the balance loss, summed over rows and layers and before its
+    weight, and the choices that each expert of each layer received."""
 
     loss: torch.Tensor
     balance: torch.Tensor
@@ -49,7 +49,8 @@ def watch(model: Transformer) -> Callable[..., Routed]:
     def route(ids: torch.Tensor, labels: torch.Tensor) -> Routed:
         loss = model(ids, labels=labels)[1]
         positions = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        balance = experts.balance_loss({"labels": labels, "target_positions": positions}, num_rows=1)
+        batch = {"labels": labels, "target_positions": positions}
+        balance = len(labels) * experts.balance_loss(batch, num_rows=len(labels))  # from a mean to a sum
         experts.end_step()
         load = experts.load
         experts.read()  # what is gathered from now on counts from 0

@@ -1,6 +1,7 @@
 """What is written for GPUs, as far as a CPU can run it: copies ahead, compiled blocks, a batch that fits."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 from model.data.batch import collate
 from model.data.dataset import VLMDataset
 from model.data.spec import DatasetSpec
-from model.fast import compile_blocks
+from model.fast import use_fast_kernels
+from model.prompt import Renderer
 from model.vision_utils import get_img_embedding, get_vision_model
-from trainer import loop
+from trainer import memory
 from trainer.args import AUTO
 from trainer.loader import prefetch
 from trainer.memory import LARGEST_BATCH, SHARE, StepMemory
@@ -70,12 +72,11 @@ def test_on_a_cpu_batches_pass_as_they_are():
 
 @pytest.fixture
 def batches(workplace, tokenizer, clip_path) -> list[dict]:
-    """Two batches of rows padded to a multiple of 64, one of them with two target token fewer, and the same
-    rows without that padding."""
+    """Two batches of rows padded to a multiple of 64, of different numbers of targets, and the same rows
+    without that padding."""
     vision_model, processor = get_vision_model(clip_path)
-    dataset = VLMDataset(
-        workplace / "data.json", DatasetSpec(), tokenizer, workplace / "images", processor, max_seq_len=256
-    )
+    renderer = Renderer(tokenizer, num_image_tokens=50, max_seq_len=256)
+    dataset = VLMDataset(workplace / "data.json", DatasetSpec(), renderer, workplace / "images", processor)
     rows = [[dataset[place] for place in places] for places in ((0, 1, 2, 3), (4, 5, 6, 7))]
     made = [collate(part, multiple=64) for part in rows] + [collate(part) for part in rows]
     for batch in made:
@@ -104,59 +105,60 @@ def test_rows_padded_to_a_multiple_have_the_same_loss_and_gradients(model, batch
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
-def test_compiled_blocks_compute_the_same(model, batches, monkeypatch):
-    """Traced whole (no graph break is allowed) and differentiated by the compiler; what its C++ would be
-    is left out, because not every machine has a compiler."""
-    expected = [loss_and_gradients(model, batch) for batch in batches[:2]]
-    names = list(model.state_dict())
+@pytest.fixture
+def without_a_compiler(monkeypatch):
+    """Blocks are traced whole, no graph break is allowed, and differentiated by PyTorch; what is left out is
+    their C++, because not every machine has a compiler."""
     compiled = nn.Module.compile
     monkeypatch.setattr(
         nn.Module,
         "compile",
         lambda module, dynamic: compiled(module, backend="aot_eager", fullgraph=True, dynamic=dynamic),
     )
-    compile_blocks(model)
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_compute_the_same(model, batches, without_a_compiler):
+    expected = [loss_and_gradients(model, batch) for batch in batches[:2]]
+    names = list(model.state_dict())
+    use_fast_kernels(model, CPU, torch.float32, compiled=True)
     for batch, values in zip(batches[:2], expected, strict=True):
         for one, two in zip(loss_and_gradients(model, batch), values, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert list(model.state_dict()) == names
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # it was the compiler's work
-    torch._dynamo.reset()
 
 
-def test_a_compiled_run_learns_as_the_plain_one_does(workplace, monkeypatch):
-    compiled = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda module, dynamic: compiled(module, backend="aot_eager", dynamic=dynamic)
-    )
+def test_a_compiled_run_learns_as_the_plain_one_does(workplace, without_a_compiler):
     weights = []
     for flags in ([], ["--compile"]):
         run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=3", *flags)
         weights.append(weights_of(workplace))
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_the_largest_batch_is_a_power_of_two_that_fits():
     for gigabytes in (1, 3, 10, 10_000):
-        memory = StepMemory(fixed=10**9, per_sample=10**7, available=gigabytes * 10**9)
-        largest = memory.largest_batch()
+        plan = StepMemory(fixed=10**9, per_sample=10**7, available=gigabytes * 10**9)
+        largest = plan.largest_batch()
         assert largest in (0, *(2**power for power in range(9)))
-        assert not largest or memory.needed(largest) <= SHARE * memory.available
-        assert largest == LARGEST_BATCH or memory.needed(max(1, 2 * largest)) > SHARE * memory.available
+        assert not largest or plan.needed(largest) <= SHARE * plan.available
+        assert largest == LARGEST_BATCH or plan.needed(max(1, 2 * largest)) > SHARE * plan.available
     assert StepMemory(1, 1, None).largest_batch() is None
 
 
-def test_batch_size_auto_takes_it_and_the_start_tells(workplace, monkeypatch, capsys):
+def test_batch_size_auto_takes_it_and_the_start_says_so(workplace, monkeypatch, capsys):
     """Ten times the memory is there that one row takes beyond what any batch does."""
-    original = loop.plan_step
+    original = memory.plan_step
 
     def plan_step(*arguments):
         plan = original(*arguments)
-        return StepMemory(plan.fixed, plan.per_sample, int((plan.fixed + 10 * plan.per_sample) / SHARE))
+        return replace(plan, available=int((plan.fixed + 10 * plan.per_sample) / SHARE))
 
-    monkeypatch.setattr(loop, "plan_step", plan_step)
+    monkeypatch.setattr(memory, "plan_step", plan_step)
     run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", f"--batch_size={AUTO}")
     told = capsys.readouterr().out
     assert "8 per step (1 process(es) x batch 8" in told
@@ -164,7 +166,7 @@ def test_batch_size_auto_takes_it_and_the_start_tells(workplace, monkeypatch, ca
 
 
 def test_a_row_that_does_not_fit_is_told(workplace, monkeypatch):
-    monkeypatch.setattr(loop, "plan_step", lambda *_: StepMemory(10**9, 10**9, 10**9))
+    monkeypatch.setattr(memory, "plan_step", lambda *_: StepMemory(10**9, 10**9, 10**9))
     with pytest.raises(ValueError, match="not even one row fits: a step of it needs about 2 GB of 1 GB"):
         run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", "--batch_size=auto")
 
