@@ -2,11 +2,17 @@
 that was refused in misleading words, ended a run, or went wrong without a word."""
 
 import argparse
+import gzip
+import json
 import os
+import pickle
 
+import pandas
 import pytest
-from conftest import ROOT, check_refused, load_script, run_script
+from conftest import ROOT, check_refused, load_script, make_rows, run_script
 
+from model.data import rows as rows_module
+from model.data.rows import Rows
 from trainer.script import place_in_run, read_recipe
 
 
@@ -131,3 +137,107 @@ def test_a_seed_is_one_that_generators_take():
     for script in ("1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py", "web_server.py"):
         with pytest.raises(ValueError, match="--seed must be at least 0 and below"):
             load_script(script).parse_args([f"--seed={2**70}"])
+
+
+# ---- data files --------------------------------------------------------------------------------------------
+
+
+def text_of(rows: list, name: str) -> str:
+    kept = [json.dumps(row, ensure_ascii=False) for row in rows]
+    return "\n".join(kept) if "jsonl" in name.lower() or "ndjson" in name else f"[{','.join(kept)}]"
+
+
+@pytest.fixture(params=["small", "large"])
+def size(request, monkeypatch, tmp_path) -> str:
+    """A large file is indexed, a small one read at every start."""
+    monkeypatch.setattr(rows_module, "SMALL", 0 if request.param == "large" else 1 << 30)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [
+        ("a.JSON", "utf-8"),
+        ("a.JsonL", "utf-8"),
+        ("a.ndjson", "utf-8"),
+        ("a.v2.jsonl.gz", "utf-8"),
+        ("a.JSON.GZ", "utf-8-sig"),
+        ("a.json", "utf-16"),
+        ("a.jsonl", "utf-16-le"),
+        ("a.json", "utf-32"),
+        ("a.jsonl.gz", "utf-16"),
+        ("unpacked.jsonl.gz", "utf-8"),  # many a program unpacks what it downloads and keeps the name
+        ("a.PARQUET", None),
+        ("named.json", None),
+    ],
+)
+def test_a_data_file_is_read_in_whatever_form_it_comes(tmp_path, monkeypatch, size, name, encoding):
+    rows, path = make_rows(40), tmp_path / name
+    if encoding is None:
+        pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+        os.replace(tmp_path / "a.parquet", path)
+    else:
+        content = text_of(rows, name).encode(encoding)
+        packed = name.lower().endswith(".gz") and "unpacked" not in name
+        path.write_bytes(gzip.compress(content) if packed else content)
+    read = Rows(path)
+    assert list(read) == rows
+    assert list(pickle.loads(pickle.dumps(read))) == rows  # as a spawned loader worker gets it
+    if size == "large":
+        monkeypatch.setattr(Rows, "build", lambda *_: 1 / 0)
+        assert list(Rows(path)) == rows and Rows(path).folder == read.folder
+
+
+def test_a_compressed_file_counts_as_large_for_what_is_in_it(tmp_path, monkeypatch):
+    """A small file is held in memory; one that is compressed may hold a thousand times its size."""
+    monkeypatch.setattr(rows_module, "SMALL", 20_000)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps({"text": "x" * 5_000_000}).encode()))
+    assert path.stat().st_size < 20_000 and Rows(path).folder is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fragments"),
+    [
+        ("a.json.gz", gzip.compress(b"[1]" * 99)[:-9], ["cannot unpack", "was it copied as a whole?"]),
+        ("a.json.gz", gzip.compress(b"[1, oops]"), ["a.json.gz is not valid JSON: line 1 column 5"]),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), ["a parquet file is compressed inside", "gunzip"]),
+        ("a.json", "[1]".encode("utf-16")[:-1], ["is not UTF-16", "truncated data"]),
+        ("a.zip", b"PK\x03\x04rest", ["a.zip is a zip archive: unpack it"]),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfdrest", ["is compressed by zstd: unpack it"]),
+        ("a.csv", b"image,question\n", ["line 1 column 1", "rows are read from .json, .jsonl and .parquet"]),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\n", ["a.json is a git-lfs pointer"]),
+        ("a.json", b"<!doctype html>", ["a.json is a web page"]),
+    ],
+)
+def test_a_data_file_that_is_not_read_is_named_for_what_it_is(tmp_path, size, name, content, fragments):
+    """All were called invalid JSON, or text that is not UTF-8."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as found:
+        Rows(tmp_path / name)
+    for fragment in (name, *fragments):
+        assert fragment in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_deep_rows_are_refused_before_training_and_not_in_it(tmp_path, name):
+    """json.loads() gives up where the stack ends: rows of 975 levels passed the check, and died in training,
+    which calls it from further inside."""
+
+    def nested(depth: int) -> list:
+        row: list = []
+        for _ in range(depth - 1):
+            row = [row]
+        return row
+
+    wide = [{"a": [[[]] * 300]}]
+    (tmp_path / name).write_text(text_of([nested(200), wide], name))
+    rows = Rows(tmp_path / name)
+    assert rows[0] == nested(200) and rows[1] == wide
+    for depth in (201, 975, 5000):
+        text = "[" * depth + "]" * depth
+        (tmp_path / name).write_text(f"1\n{text}" if name == "a.jsonl" else f"[1,\n{text}, 2]")
+        with pytest.raises(ValueError, match="line 2 column 1: nested too deeply, more than 200 levels"):
+            Rows(tmp_path / name)

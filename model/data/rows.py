@@ -5,7 +5,7 @@ memory-mapped and an index says where each row begins and ends; all processes sh
 indexed once, into a folder .NAME.index beside it, or where that cannot be written, in the user's cache:
 
     KEY.spans.npy   (R, 2) int64: the first byte of each row, and its end
-    KEY.jsonl       the rows themselves, where the file is parquet
+    KEY.rows        the rows themselves as UTF-8 text, where the file is not (formats.py)
     KEY.json        their number and the file's fingerprint; written last
     KEY.NAME.json   what remember() keeps
     lock            held while any of these is written
@@ -29,10 +29,13 @@ from pathlib import Path
 
 import numpy as np
 
+from model.data.formats import LINES, LIST, form_of, kind_of, rewrite
 from model.files import atomic_write, check_data_file, fingerprint_file, locked
 
-VERSION = 2  # of the index; another one does not find what this one wrote
+VERSION = 3  # of the index and of what is remembered in it; another one does not find what this one wrote
 SMALL = 4 << 20  # bytes; a smaller file is indexed in milliseconds, at every start and in memory
+PACKED = 16  # a file compressed by gzip holds about so many times its size
+MAX_DEPTH = 200  # levels of a row; json.loads() gives up somewhere below 1000, sooner in a worker than here
 WINDOW = 16 << 20  # bytes decoded at a time while looking for the rows of a JSON list
 SPACE, SPACE_BYTES = re.compile(r"[ \t\r\n]*"), re.compile(rb"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
@@ -50,11 +53,11 @@ class Rows:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         check_data_file(self.path)
-        status, started = self.path.stat(), time.perf_counter()
+        status, started, self.form = self.path.stat(), time.perf_counter(), form_of(self.path)
         self.key = f"{status.st_size}-{status.st_mtime_ns}-v{VERSION}"
         self.folder: Path | None = None  # where the index lies; None = in memory alone
         self.index_seconds = 0.0
-        if status.st_size < SMALL:
+        if status.st_size < (SMALL // PACKED if self.form.is_gzip else SMALL):
             self.build(None)
         elif not any(self.load(folder) for folder in index_folders(self.path)):
             self.load_or_build()
@@ -67,7 +70,7 @@ class Rows:
         start, end = self.spans[position].tolist()
         try:
             return json.loads(str(self.data[start:end], "utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{self.path} was changed while it was in use") from None
 
     def __reduce__(self):
@@ -95,7 +98,7 @@ class Rows:
             facts = json.loads(self.file(folder, "json").read_text())
             # A plain view: np.memmap's own indexing is several times slower.
             spans = np.load(self.file(folder, "spans.npy"), mmap_mode="r").view(np.ndarray)
-            data = map_file(self.file(folder, "jsonl") if self.path.suffix == ".parquet" else self.path)
+            data = map_file(self.path if self.form.is_plain else self.file(folder, "rows"))
             whole = spans.shape == (facts["num_rows"], 2) and len(data) == facts["num_bytes"]
             whole = whole and facts["fingerprint"] == fingerprint_file(self.path)
         except (OSError, ValueError, KeyError, TypeError, EOFError):
@@ -124,11 +127,10 @@ class Rows:
             for old in folder.glob("*-v*.*"):
                 if not old.name.startswith(self.key):
                     old.unlink(missing_ok=True)
-        if self.path.suffix == ".parquet":
-            self.data, spans = self.convert(folder)
-        else:
-            spans = find_rows(self.path)
-            self.data = map_file(self.path)
+        source, spans = (self.path, None) if self.form.is_plain else self.convert(folder)
+        if spans is None:
+            spans = find_rows(source, self.path)
+        self.data = map_file(source)
         if not spans:
             raise ValueError(f"{self.path} holds no rows")
         self.fingerprint = fingerprint_file(self.path)
@@ -146,15 +148,17 @@ class Rows:
         atomic_write(self.file(folder, "json"), lambda file: file.write(json.dumps(facts).encode()))
         self.load(folder)
 
-    def convert(self, folder: Path | None) -> tuple[mmap.mmap | bytes, array]:
-        """The rows of a parquet file as jsonl, in the index or in memory, and their spans."""
+    def convert(self, folder: Path | None) -> tuple[Path | bytes, array | None]:
+        """The rows of a file that is not plain as UTF-8 text, in the index or in memory; and their spans, if
+        they are known already."""
+        found: list[array | None] = []
         if folder:
             with contextlib.suppress(OSError):
-                spans, target = array("q"), self.file(folder, "jsonl")
-                atomic_write(target, lambda file: spans.extend(write_parquet_rows(self.path, file)))
-                return map_file(target), spans
+                target = self.file(folder, "rows")
+                atomic_write(target, lambda file: found.append(rewrite(self.path, self.form, file)))
+                return target, found[-1]
         buffer = io.BytesIO()
-        spans = write_parquet_rows(self.path, buffer)
+        spans = rewrite(self.path, self.form, buffer)
         return buffer.getvalue(), spans
 
 
@@ -174,18 +178,21 @@ def index_folders(path: Path) -> Iterator[Path]:
         yield cache / "minimind-v" / f"{path.name}-{place}.index"
 
 
-def map_file(path: Path) -> mmap.mmap | bytes:
-    with open(path, "rb") as file:
+def map_file(source: Path | bytes) -> mmap.mmap | bytes:
+    if isinstance(source, bytes):
+        return source
+    with open(source, "rb") as file:
         empty = os.fstat(file.fileno()).st_size == 0  # nothing cannot be mapped
         return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def find_rows(path: Path) -> array:
-    """First byte and end of every row of a json or jsonl file, one after the other."""
+def find_rows(source: Path | bytes, path: Path) -> array:
+    """First byte and end of every row of a json or jsonl file, one after the other; path: its name in
+    messages."""
     # A mapping of its own: the pages that are read here do not stay in this process.
-    data = map_file(path)
+    data = map_file(source)
     check_text(data, path)
-    return line_spans(data, path) if path.suffix == ".jsonl" else list_spans(data, path)
+    return line_spans(data, path) if kind_of(path) in LINES else list_spans(data, path)
 
 
 def check_text(data: mmap.mmap | bytes, path: Path) -> None:
@@ -211,7 +218,8 @@ def line_spans(data: mmap.mmap | bytes, path: Path) -> array:
         line = data[start:end]
         if line.strip():
             try:
-                DECODER.decode(str(line, "latin-1"))
+                text = str(line, "latin-1")
+                check_depth(DECODER.decode(text), text, 0, len(text))
             except (ValueError, RecursionError) as error:
                 raise not_json(path, data, start, 0, error) from None
             spans.extend((start, end))
@@ -232,7 +240,8 @@ def list_spans(data: mmap.mmap | bytes, path: Path) -> array:
         at, error = read_elements(text, base, spans)
         if not error:
             break
-        if base + len(text) == len(data):  # otherwise it may be the window that ends too early
+        # Otherwise it may be the window that ends too early.
+        if isinstance(error, RecursionError) or base + len(text) == len(data):
             raise not_json(path, data, base, at, error)
         base, size = base + at, WINDOW if at else 2 * size
     end = SPACE_BYTES.match(data, base + at).end()
@@ -252,16 +261,32 @@ def read_elements(text: str, base: int, spans: array) -> tuple[int, Exception | 
     while True:
         try:
             start = SPACE.match(text, at).end()
-            end = DECODER.raw_decode(text, start)[1]
+            row, end = DECODER.raw_decode(text, start)
+            check_depth(row, text, start, end)
             stop = SPACE.match(text, end).end()
             if text[stop : stop + 1] not in (",", "]"):  # a number may go on behind the window
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, stop)
-        except (ValueError, RecursionError) as error:
+        except RecursionError as error:
+            return start, error
+        except ValueError as error:
             return at, error
         spans.extend((base + start, base + end))
         at = stop + 1
         if text[stop] == "]":
             return at, None
+
+
+def check_depth(row: object, text: str, start: int, end: int) -> None:
+    """Raise RecursionError, as the decoder does, for a row of more than MAX_DEPTH levels; text[start:end] is
+    its JSON."""
+    if text.count("{", start, end) + text.count("[", start, end) <= MAX_DEPTH:  # nearly always
+        return
+    depth, level = 0, [row]
+    while level := [value for value in level if isinstance(value, dict | list)]:
+        depth += 1
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+    if depth > MAX_DEPTH:
+        raise RecursionError
 
 
 def first_byte(data: mmap.mmap | bytes) -> int:
@@ -287,34 +312,11 @@ def not_json(path: Path, data: mmap.mmap | bytes, base: int, at: int, error: Exc
     line_start = data.rfind(b"\n", 0, position) + 1
     line = data[:position].count(b"\n") + 1
     column = len(str(data[line_start:position], "utf-8-sig", "replace")) + 1
-    reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-    hint = "; one object per line is .jsonl" if reason == "Extra data" and path.suffix != ".jsonl" else ""
+    reason, hint, kind = getattr(error, "msg", str(error)), "", kind_of(path)
+    if isinstance(error, RecursionError):
+        reason = f"nested too deeply, more than {MAX_DEPTH} levels"
+    elif reason == "Extra data" and kind not in LINES:
+        hint = "; one object per line is .jsonl"
+    elif kind not in (LIST, *LINES):
+        hint = "; rows are read from .json, .jsonl and .parquet files"
     return ValueError(f"{path} is not valid JSON: line {line} column {column}: {reason}{hint}")
-
-
-def write_parquet_rows(path: Path, file) -> array:
-    """Write the rows of a parquet file as jsonl; returns their spans."""
-    spans, end = array("q"), 0
-    for row in read_parquet(path):
-        line = json.dumps(row, ensure_ascii=False, default=plain).encode()
-        file.write(line + b"\n")
-        spans.extend((end, end + len(line)))
-        end += len(line) + 1
-    return spans
-
-
-def read_parquet(path: Path) -> Iterator[dict]:
-    """Its rows, a batch at a time. Raises ValueError if it cannot be read."""
-    import pyarrow.parquet  # here, because json files need not wait for it
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=4096):
-                yield from batch.to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-
-def plain(value: object) -> str:
-    """What JSON has no form for: dates and the like as text; bytes are no text and no row needs them."""
-    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
