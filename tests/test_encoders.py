@@ -11,10 +11,10 @@ from transformers import SiglipConfig, SiglipModel
 
 from model.checkpoint import read_description
 from model.data.batch import IGNORE_INDEX
-from model.data.dataset import check_context, tokenize
+from model.data.dataset import tokenize
 from model.data.feature_store import store_name
-from model.data.spec import SFT_MULTI
 from model.decode import pack_linears
+from model.prompt import Renderer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 
 GEOMETRY = {"num_hidden_layers": 1, "intermediate_size": 64}
@@ -99,13 +99,14 @@ def test_a_context_too_short_for_the_images_is_refused_with_the_numbers(workplac
     row = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "yes"}]
     verdicts = []
     for max_seq_len in range(514, 540):  # two images of 257 tokens, and the template
+        renderer = Renderer(tokenizer, 257, max_seq_len)
         try:
-            assert (tokenize(row, tokenizer, 257, max_seq_len)["labels"] != IGNORE_INDEX).any()
-            check_context(SFT_MULTI, tokenizer, 257, max_seq_len)
+            assert (tokenize(row, renderer)["labels"] != IGNORE_INDEX).any()
+            renderer.check_context(max_images=2)
             verdicts.append(True)
         except ValueError:
             with pytest.raises(ValueError, match=f"max_seq_len {max_seq_len} cannot hold 2 image"):
-                check_context(SFT_MULTI, tokenizer, 257, max_seq_len)
+                renderer.check_context(max_images=2)
             verdicts.append(False)
     assert set(verdicts) == {False, True} and sorted(verdicts) == verdicts
 

@@ -1,6 +1,5 @@
 """The feature cache: never a wrong feature, never half of one, nothing encoded twice, the same training."""
 
-import argparse
 import errno
 import json
 import os
@@ -10,13 +9,26 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_rows, run_script, save_clip, save_image, train, wait_until, weights_of
+from conftest import (
+    LONG,
+    ROOT,
+    check_same,
+    make_rows,
+    run_script,
+    save_clip,
+    save_image,
+    train,
+    wait_until,
+    weights_of,
+)
 
 from model.data import feature_store
 from model.data.batch import BadSample, collate
@@ -25,6 +37,7 @@ from model.data.feature_store import FeatureStore, image_key, store_name
 from model.data.spec import PRETRAIN, SFT_MULTI
 from model.vision_utils import ImageProcessor, get_img_embedding, get_vision_model, load_pixels
 from trainer import features
+from trainer.args import training_parser
 from trainer.distributed import Run
 from trainer.logger import read_metrics
 
@@ -32,16 +45,27 @@ ALONE = Run(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
-def place(tmp_path, tokenizer, clip_path):
+def place(tmp_path, renderer, clip_path):
     """Six images and 24 rows that name them, as a data set, and a CLIP."""
     for number in range(6):
         save_image(tmp_path / f"{number}.png", number)
     (tmp_path / "rows.json").write_text(json.dumps(make_rows(24)))
     vision_model, processor = get_vision_model(clip_path)
-    dataset = VLMDataset(tmp_path / "rows.json", PRETRAIN, tokenizer, tmp_path, processor)
-    args = argparse.Namespace(feature_cache=str(tmp_path / "cache"), feature_dtype="float32", num_workers=0)
-    return argparse.Namespace(
-        path=tmp_path, dataset=dataset, vision_model=vision_model, processor=processor, args=args
+    dataset = VLMDataset(tmp_path / "rows.json", PRETRAIN, renderer, tmp_path, processor)
+    return SimpleNamespace(
+        path=tmp_path,
+        dataset=dataset,
+        vision_model=vision_model,
+        processor=processor,
+        args=read_flags(tmp_path, "float32"),
+    )
+
+
+def read_flags(folder: Path, dtype: str) -> Namespace:
+    """A cache in this folder, as the flags of a stage name it."""
+    parser = training_parser("", data_path="", image_dir="", learning_rate=1.0)
+    return parser.parse_args(
+        [f"--feature_cache={folder}/cache", f"--feature_dtype={dtype}", "--num_workers=0"]
     )
 
 
@@ -51,6 +75,10 @@ def fill(place) -> FeatureStore:
     )
     place.dataset.feature_store = store
     return store
+
+
+def read(store: FeatureStore, image: Path) -> torch.Tensor | None:
+    return store.read_all([image])[0]
 
 
 @pytest.fixture
@@ -71,14 +99,14 @@ def test_every_distinct_image_is_encoded_once_and_read_back_exactly(place, encod
     rows = make_rows(24) + [make_rows(1)[0] | {"image": "copy.png"}]
     (place.path / "rows.json").write_text(json.dumps(rows))
     place.dataset = VLMDataset(
-        place.path / "rows.json", PRETRAIN, place.dataset.tokenizer, place.path, place.processor
+        place.path / "rows.json", PRETRAIN, place.dataset.renderer, place.path, place.processor
     )
     store = fill(place)
     assert len(store) == 6 and sum(encoded) == 6
     for number in range(6):
         path = place.path / f"{number}.png"
         expected = get_img_embedding(load_pixels(path, place.processor)[None], place.vision_model)[0]
-        assert torch.equal(store.read(path), expected)
+        assert torch.equal(read(store, path), expected)
     assert len(fill(place)) == 6 and sum(encoded) == 6  # another run, nothing to do
 
 
@@ -86,17 +114,17 @@ def test_a_replaced_image_is_never_served_its_old_features(place, encoded):
     """Same name, same size, same time: only the content tells."""
     old, new, other = place.path / "0.png", place.path / "1.png", place.path / "other.png"
     store = fill(place)
-    before, status = store.read(old), os.stat(old)
+    before, status = read(store, old), os.stat(old)
     save_image(other, 77)
     shutil.copy(other, old)
     os.utime(old, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert store.read(old) is None
+    assert read(store, old) is None
     bad = place.dataset[0]
     assert isinstance(bad, BadSample) and "0.png was replaced" in bad.reason
     store = fill(place)
-    assert sum(encoded) == 7 and not torch.equal(store.read(old), before)
+    assert sum(encoded) == 7 and not torch.equal(read(store, old), before)
     shutil.copy(new, old)  # one that is known by another name
-    assert torch.equal(store.read(old), store.read(new))
+    assert torch.equal(read(store, old), read(store, new))
 
 
 def test_another_clip_preprocessing_or_dtype_has_another_store(place, tmp_path):
@@ -134,14 +162,14 @@ def test_half_written_segments_do_not_count(place, encoded, monkeypatch):
     assert len(again) == 6 and sum(encoded) == 8 and not list(store.folder.glob(".*.tmp"))
 
 
-def test_a_full_disk_is_told_in_one_line_and_what_is_written_stays(place, encoded, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line_and_what_was_written_stays(place, encoded, monkeypatch):
     monkeypatch.setattr(features, "SEGMENT", 2)
     monkeypatch.setattr(features, "BATCH", 2)
     usage = shutil.disk_usage(place.path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ValueError, match="needs 0.0 MB for 6 images, .*--feature_cache"):
         fill(place)
-    assert not encoded  # told before anything is computed
+    assert not encoded  # reported before anything is computed
     monkeypatch.undo()
     monkeypatch.setattr(features, "SEGMENT", 2)
     written = []
@@ -166,13 +194,13 @@ def test_a_second_run_waits_and_takes_what_the_first_has_encoded(place, monkeypa
     def slowly(pixels, vision_model):
         encoded.append(len(pixels))
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(LONG)
         return get_img_embedding(pixels, vision_model)
 
     monkeypatch.setattr(features, "get_img_embedding", slowly)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(fill, place)
-        assert begun.wait(60)
+        assert begun.wait(LONG)
         second = pool.submit(fill, place)
         wait_until(lambda: "waiting for it" in capsys.readouterr().out)
         go_on.set()
@@ -181,14 +209,14 @@ def test_a_second_run_waits_and_takes_what_the_first_has_encoded(place, monkeypa
 
 
 def test_half_precision_is_close(place):
-    exact = fill(place).read(place.path / "0.png")
-    place.args.feature_dtype = "float16"
-    half = fill(place).read(place.path / "0.png")
+    exact = read(fill(place), place.path / "0.png")
+    place.args = read_flags(place.path, "float16")
+    half = read(fill(place), place.path / "0.png")
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), exact, rtol=1e-3, atol=1e-3)
 
 
-def test_batches_hold_features_instead_of_pixels(place, tokenizer):
+def test_batches_hold_features_instead_of_pixels(place, renderer):
     fill(place)
     batch = collate([place.dataset[n] for n in range(3)])
     assert batch["image_features"].shape == (3, 50, 24) and "pixel_values" not in batch
@@ -202,9 +230,9 @@ def test_batches_hold_features_instead_of_pixels(place, tokenizer):
         }
     ]
     (place.path / "two.json").write_text(json.dumps(rows))
-    two = VLMDataset(place.path / "two.json", SFT_MULTI, tokenizer, place.path, place.processor)
+    two = VLMDataset(place.path / "two.json", SFT_MULTI, renderer, place.path, place.processor)
     two.feature_store = place.dataset.feature_store
-    expected = [two.feature_store.read(place.path / name) for name in ("1.png", "0.png")]
+    expected = [read(two.feature_store, place.path / name) for name in ("1.png", "0.png")]
     assert torch.equal(two[0]["image_features"], torch.stack(expected))
 
 
@@ -244,7 +272,7 @@ def test_training_with_the_cache_gives_the_same_losses(workplace):
     first = train(workplace, CACHE.format(workplace), "--feature_dtype=float32")
     assert "0 images are there, 6 to encode, 0.0 MB to write" in first.stdout
     assert losses(workplace) == without
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(workplace).items())
+    check_same(weights_of(workplace), weights)
     second = train(workplace, CACHE.format(workplace), "--feature_dtype=float32", "--num_workers=2")
     assert "to encode" not in second.stdout and losses(workplace) == without
     train(workplace, CACHE.format(workplace))
@@ -265,7 +293,7 @@ def test_two_processes_build_the_cache_that_one_builds(workplace):
         (folder,) = (workplace / "cache").iterdir()
         store = FeatureStore(folder, "float32")
         assert len(store.segments) == processes and len(store) == 6
-        caches.append([store.read(workplace / "images" / f"{number}.png") for number in range(6)])
+        caches.append([read(store, workplace / "images" / f"{number}.png") for number in range(6)])
     assert all(torch.equal(one, two) for one, two in zip(*caches, strict=True))
 
 
@@ -287,9 +315,7 @@ def test_a_killed_build_goes_on_where_it_was(workplace):
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 120
-    while len(list((workplace / "cache").glob("*/*.keys.npy"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(list((workplace / "cache").glob("*/*.keys.npy"))) >= 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (folder,) = (workplace / "cache").iterdir()

@@ -1,12 +1,11 @@
-"""Several images and videos in evaluation: sets, videos, question files with their controls; the data sets of
-v1."""
+"""Several images and videos in evaluation: sets, videos, question files with their controls; v1's data
+sets."""
 
-import argparse
 import json
 
 import pytest
 import torch
-from conftest import run_inside, run_script, save_image, save_video
+from conftest import load_script, run_inside, run_script, save_image, save_video
 
 from model.chat import load_chat
 from model.checkpoint import save_weights
@@ -47,20 +46,20 @@ BIRDS = {
 
 @pytest.mark.parametrize("documented", [EDITS, BIRDS])
 @pytest.mark.parametrize("form", [", ", ",", None])
-def test_both_multi_image_data_sets_are_read_as_documented(tmp_path, tokenizer, documented, form):
+def test_both_multi_image_data_sets_are_read_as_documented(tmp_path, renderer, documented, form):
     names = documented["image"].split(", ")
     for number, name in enumerate(names):
         save_image((tmp_path / name).with_suffix(".png"), number)
         (tmp_path / name).with_suffix(".png").rename(tmp_path / name)
     row = documented | {"image": form.join(names) if form else names}
     (tmp_path / "output.json").write_text(json.dumps([row]))
-    dataset = VLMDataset(tmp_path / "output.json", SFT_MULTI, tokenizer, tmp_path, ImageProcessor())
+    dataset = VLMDataset(tmp_path / "output.json", SFT_MULTI, renderer, tmp_path, ImageProcessor())
     dataset.check_rows()
     sample = dataset[0]
     assert not isinstance(sample, BadSample) and len(sample["pixel_values"]) == 2
     question, answer = (turn["value"] for turn in documented["conversations"])
     expected = f"<s>user\n{question}</s>\n<s>assistant\n[[{answer}</s>]]".replace("\n", "\\n")
-    assert decode_sample(sample, tokenizer) == expected.replace("<image>", "<image x50>")
+    assert decode_sample(sample, renderer.tokenizer) == expected.replace("<image>", "<image x50>")
 
 
 # ---- controls ----
@@ -118,13 +117,9 @@ def test_no_place_follows_itself_and_videos_of_other_lengths_stand_in():
 
 
 @pytest.fixture
-def place(workplace, model, tokenizer_path, clip_path):
-    """Weights that answer, sets of images, videos and questions; yields the flags of 3-eval_chat.py."""
-    with torch.no_grad():
-        for parameter in model.layers.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(15)
-    save_weights(model, workplace / "out" / "32_vlm_sft_multi.pth")
+def place(workplace, lively, tokenizer_path, clip_path):
+    """Weights that answer, sets of images, videos and questions; the flags of 3-eval_chat.py for them."""
+    save_weights(lively, workplace / "out" / "32_vlm_sft_multi.pth")
     for number, videos in enumerate(([10, 90, 170, 250], [250, 10, 250], [60, 120])):
         save_video(workplace / "images" / f"{number}.mp4", videos)
     for name, members in (("b", (3, 1)), ("a", (0, 1, 2))):
@@ -170,7 +165,7 @@ CONTROLS = ["--control", "real", "blank", "shuffled", "swapped", "shuffled_frame
 
 def test_questions_are_scored_under_every_control_by_one_process_as_by_two(place, workplace, capsys):
     flags = [*place, "--stage=vlm_sft_multi", f"--questions={workplace}/questions_x.jsonl", *CONTROLS]
-    # Let what the model says under the control be the right answer, for some.
+    # For some, let what the model says under the control be the right answer.
     run_inside("3-eval_chat.py", *flags, f"--report={workplace}/first.json")
     first = [json.loads(line) for line in (workplace / "first.answers.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in (workplace / "questions_x.jsonl").read_text().splitlines()]
@@ -214,21 +209,20 @@ def test_what_the_model_sees_under_a_control(place, workplace, chat, monkeypatch
     questions = read_questions(workplace / "questions_x.jsonl", chat, max_frames=8)
     seen = {}
 
-    def answer_batch(conversations, features, sampling):
-        seen[control].append(features)
+    def answer_batch(conversations, image_features, sampling):
+        seen[control] += image_features
         return ["" for _ in conversations]
 
     monkeypatch.setattr(chat, "answer_batch", answer_batch)
-    args = argparse.Namespace(batch_size=4, seed=0)
+    args = load_script("3-eval_chat.py").parse_args(["--batch_size=4"])
+    run = Run(0, 1, torch.device("cpu"))
     features = scoring.ImageFeatures(
         chat, [image for asked in questions for part in asked.parts for image in part]
     )
     for control in ("real", "blank", "swapped", "shuffled_frames"):
         seen[control] = []
         asked = [(one, given) for one in questions if (given := show(one, control, {}, 0))]
-        scoring.answer_questions(
-            Run(0, 1, torch.device("cpu")), args, chat, asked, features, control, lambda number: Sampling()
-        )
+        scoring.answer_questions(run, args, chat, asked, features, control, lambda number: Sampling())
         seen[control] = torch.cat(seen[control])
     images = [workplace / "images" / f"{n}.png" for n in range(6)]
     videos = [find_frames(workplace / "images" / f"{n}.mp4") for n in range(3)]
@@ -333,10 +327,10 @@ def test_a_video_is_described_and_asked_about(place, workplace, chat, capsys, mo
         (["--video={}/args"], ["cannot read video"]),
         (["--chat"], ["--chat IMAGE", "--video FILE --chat"]),
         (["--chat={}/images/0.png", "--video={}/images/0.mp4"], ["--video FILE --chat"]),
-        (["--max_frames=-1"], ["--max_frames must be at least 0"]),
+        (["--max_frames=0"], ["--max_frames must be at least 1"]),
     ],
 )
-def test_what_cannot_be_shown_is_told_in_one_line(place, workplace, flags, fragments):
+def test_what_cannot_be_shown_is_reported_in_one_line(place, workplace, flags, fragments):
     (workplace / "many" / "set").mkdir(parents=True)
     for number in range(6):
         save_image(workplace / "many" / "set" / f"{number}.png", number)
