@@ -7,8 +7,13 @@ import torch
 from conftest import check_refused, make_rows, run_clean, run_inside, run_script, save_clip, train, weights_of
 
 from model.checkpoint import read_description, save_weights
+from model.data.batch import collate
+from model.data.dataset import VLMDataset
+from model.data.spec import SFT_MULTI
 from model.LMConfig import LMConfig
+from model.prompt import Renderer
 from model.transformer import Transformer
+from model.vision_utils import get_vision_model
 
 
 def test_bad_samples_stop_or_are_counted(workplace):
@@ -30,11 +35,32 @@ def test_bad_samples_stop_or_are_counted(workplace):
     (workplace / "data.json").write_text(json.dumps(rows))
     check_refused(
         run_script("1-pretrain_vlm.py", *flags, "--on_bad_sample=skip"),
-        " of 300 rows could not be used, more than 1 %",
+        " of 300 rows could not be used, more than 1%",
     )
 
 
-def test_what_was_learnt_before_an_error_is_kept(workplace):
+def test_rows_whose_errors_cancel_are_bad_samples_each(workplace, tokenizer, clip_path, capsys):
+    """One row marks two images and names one, the next marks one and names two: three of each in the batch,
+    so whoever compared totals would have shown the first row an image of the second."""
+    rows = make_rows(4)
+    rows[1]["conversations"][0]["value"] = "<image><image>\n描述这张图片。"
+    rows[2]["image"] = "2.png, 3.png"
+    (workplace / "data.json").write_text(json.dumps(rows))
+    renderer, processor = Renderer(tokenizer, 50, 256), get_vision_model(clip_path)[1]
+    data = VLMDataset(workplace / "data.json", SFT_MULTI, renderer, workplace / "images", processor)
+    batch = collate([data[number] for number in range(4)])
+    assert [reason.split("data.json, ")[1] for reason in batch["bad_samples"]] == [
+        "row 2 (id 1): it has 2 <image> mark(s) for 1 image(s)",
+        "row 3 (id 2): it has 1 <image> mark(s) for 2 image(s)",
+    ]
+    assert batch["num_rows"] == 2 and batch["num_images"].tolist() == [1, 1]
+    check_refused(
+        run_clean(capsys, "1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1"),
+        "data.json, row 2 (id 1)",
+    )
+
+
+def test_what_was_learned_before_an_error_is_kept(workplace):
     rows = make_rows(24)
     rows[3]["image"] = "gone.png"
     (workplace / "data.json").write_text(json.dumps(rows))
@@ -134,7 +160,7 @@ def test_bad_input_is_one_line_with_the_cure(workplace, capsys, prepare, flags, 
     ("flags", "fragments"),
     [
         (["--dim=32"], ["32_vlm_sft.pth not found, but 32_vlm_pretrain.pth", "--stage", "--load"]),
-        (["--out_dir=nowhere"], ["32_vlm_sft.pth not found", "README"]),
+        (["--out_dir=nowhere"], ["no *_vlm_*.pth in nowhere", "bash quickstart.sh", "README"]),
         (["--stage=vlm_pretrain", "--image_dir=nowhere"], ["image folder not found: nowhere", "--image_dir"]),
         (["--stage=vlm_pretrain", "--chat=nowhere.png"], ["nowhere.png"]),
         (["--stage=vlm_pretrain", "--questions=nowhere.jsonl"], ["question file not found: nowhere.jsonl"]),

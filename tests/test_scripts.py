@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, check_refused, make_rows, run_inside, run_script, train, weights_of
+from conftest import LONG, ROOT, check_refused, make_rows, run_inside, run_script, train, weights_of
 
 from model.checkpoint import read_description
 from trainer.logger import read_metrics
@@ -146,7 +146,7 @@ def test_chat_in_the_terminal(workplace):
             "--device=cpu",
         ],
         cwd=ROOT,
-        timeout=120,
+        timeout=LONG,
         input="什么颜色？\nand the shape?\n\n",
         capture_output=True,
         text=True,
