@@ -122,10 +122,16 @@ def get_img_process(image: Image.Image, image_processor: ImageProcessor) -> Tens
 
     Squashed to a square instead of cropped, as v1 does, so nothing at the edges is lost. Equal to
     transformers' CLIPImageProcessor(size={"height": S, "width": S}, do_center_crop=False) within float
-    rounding, but faster.
+    rounding, but faster. Raises ValueError for an image that is too large, or whose white is not known.
     """
     side = image_processor.size
-    pixels = np.array(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC))  # (S, S, 3) uint8
+    try:
+        squashed = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
+    except MemoryError:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels need too much memory: scale it down"
+        ) from None
+    pixels = np.array(squashed)  # (S, S, 3) uint8
     # Turned while they are bytes, a quarter of the traffic.
     pixels = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float()
     mean, std = (
@@ -137,7 +143,10 @@ def get_img_process(image: Image.Image, image_processor: ImageProcessor) -> Tens
 def load_pixels(path: str | Path, image_processor: ImageProcessor) -> Tensor:
     """An image file to CLIP's input, (3, S, S). Raises FileNotFoundError or ValueError, naming the file."""
     image = open_image(path, image_processor.size if image_processor.jpeg_draft else 0)
-    return get_img_process(image, image_processor)
+    try:
+        return get_img_process(image, image_processor)
+    except ValueError as error:
+        raise ValueError(f"cannot read image {path}: {error}") from None
 
 
 @torch.no_grad()

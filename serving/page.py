@@ -12,7 +12,7 @@ import gradio as gr
 
 from model.chat import Chat, Round
 from model.generate import Sampling
-from model.images import open_image
+from model.images import find_images, open_image
 
 SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp")
 DEFAULT_QUESTION = "这个图片描述的是什么内容？"
@@ -136,9 +136,7 @@ def shown(messages: list[dict]) -> list[dict]:
 
 def find_examples(image_dir: str | Path, several: bool, questions: Sequence[str] = EXAMPLES) -> list[dict]:
     """Up to four example questions about the images of a folder; one about two if the model can do that."""
-    paths = sorted(
-        str(path) for path in Path(image_dir).glob("*") if path.suffix.lower() in SHOWN_BY_BROWSERS
-    )
+    paths = [str(path) for path in find_images(Path(image_dir), SHOWN_BY_BROWSERS)]
     examples = [{"text": text, "files": [path]} for path, text in zip(paths, questions[:4], strict=False)]
     if several and len(paths) > 1:
         examples[-1] = {"text": "这两张图片有什么不同？", "files": paths[:2]}

@@ -9,10 +9,11 @@ from model.chat import Chat
 from model.data.video import Frame, open_images
 from model.files import check_image_dir
 from model.generate import Sampling
-from model.names import IMAGE_SUFFIXES
+from model.images import find_images
 from model.prompt import put_marks
 from serving.terminal import print_stream
 from trainer.distributed import Run
+from trainer.script import AgreedError
 
 
 def make_sampling(args: argparse.Namespace, position: int = 0) -> Sampling:
@@ -30,22 +31,41 @@ def make_sampling(args: argparse.Namespace, position: int = 0) -> Sampling:
 
 def describe_all(run: Run, args: argparse.Namespace, chat: Chat) -> None:
     """One answer for each, streamed; with several processes each answers its share and rank 0 prints all in
-    order."""
+    order. What cannot be read is passed over; AgreedError at the end then says how many."""
     shown = list_shown(args)
     if args.multi:  # what does not fit is reported before the first answer
         for _, files in shown:
             compose(args, chat, files)
-    if run.world_size == 1:
-        for position, (name, files) in enumerate(shown):
-            print(f"\n[{name}] {args.prompt}")
-            print_stream(answer(args, chat, files, position))
+    bad: list[Path] = []
+    mine = {}
+    for position in range(run.rank, len(shown), run.world_size):
+        pieces = describe(args, chat, *shown[position], position, bad)
+        mine[position] = print_stream(pieces) if run.world_size == 1 else "".join(pieces)
+    if run.world_size > 1:
+        for text in run.gather_in_order(mine):
+            print(text)
+    if num_bad := sum(run.share(len(bad))):
+        raise AgreedError(f'{num_bad} of {len(shown)} could not be described: see "passed over" above')
+
+
+def describe(
+    args: argparse.Namespace, chat: Chat, name: Path, files: list[Path], position: int, bad: list[Path]
+) -> Iterator[str]:
+    """The question and the answer, piece by piece; or one line about what cannot be read, and its name is
+    added to `bad`."""
+    turns, shown = compose(args, chat, files)
+    try:
+        if not files:
+            raise ValueError("it holds no images")
+        images = list(open_images(shown))
+    except (ValueError, FileNotFoundError) as error:
+        if args.video:
+            raise
+        bad.append(name)
+        yield f"\n[{name}] passed over: {error}"
         return
-    mine = {
-        position: "".join(answer(args, chat, shown[position][1], position))
-        for position in range(run.rank, len(shown), run.world_size)
-    }
-    for (name, _), text in zip(shown, run.gather_in_order(mine), strict=run.is_main):
-        print(f"\n[{name}] {args.prompt}\n{text}")
+    yield f"\n[{name}] {args.prompt}\n"
+    yield from chat.stream(turns, images, make_sampling(args, position))
 
 
 def list_shown(args: argparse.Namespace) -> list[tuple[Path, list[Path]]]:
@@ -54,21 +74,21 @@ def list_shown(args: argparse.Namespace) -> list[tuple[Path, list[Path]]]:
         return [(args.video, [args.video])]
     check_image_dir(args.image_dir)
     if not args.multi:
-        return [(image, [image]) for image in list_images(args.image_dir)]
-    folders = sorted(path for path in args.image_dir.glob("*") if path.is_dir())
+        shown = [(image, [image]) for image in find_images(args.image_dir)]
+        if not shown:
+            raise FileNotFoundError(
+                f"no images in {args.image_dir}: put some there, or name a folder with --image_dir"
+            )
+        return shown
+    folders = sorted(
+        path for path in args.image_dir.glob("*") if path.is_dir() and not path.name.startswith(".")
+    )
     if not folders:
         raise FileNotFoundError(
             f"no folders in {args.image_dir}: --multi wants a folder there for each set "
             "of images; or name another place with --image_dir"
         )
-    return [(folder, list_images(folder)) for folder in folders]
-
-
-def list_images(folder: Path) -> list[Path]:
-    images = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise FileNotFoundError(f"no images in {folder}: put some there, or name a folder with --image_dir")
-    return images
+    return [(folder, find_images(folder)) for folder in folders]
 
 
 def compose(args: argparse.Namespace, chat: Chat, files: list[Path]) -> tuple[list[dict], list[Path | Frame]]:
@@ -89,9 +109,3 @@ def compose(args: argparse.Namespace, chat: Chat, files: list[Path]) -> tuple[li
             "images fit"
         )
     return turns, [image for part in parts for image in part]
-
-
-def answer(args: argparse.Namespace, chat: Chat, files: list[Path], position: int = 0) -> Iterator[str]:
-    """The answer, piece by piece."""
-    turns, shown = compose(args, chat, files)
-    yield from chat.stream(turns, list(open_images(shown)), make_sampling(args, position))

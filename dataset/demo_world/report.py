@@ -19,6 +19,7 @@ from dataset.demo_world.scenes import COLOURS, SHAPES
 from dataset.demo_world.sentences import CHINESE, ENGLISH, LANGUAGES, TWO_IMAGES, spoken
 from dataset.demo_world.videos import COLOUR_CHANGE, MOVEMENT, SECONDS
 from model.data.video import read_frames
+from model.images import open_image
 from trainer.script import Parser, clean_exit
 
 STAGES = ("world", "pretrain", "sft", "multi", "evaluation", "evaluation_multi")
@@ -100,7 +101,7 @@ def show(record: dict) -> Image.Image:
     if "video" in record:
         images = read_frames(record["video"][0], SECONDS)
     else:
-        images = [Image.open(path) for path in record["image"]]
+        images = [open_image(path) for path in record["image"]]
     side, gap = images[0].width, 8
     sheet = Image.new("RGB", (len(images) * (side + gap) - gap, images[0].height), "white")
     for number, image in enumerate(images):

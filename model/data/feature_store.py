@@ -28,7 +28,7 @@ from model.files import atomic_write
 from model.images import check_is_file
 from model.vision_utils import ImageProcessor
 
-VERSION = 1  # of the way from a file to pixels; raise it when that changes, and no old feature is served
+VERSION = 2  # of the way from a file to pixels; raise it when that changes, and no old feature is served
 
 
 def image_key(image: str | Path | Frame) -> np.ndarray:
