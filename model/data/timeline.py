@@ -27,24 +27,13 @@ TIMED = (MP4, MATROSKA, "gif", "apng")  # say how long each frame is shown
 UNORDERED = (AVI, ASF)  # keep times of decoding only
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 # Codecs that can be entered at a key frame; others are decoded from the beginning.
-ENTERED = [
-    "h264",
-    "hevc",
-    "vp8",
-    "vp9",
-    "av1",
-    "mpeg4",
-    "mpeg1video",
-    "mpeg2video",
-    "mjpeg",
-    "prores",
-    "dnxhd",
-]
+ENTERED = ["h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores"]
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """
+    """What the packets of a video say.
+
     tick     seconds
     times    when frames are shown, in ticks, rising
     length   seconds from the first frame to the end of the last
@@ -183,14 +172,17 @@ def declared_end(container, stream) -> Fraction | None:
     """The second at which the video ends by the file's header, or whatever in the file ends last."""
     if container.format.name not in HEADED:
         return None
+    whole = Fraction(container.duration, 1_000_000) if container.duration else None
     if tag := re.match(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):  # of Matroska
         hours, minutes, seconds = map(Fraction, tag.groups())
-        return hours * 3600 + minutes * 60 + seconds
-    # In an AVI the number of frames is one of ticks; elsewhere that is less than the duration.
-    length = max(stream.duration or 0, stream.frames or 0) * stream.time_base
+        own = hours * 3600 + minutes * 60 + seconds
+        return min(own, whole or own)  # it may be of another file, from which this one was made
+    length = (stream.duration or 0) * stream.time_base
     if container.format.name == MP4:
         length += (stream.start_time or 0) * stream.time_base
-    return length or (Fraction(container.duration, 1_000_000) if container.duration else None)
+    elif container.format.name in (AVI, "ivf"):  # their number of frames is one of ticks
+        length = max(length, stream.frames * stream.time_base)
+    return length or whole
 
 
 def check_is_whole(
