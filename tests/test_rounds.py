@@ -1,4 +1,4 @@
-"""Conversations of several rounds: learnt answer by answer, and remembered by a chat as far as they fit."""
+"""Conversations of several rounds: learned answer by answer, and remembered by a chat as far as they fit."""
 
 import json
 import os
@@ -9,15 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_rows, run_inside
-from test_structure import load_script
+from conftest import LONG, ROOT, load_script, make_rows, run_inside
 
 from model.chat import Round, load_chat, recent_turns
 from model.checkpoint import save_weights
 from model.data.dataset import VLMDataset
 from model.generate import Sampling
 from model.images import open_image
-from model.prompt import render_conversation
 from model.vision_utils import ImageProcessor
 
 
@@ -38,11 +36,11 @@ def random_chat(seed: int) -> list[Round]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_the_newest_rounds_that_fit_with_every_image_they_speak_of(tokenizer, seed):
+def test_the_newest_rounds_that_fit_with_every_image_they_speak_of(renderer, seed):
     rounds, limit = random_chat(seed), random.Random(-seed).randint(60, 500)
 
     def length(turns) -> int:
-        return len(render_conversation(turns, tokenizer).input_ids)
+        return len(renderer.render(turns).input_ids)
 
     turns, images = recent_turns(rounds, lambda turns: length(turns) <= limit)
     asked = [int(re.search(r"question (\d+)", turn["value"]).group(1)) for turn in turns[::2]]
@@ -59,7 +57,7 @@ def test_the_newest_rounds_that_fit_with_every_image_they_speak_of(tokenizer, se
         longer, _ = recent_turns(rounds, lambda turns: True, max_rounds=len(asked) + 1)
         assert len(longer) == len(turns) + 2 and length(longer) > limit
     # An image for every mark, none twice; each question stands behind the images shown last before it.
-    assert len(render_conversation(turns, tokenizer).image_slots) == len(images) == len(set(images))
+    assert len(renderer.render(turns).image_slots) == len(images) == len(set(images))
     marks = 0
     for question, n in zip(turns[::2], asked, strict=True):
         marks += question["value"].count("<image>")
@@ -67,7 +65,7 @@ def test_the_newest_rounds_that_fit_with_every_image_they_speak_of(tokenizer, se
         assert images[max(0, marks - len(shown)) : marks] == shown
 
 
-def test_the_mark_of_a_image_moves_when_its_round_goes():
+def test_the_marks_of_images_move_when_their_round_goes():
     rounds = [
         Round("what?", ["a"], "a cat"),
         Round("colour?", [], "black"),
@@ -108,7 +106,7 @@ def test_the_terminal_chat_remembers(workplace, speaker):
             "--device=cpu",
         ],
         cwd=ROOT,
-        timeout=120,
+        timeout=LONG,
         input="\n".join([*questions, ""]),
         capture_output=True,
         text=True,
@@ -124,7 +122,7 @@ def test_the_terminal_chat_remembers(workplace, speaker):
     assert "\n> ".join(["", *expected]) in result.stdout.replace("ends the chat.\n>", "ends the chat.\n\n>")
 
 
-def test_a_chat_leaves_room_for_the_answer_and_a_question_too_long_is_told(workplace, speaker):
+def test_a_chat_leaves_room_for_the_answer_and_refuses_a_question_too_long(workplace, speaker):
     chat = load_chat(speaker)  # its context holds 256 tokens
     rounds = [Round(f"question {n}?", ["0.png"] if n == 0 else [], "an answer") for n in range(40)]
     for room, limit in ((20, 236), (200, 128)):  # no more than half of it
@@ -136,25 +134,26 @@ def test_a_chat_leaves_room_for_the_answer_and_a_question_too_long_is_told(workp
         next(chat.stream(turns, [open_image(workplace / "images" / "0.png")]))
 
 
-def test_stage_two_learns_as_many_rounds_as_it_is_told(workplace, tokenizer, lively):
-    rows = make_rows(4)
-    for row in rows:
-        row["conversations"] += [human("And now?"), {"from": "gpt", "value": "Now it is late."}] * 2
-    (workplace / "data.json").write_text(json.dumps(rows))
-    script = load_script("2-sft_vlm.py")
-    specs = []
-    for flags, num_rounds in (
+@pytest.mark.parametrize(
+    ("flags", "num_rounds"),
+    [
         ([], 1),
         (["--max_rounds=2"], 2),
         (["--max_rounds=0"], 3),
         (["--multi"], 3),
         (["--multi", "--max_rounds=1"], 1),
-    ):
-        script.main([f"@{workplace}/args", *flags], do=lambda run, args, spec, **more: specs.append(spec))
-        dataset = VLMDataset(
-            workplace / "data.json", specs[-1], tokenizer, workplace / "images", ImageProcessor()
-        )
-        assert (dataset[0]["labels"] == tokenizer.eos_token_id).sum() == num_rounds, flags
+    ],
+)
+def test_stage_two_learns_as_many_rounds_as_the_flags_say(workplace, renderer, flags, num_rounds):
+    rows = make_rows(4)
+    for row in rows:
+        row["conversations"] += [human("And now?"), {"from": "gpt", "value": "Now it is late."}] * 2
+    (workplace / "data.json").write_text(json.dumps(rows))
+    script = load_script("2-sft_vlm.py")
+    stage = script.make_stage(script.parse_args([f"@{workplace}/args", *flags]))
+    images = workplace / "images"
+    sample = VLMDataset(workplace / "data.json", stage.spec, renderer, images, ImageProcessor())[0]
+    assert (sample["labels"] == renderer.tokenizer.eos_token_id).sum() == num_rounds
 
 
 def test_the_number_of_rounds_is_a_setting_of_the_run(workplace, lively):

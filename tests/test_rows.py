@@ -82,12 +82,6 @@ def test_rows_of_a_jsonl_file(tmp_path, end, mark):
         assert list(Rows(tmp_path / "a.jsonl")) == AWKWARD
 
 
-def test_lengths_are_those_of_the_rows_in_the_file(tmp_path):
-    rows = make_rows(20)
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    assert Rows(tmp_path / "a.jsonl").num_bytes.tolist() == [len(json.dumps(row)) for row in rows]
-
-
 @pytest.mark.parametrize(
     "bad",
     [
@@ -131,7 +125,6 @@ def test_an_error_is_where_json_says_it_is(tmp_path, window, bad):
         ("a.jsonl", b"", "holds no rows"),
         ("a.json", '["中'.encode("gb18030") + b'"]', "not UTF-8 text: byte 2, in line 1"),
         ("a.jsonl", b'"a"\n"\xff"\n', "not UTF-8 text: byte 5, in line 2"),
-        ("a.json", "[1]".encode("utf-16"), "not UTF-8 text: byte 0"),
         ("a.json", b'["\xed\xa0\x80"]', "not UTF-8 text"),
         ("a.jsonl", b'{"a": 1}\n{"a": 1} 2\n', "line 2 column 10: Extra data"),
         ("a.jsonl", '{"a": 1}\n\n{"中": 文}\n'.encode(), "line 3 column 7: Expecting value"),
@@ -327,7 +320,7 @@ def test_a_builder_that_is_killed_leaves_nothing_that_is_used(data, monkeypatch)
                 rows_module,
                 "atomic_write",
                 lambda path, write, place=place: (
-                    die() if path.name.endswith(f"v1.{place}") else atomic_write(path, write)
+                    die() if path.name.endswith(f".{place}") else atomic_write(path, write)
                 ),
             )
             assert in_processes(1, lambda: Rows(data)) == [-signal.SIGKILL]

@@ -1,4 +1,4 @@
-"""Videos: which frames are looked at, whatever the file is like; rows, batches and the cache of features."""
+"""Videos: which frames are looked at, whatever the file is like; rows, batches and the feature cache."""
 
 import contextlib
 import json
@@ -11,7 +11,16 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import check_same, run_inside, run_script, save_image, save_video, weights_of
+from conftest import (
+    PowerCut,
+    check_same,
+    cut_after,
+    run_inside,
+    run_script,
+    save_image,
+    save_video,
+    weights_of,
+)
 from PIL import Image
 
 from model.checkpoint import save_weights
@@ -22,11 +31,11 @@ from model.data.feature_store import FeatureStore, image_key
 from model.data.spec import SFT, SFT_MULTI, DatasetSpec
 from model.data.video import Frame, find_frames, load_images, open_images, read_frames
 from model.images import open_image
+from model.prompt import Renderer
 from model.transformer import Transformer
 from model.vision_utils import ImageProcessor, get_img_process
 from trainer import check
 from trainer.logger import read_metrics
-from trainer.loop import Trainer
 
 GREYS = [20, 80, 140, 200, 250]
 
@@ -167,7 +176,7 @@ def test_what_is_no_video_says_why(tmp_path, monkeypatch):
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value), name
     monkeypatch.setattr(video, "MAX_PIXELS", 64 * 63)
     with pytest.raises(ValueError, match="good.mp4: its frames have 64 x 64 pixels; at most 4,032"):
-        read_frames(video)
+        read_frames(good)
 
 
 def test_damage_in_the_middle_is_one_line_or_none(tmp_path):
@@ -195,7 +204,7 @@ def test_a_name_with_a_colon_is_a_name(tmp_path, monkeypatch):
 
 
 def test_images_and_frames_come_in_the_order_asked_for(tmp_path):
-    """Also where time goes back, one video follows another, or the same frame is wanted twice."""
+    """Even if time goes back, one video follows another, or the same frame is wanted twice."""
     one, two = save_video(tmp_path / "1.mp4", GREYS), save_video(tmp_path / "2.mp4", GREYS[::-1])
     save_image(tmp_path / "0.png", 0)
     first, second = find_frames(one), find_frames(two)
@@ -222,9 +231,10 @@ def make(tmp_path, tokenizer):
     for number in range(2):
         save_image(tmp_path / f"{number}.png", number)
 
-    def build(rows, spec=SFT_MULTI, **more) -> VLMDataset:
+    def build(rows, spec=SFT_MULTI, max_seq_len=512) -> VLMDataset:
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-        return VLMDataset(tmp_path / "rows.json", spec, tokenizer, tmp_path, ImageProcessor(), **more)
+        renderer = Renderer(tokenizer, max_seq_len=max_seq_len)
+        return VLMDataset(tmp_path / "rows.json", spec, renderer, tmp_path, ImageProcessor())
 
     return build
 
@@ -262,11 +272,10 @@ def test_marks_decide_the_order_of_images_and_videos(make, tmp_path):
 
 
 @pytest.mark.parametrize(("max_seq_len", "frames"), [(512, 5), (300, 5), (260, 4), (170, 2), (120, 1)])
-def test_a_video_brings_no_more_frames_than_fit(make, max_seq_len, frames):
-    dataset = make([row(video="a.mp4")], max_seq_len=max_seq_len)
-    sample = dataset[0]
+def test_a_video_brings_no_more_frames_than_fit(make, tokenizer, max_seq_len, frames):
+    sample = make([row(video="a.mp4")], max_seq_len=max_seq_len)[0]
     assert len(sample["image_slots"]) == len(sample["pixel_values"]) == frames
-    assert len(sample["labels"]) < max_seq_len and sample["labels"][-1] == dataset.tokenizer.eos_token_id
+    assert len(sample["labels"]) < max_seq_len and sample["labels"][-1] == tokenizer.eos_token_id
 
 
 def test_videos_of_a_row_share_the_room_and_the_last_token_counts(make):
@@ -314,7 +323,7 @@ def test_a_word_in_angle_brackets_is_a_word_where_no_videos_are_taken(make, toke
     assert check_row(row("<image> <video>？", image="0.png"), SFT)[0] == ["0.png"]
 
 
-# ---- the cache of features ----
+# ---- the feature cache ----
 
 
 def flags_of(workplace: Path, model: Transformer) -> list[str]:
@@ -341,8 +350,8 @@ def flags_of(workplace: Path, model: Transformer) -> list[str]:
 
 @pytest.fixture
 def one_thread():
-    """Two threads share out a product by its number of rows, and CLIP sees other numbers of images at once
-    with the cache than without."""
+    """Several threads divide a product by its number of rows, and with the cache CLIP is given images in
+    other numbers than without."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -370,16 +379,10 @@ def test_videos_train_the_same_with_the_cache_two_processes_and_resumed(workplac
     keep()
     assert runs[2][1] == pytest.approx(runs[0][1], abs=1e-4)
     # Half a run, then the rest: the same bits; with other numbers of frames or images, a refusal.
-    step, taken = Trainer.step, []
-
-    def failing_step(self, *arguments):
-        taken.append(1)
-        return step(self, *arguments) if len(taken) < 4 else 1 / 0
-
     resumed = [*flags, "--save_interval=3", "--resume"]
     path.unlink()
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Trainer, "step", failing_step)
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_after(patch, 3)
         run_inside("2-sft_vlm.py", *resumed)
     for other, words in (
         ("--max_frames=3", "rows.max_frames 8 then, 3 now"),
@@ -394,17 +397,16 @@ def test_videos_train_the_same_with_the_cache_two_processes_and_resumed(workplac
 def test_the_check_before_a_run_looks_at_videos_too(workplace, model, capsys):
     flags = flags_of(workplace, model)
 
-    def problems() -> list[str]:
+    def look() -> tuple[str, list[str]]:
         with contextlib.suppress(SystemExit):
             check.main(["sft", *flags])
-        told = capsys.readouterr()
-        texts.append(told.out)
-        return told.err.splitlines()
+        printed = capsys.readouterr()
+        return printed.out, printed.err.splitlines()
 
-    texts = []
-    assert not problems() and "13 of 13 rows loaded" in texts[0] and "<image x50>" * 4 in texts[0]
+    report, problems = look()
+    assert not problems and "13 of 13 rows loaded" in report and "<image x50>" * 4 in report
     (workplace / "images" / "a.mp4").write_bytes(b"no video")
-    assert [line for line in problems() if "row 1: cannot read video" in line]
+    assert [line for line in look()[1] if "row 1: cannot read video" in line]
 
 
 def test_a_video_that_is_replaced_or_broken_is_never_served_old_features(make, tmp_path):
@@ -416,11 +418,10 @@ def test_a_video_that_is_replaced_or_broken_is_never_served_old_features(make, t
     store.add(keys, np.random.default_rng(0).normal(size=(5, 50, 24)).astype(np.float32))
     store.reload()
     assert dataset[0]["image_features"].shape == (5, 50, 24)
-    assert torch.equal(dataset[0]["image_features"][3], store.read(Frame(tmp_path / "a.mp4", 3_500_000)))
+    assert dataset[0]["image_features"][3].equal(store.read_all([Frame(tmp_path / "a.mp4", 3_500_000)])[0])
     (tmp_path / "a.mp4").rename(tmp_path / "c.mp4")
-    assert torch.equal(
-        store.read(Frame(tmp_path / "c.mp4", 500_000)), store.read_all(find_frames(tmp_path / "c.mp4"))[0]
-    )
+    (moved,) = store.read_all([Frame(tmp_path / "c.mp4", 500_000)])
+    assert moved.equal(store.read_all(find_frames(tmp_path / "c.mp4"))[0])
     save_video(tmp_path / "a.mp4", GREYS[::-1])
     assert "a.mp4 at 0.500 s was replaced" in dataset[0].reason
     (tmp_path / "a.mp4").write_bytes(b"")
@@ -428,7 +429,7 @@ def test_a_video_that_is_replaced_or_broken_is_never_served_old_features(make, t
 
 
 def test_batches_that_mix_rows_of_several_images_and_videos_cost_nothing(make, model):
-    """Losses and gradients of a batch are those of its rows one by one; also of a batch of one."""
+    """A batch has the losses and gradients of its rows one by one; a batch of one does too."""
     rows = [
         row("<image>\n什么？", image="0.png"),
         row(video="b.mp4", answer="它向左走，然后停下。"),
