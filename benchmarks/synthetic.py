@@ -79,7 +79,7 @@ def save_data(folder: Path, shape: Shape, num_rows: int, num_images: int, tokeni
     """rows.json and images. The lengths spread as those of captions do: a few are twice as long as most."""
     save_images(folder, num_images, shape.image)
     random = np.random.default_rng(2)
-    ids = tokenizer(" ".join(random.choice(make_words(), 4000)))["input_ids"]
+    ids = tokenizer(" ".join(random.choice(make_words(), 4000))).input_ids
 
     def text(tokens: float) -> str:
         length = max(3, int(random.lognormal(np.log(max(3, tokens)) - 0.06, 0.35)))

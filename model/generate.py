@@ -186,7 +186,7 @@ class TextStreamer:
         return self._advance(self._decode())
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
     def _advance(self, text: str) -> str:
         new, self.shown = text[len(self.shown) :], text

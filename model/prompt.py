@@ -12,6 +12,7 @@ from pathlib import Path
 
 from model.files import check_tokenizer_folder
 from model.names import TOKENIZER_CURE
+from model.tokenizer import Tokenizer, read_tokenizer
 from model.vision_proj import CLOSE_ID, OPEN_ID, placeholder_ids
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
@@ -133,15 +134,12 @@ def render_conversation(turns: list[dict], tokenizer, num_image_tokens: int = 50
     return Renderer(tokenizer, num_image_tokens).render(turns)
 
 
-def load_tokenizer(path: str | Path):
-    """A fast tokenizer from a folder, checked. Raises FileNotFoundError or ValueError, naming the cure."""
-    from transformers import AutoTokenizer  # takes a second or two, and not everybody needs it
-
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """From a folder, checked. Raises FileNotFoundError or ValueError, naming the cure."""
     path = Path(path)
     check_tokenizer_folder(path)
     try:
-        # Said, not left out: transformers would ask at the terminal whether to run the code of a folder.
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = read_tokenizer(path)
     except UnicodeEncodeError:
         raise ValueError(f"cannot read the tokenizer at {path}: that name is not UTF-8; rename it") from None
     except Exception as error:  # a broken tokenizer.json surfaces as any of half a dozen types

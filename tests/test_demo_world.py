@@ -422,9 +422,10 @@ def test_the_placeholder_is_50_tokens_in_every_context(tokenizer, before):
     assert ids == around[0] + [30] * 25 + [32] * 25 + around[1]
 
 
-def test_special_tokens(tokenizer):
+def test_special_tokens(tokenizer, tokenizer_path):
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<", ">"]) == [0, 1, 2, 30, 32]
-    as_markup, as_text = tokenizer("<s>user").input_ids, encode_text("<s>user</s>", tokenizer)
+    as_markup = AutoTokenizer.from_pretrained(tokenizer_path)("<s>user").input_ids
+    as_text = encode_text("<s>user</s>", tokenizer)
     assert as_markup[0] == 1 and not {1, 2} & set(as_text)
     assert tokenizer.decode(as_text) == "<s>user</s>"
 

@@ -25,7 +25,7 @@ GEOMETRIES = {
     "clip": [
         SMALL,
         {"num_hidden_layers": 2},  # ViT-B/32
-        FEW | {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14, "image_size": 112},  # as L/14
+        FEW | {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14, "image_size": 112},  # L/14
         SMALL | {"hidden_size": 60, "num_attention_heads": 5, "image_size": 70, "patch_size": 14},
         SMALL | {"hidden_act": "gelu", "layer_norm_eps": 1e-3},
     ],
