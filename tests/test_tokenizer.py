@@ -1,5 +1,5 @@
-"""Text to ids without transformers: ids, texts and fingerprints are AutoTokenizer's. What needs more is left to
-it."""
+"""Text to ids without transformers: ids, texts and fingerprints as AutoTokenizer gives them; folders that
+need more are left to it."""
 
 import json
 import pickle
