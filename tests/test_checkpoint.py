@@ -10,14 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, SIZES, v1_state_dict
 
-from model.checkpoint import (
-    atomic_write,
-    config_of,
-    load_weights,
-    read_description,
-    read_state_dict,
-    save_weights,
-)
+from model.checkpoint import config_of, load_weights, read_description, read_state_dict, save_weights
+from model.files import atomic_write
 from model.LMConfig import LMConfig
 from model.names import weights_path
 from model.transformer import Transformer
@@ -46,12 +40,16 @@ def test_v1_files_load_without_a_missing_or_unexpected_key(tmp_path, wrapper, bi
         assert torch.equal(model.vision_proj.bias, state["vision_proj.vision_proj.0.bias"])
 
 
-def test_config_is_read_off_a_file_without_description(tmp_path):
-    config = LMConfig(dim=64, n_layers=3, vocab_size=500)
-    state = v1_state_dict(config, bias=True)
-    torch.save(state, tmp_path / "a.pth")
-    found = config_of(tmp_path / "a.pth", read_state_dict(tmp_path / "a.pth"))
-    assert found == LMConfig(dim=64, n_layers=3, vocab_size=500, vision_proj_bias=True)
+def test_the_config_of_v1s_own_files_is_read_off_their_tensors(tmp_path):
+    """Heads, context and rotations cannot be; 512 x 8 layers and 768 x 16 are known by their sizes, other
+    sizes need a description."""
+    config = LMConfig(dim=512, n_layers=8, vision_proj_bias=True)
+    torch.save(v1_state_dict(config, bias=True), tmp_path / "a.pth")
+    assert config_of(tmp_path / "a.pth", read_state_dict(tmp_path / "a.pth")) == config
+    state = v1_state_dict(LMConfig(dim=64, n_layers=8))
+    torch.save(state, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="b.pth does not say how many heads it has"):
+        config_of(tmp_path / "b.pth", state)
 
 
 def test_perturb_save_load_round_trip(tmp_path, model, config):
@@ -122,7 +120,7 @@ def test_no_code_of_a_file_is_run(tmp_path):
     assert not os.path.exists("/tmp/minimind_v_was_here")
 
 
-def test_broken_numbers_are_told(tmp_path, model, config):
+def test_broken_numbers_are_reported(tmp_path, model, config):
     model.norm.weight.data[3] = float("nan")
     save_weights(model, tmp_path / "nan.pth")
     with pytest.raises(ValueError, match="not finite, first in norm.weight"):
@@ -141,7 +139,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_kill_during_a_save_leaves_a_readable_file(tmp_path):
-    """Kill a process that saves without pause; whatever lies there must load."""
+    """Kill a process that saves without pause; whatever file lies there must load."""
     code = (
         f"import torch\nfrom model.LMConfig import LMConfig\nfrom model.transformer import Transformer\n"
         f"from model.checkpoint import save_weights\nmodel = Transformer(LMConfig(**{SIZES}))\n"

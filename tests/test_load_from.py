@@ -95,7 +95,7 @@ def reference_logits(
 
 def check_logits(path: Path, state: dict, config: LMConfig, **paths) -> str:
     """Load, show two images, and compare the logits of a prompt and of one more token with the reference;
-    what was said of the loading."""
+    returns the report of the loading."""
     chat = load_chat(path, **paths)
     found = {name: getattr(chat.decoder.config, name) for name in config.to_dict()}
     assert found == config.to_dict()
@@ -117,9 +117,16 @@ def check_logits(path: Path, state: dict, config: LMConfig, **paths) -> str:
 
 @pytest.fixture
 def sizes(tokenizer) -> LMConfig:
-    """Those of a file without description: v1's heads, otherwise small."""
+    """v1's heads, otherwise small."""
     torch.manual_seed(4)
     return LMConfig(dim=64, n_layers=2, vocab_size=len(tokenizer), vision_dim=24)
+
+
+def save_file_of_v1(path: Path, state: dict, sizes: LMConfig) -> Path:
+    """A .pth file; small ones with a description, for only v1's own sizes are known without."""
+    torch.save(state, path)
+    path.with_suffix(".json").write_text(json.dumps({"config": sizes.to_dict()}))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -137,32 +144,39 @@ def test_files_of_v1(tmp_path, sizes, tokenizer_path, clip_path, name, wrapper, 
         key: tensor if tensor.is_complex() else tensor.to(dtype)
         for key, tensor in v1_state_dict(sizes, bias).items()
     }
-    torch.save({wrapper + key: tensor for key, tensor in state.items()}, tmp_path / name)
-    said = check_logits(tmp_path / name, state, sizes, tokenizer_path=tokenizer_path, clip_path=clip_path)
+    path = save_file_of_v1(tmp_path / name, {wrapper + key: tensor for key, tensor in state.items()}, sizes)
+    said = check_logits(path, state, sizes, tokenizer_path=tokenizer_path, clip_path=clip_path)
     assert f"{name}: {22 + bias} tensors loaded\n64 wide, 2 layers, 16 heads (8 key/value)" in said
     assert ("with a bias" in said) == bias and "not used" not in said
 
 
-@pytest.mark.skipif(not hasattr(LMConfig, "use_moe"), reason="no mixture of experts")
+def test_a_file_of_v1_without_a_description(tmp_path, tokenizer_path, clip_path):
+    """Its sizes tell what its tensors do not: heads, context, rotations."""
+    torch.manual_seed(4)
+    config = LMConfig(dim=512, n_layers=8, vocab_size=6400, vision_dim=24)
+    state = {
+        name: tensor if tensor.ndim < 2 else tensor / 3 for name, tensor in v1_state_dict(config).items()
+    }
+    torch.save(state, tmp_path / "512_vlm_sft.pth")
+    said = check_logits(
+        tmp_path / "512_vlm_sft.pth", state, config, tokenizer_path=tokenizer_path, clip_path=clip_path
+    )
+    assert "76 tensors loaded\n512 wide, 8 layers, 16 heads (8 key/value), 6400 tokens, context 512" in said
+
+
 def test_a_file_of_v1_with_experts(tmp_path, sizes, tokenizer_path, clip_path):
     config = LMConfig.from_dict(sizes.to_dict() | {"use_moe": True, "n_routed_experts": 3})
     state = v1_state_dict(config, experts=3)
-    torch.save(state, tmp_path / "64_moe_vlm_sft.pth")
-    check_logits(
-        tmp_path / "64_moe_vlm_sft.pth", state, config, tokenizer_path=tokenizer_path, clip_path=clip_path
-    )
+    path = save_file_of_v1(tmp_path / "64_moe_vlm_sft.pth", state, config)
+    check_logits(path, state, config, tokenizer_path=tokenizer_path, clip_path=clip_path)
 
 
 def test_a_wrapper_around_every_layer(tmp_path, sizes, tokenizer_path, clip_path):
     """torch.compile of each block puts its name in the middle."""
     state = v1_state_dict(sizes)
-    torch.save(
-        {re.sub(r"^(layers\.\d\.)", r"\1_orig_mod.", key): tensor for key, tensor in state.items()},
-        tmp_path / "64_vlm_sft.pth",
-    )
-    check_logits(
-        tmp_path / "64_vlm_sft.pth", state, sizes, tokenizer_path=tokenizer_path, clip_path=clip_path
-    )
+    wrapped = {re.sub(r"^(layers\.\d\.)", r"\1_orig_mod.", key): tensor for key, tensor in state.items()}
+    path = save_file_of_v1(tmp_path / "64_vlm_sft.pth", wrapped, sizes)
+    check_logits(path, state, sizes, tokenizer_path=tokenizer_path, clip_path=clip_path)
 
 
 def save_folder(folder: Path, state: dict, config: LMConfig, tokenizer_path: Path, form: str) -> Path:
@@ -241,9 +255,10 @@ def test_the_program_takes_a_folder_and_runs_no_code_of_it(tmp_path, sizes, toke
 
 def test_a_language_model_cannot_see(tmp_path, sizes):
     state = {name: tensor for name, tensor in v1_state_dict(sizes).items() if "vision" not in name}
-    torch.save(state, tmp_path / "64_llm.pth")
+    sizes.vision_dim = 0
+    path = save_file_of_v1(tmp_path / "64_llm.pth", state, sizes)
     with pytest.raises(ValueError, match=r"64_llm.pth is a language model .* cannot see: train it with"):
-        load_chat(tmp_path / "64_llm.pth")
+        load_chat(path)
 
 
 class Evil:
