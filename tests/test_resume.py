@@ -196,7 +196,7 @@ def test_told_to_stop_it_saves_once_and_ends_as_told(workplace, number, processe
 
 def test_two_processes_stopped_by_torchrun_and_resumed_end_in_the_same_bits(workplace):
     flags = [
-        "--max_steps=120",
+        "--max_steps=60",
         "--save_interval=0",
         "--batch_size=2",
         "--accumulation_steps=2",
