@@ -6,13 +6,20 @@ import gzip
 import json
 import os
 import pickle
+import unicodedata
 
 import pandas
 import pytest
-from conftest import ROOT, check_refused, load_script, make_rows, run_script
+import torch
+from conftest import ROOT, check_refused, load_script, make_rows, run_script, save_image
 
 from model.data import rows as rows_module
+from model.data.batch import BadSample
+from model.data.dataset import VLMDataset
 from model.data.rows import Rows
+from model.data.sources import file_names
+from model.data.spec import PRETRAIN, SFT_MULTI
+from model.vision_utils import ImageProcessor
 from trainer.script import place_in_run, read_recipe
 
 
@@ -241,3 +248,119 @@ def test_deep_rows_are_refused_before_training_and_not_in_it(tmp_path, name):
         (tmp_path / name).write_text(f"1\n{text}" if name == "a.jsonl" else f"[1,\n{text}, 2]")
         with pytest.raises(ValueError, match="line 2 column 1: nested too deeply, more than 200 levels"):
             Rows(tmp_path / name)
+
+
+# ---- what rows name ----------------------------------------------------------------------------------------
+
+
+def row(image, num_marks: int = 1, **more) -> dict:
+    turns = [{"from": "human", "value": "<image>" * num_marks + "什么？"}, {"from": "gpt", "value": "红。"}]
+    return {"id": "7", "image": image, "conversations": turns} | more
+
+
+@pytest.fixture
+def make(tmp_path, renderer):
+    """Rows to a dataset, in a folder `images` with six images."""
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        save_image(tmp_path / "images" / f"{number}.png", number)
+
+    def build(*rows, spec=PRETRAIN) -> VLMDataset:
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        return VLMDataset(tmp_path / "rows.json", spec, renderer, tmp_path / "images", ImageProcessor())
+
+    return build
+
+
+def shown(dataset: VLMDataset, position: int = 0) -> list[str]:
+    """The names of the files that a row shows; they are read."""
+    sample = dataset[position]
+    assert not isinstance(sample, BadSample), sample
+    return [str(path.relative_to(dataset.image_dir)) for path in dataset.expand(dataset.rows[position])[0]]
+
+
+@pytest.mark.parametrize("name", ["Smith, John.png", "1,024.png", "0.png,1.png", "a,,b.png"])
+def test_a_comma_may_belong_to_a_name(make, tmp_path, name):
+    """A string was always cut at its commas: `1,024.png` was said to be two images."""
+    save_image(tmp_path / "images" / name, 7)
+    dataset = make(row(name), row([name]), row(f"3.png, {name}"), row(f"file://{name}"))
+    for position in (0, 1, 3):
+        assert shown(dataset, position) == [name]
+    assert isinstance(dataset[2], BadSample)  # which comma is which, nobody can say
+    assert shown(make(row(["3.png", name], num_marks=2), spec=SFT_MULTI)) == ["3.png", name]
+
+
+def test_as_many_marks_as_parts_make_them_several_names(make, tmp_path):
+    save_image(tmp_path / "images" / "0.png,1.png", 7)
+    assert shown(make(row("0.png,1.png", num_marks=2), spec=SFT_MULTI)) == ["0.png", "1.png"]
+    assert shown(make(row("0.png, 1.png, ", num_marks=2), spec=SFT_MULTI)) == ["0.png", "1.png"]
+    reason = make(row("0.png, 2.png"), spec=SFT_MULTI)[0].reason
+    assert "1 <image> mark(s) for 2 image(s)" in reason and 'no file called "0.png, 2.png"' in reason
+
+
+def test_a_file_that_is_put_there_later_ends_what_was_said_of_its_row(make, tmp_path, monkeypatch):
+    """The verdict on a large file is kept with its index."""
+    monkeypatch.setattr(rows_module, "SMALL", 0)
+    dataset = make(row("late, a.png"), row("0.png"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 1 .id 7.: it has 2 images"):
+            dataset.check_rows()
+    save_image(tmp_path / "images" / "late, a.png", 7)
+    dataset.check_rows()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("sub\\a.png", "sub/a.png"),
+        ("sub\\deep\\b.png", "sub/deep/b.png"),
+        ("back\\slash.png", "back\\slash.png"),  # a letter like others, where a file is called so
+        (unicodedata.normalize("NFD", "café ü.png"), unicodedata.normalize("NFC", "café ü.png")),
+        (unicodedata.normalize("NFC", "한국.png"), unicodedata.normalize("NFD", "한국.png")),
+        (unicodedata.normalize("NFD", "sub\\é.png"), unicodedata.normalize("NFC", "sub/é.png")),
+        ("file:sub/a.png", "sub/a.png"),
+        ("file://sub/a%20b%2Cc.png", "sub/a b,c.png"),
+    ],
+)
+def test_names_as_other_systems_spell_them_are_found(make, tmp_path, name, found):
+    path = tmp_path / "images" / found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(path, 7)
+    dataset = make(row(name), row([name]))
+    dataset.check_rows()
+    assert shown(dataset) == shown(dataset, 1) == [found]
+
+
+def test_addresses_of_files_are_paths(make, tmp_path):
+    save_image(tmp_path / "away 1.png", 7)
+    address = (tmp_path / "away 1.png").as_uri()
+    assert "%20" in address
+    for name in (
+        address,
+        address.replace("file://", "file://localhost"),
+        address.replace("file://", "FILE:"),
+    ):
+        assert make(row(name)).expand(row(name))[0] == [tmp_path / "away 1.png"]
+    assert file_names({"image": "file:///C:/my%20images/a.png"}, "image") == ["C:/my images/a.png"]
+
+
+def test_other_addresses_are_named_for_what_they_are(make):
+    """Were cut at their commas, and then not found as files of --image_dir."""
+    dataset = make(row("0.png"), row("https://example.org/a.jpg?size=1,2"), row(["s3://bucket/a.jpg"]))
+    for position, address in ((1, "https://"), (2, "s3://")):
+        assert 'its "image" is an address: download it' in dataset[position].reason
+        assert address in dataset[position].reason
+    with pytest.raises(ValueError, match="row 2 .*is an address: download it"):
+        dataset.check_rows()
+
+
+def test_conversations_as_json_text(make):
+    """As tables keep them, parquet above all."""
+    whole = row("0.png")
+    text = row("0.png", conversations=json.dumps(whole["conversations"]))
+    deep = row("0.png", conversations="[" * 5000 + "]" * 5000)
+    dataset = make(whole, text, row("0.png", conversations="[oops"), deep)
+    assert torch.equal(dataset[0]["input_ids"], dataset[1]["input_ids"])
+    assert torch.equal(dataset[0]["labels"], dataset[1]["labels"])
+    for position in (2, 3):
+        assert 'it has no "conversations": the text there is not JSON' in dataset[position].reason

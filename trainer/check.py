@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Subset
 
 from model.checkpoint import is_finished, read_state_dict, sizes_of
 from model.data.batch import IGNORE_INDEX, BadSample, collate
-from model.data.dataset import VLMDataset, check_row, tokenize
+from model.data.dataset import VLMDataset, tokenize
 from model.device import choose_device, choose_dtype
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
@@ -386,24 +386,16 @@ def well_formed(dataset: VLMDataset, number: int) -> list[list[dict]]:
     found = []
     for position in spread(len(dataset), number):
         with contextlib.suppress(ValueError):
-            found.append(check_row(dataset.rows[position], dataset.spec)[1])
+            found.append(dataset.check(dataset.rows[position])[1])
     return found
 
 
 def bad_rows(dataset: VLMDataset) -> list[int]:
     """Positions of the rows that are malformed."""
-
-    def is_bad(row: dict) -> bool:
-        try:
-            check_row(row, dataset.spec)
-        except ValueError:
-            return True
-        return False
-
     try:
         dataset.check_rows()  # finds the first, or none
     except ValueError:
-        return [position for position, row in enumerate(dataset.rows) if is_bad(row)]
+        return [position for position, row in enumerate(dataset.rows) if dataset.problem_of(row)]
     return []
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from model.data.dataset import VLMDataset, check_row
+from model.data.dataset import VLMDataset
 from model.data.feature_store import FeatureStore, image_key, image_keys, store_name
 from model.data.video import Frame, file_of, load_images
 from model.files import try_lock
@@ -84,7 +84,7 @@ def images_of(dataset: VLMDataset) -> set[Path | Frame]:
     images = set()
     for row in dataset.rows:
         try:
-            images.update(dataset.expand(*check_row(row, dataset.spec))[0])
+            images.update(dataset.expand(row)[0])
         except (ValueError, FileNotFoundError):
             continue  # the dataset reports it, with file and row
     return images

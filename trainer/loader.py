@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from model.data.batch import collate
-from model.data.dataset import check_row
 from trainer.interrupt import ignore_interrupts
 
 FILES_PER_WORKER = 32  # descriptors: pipes, and one for each tensor of the batches under way
@@ -79,7 +78,7 @@ class Watched(Dataset):
             position, data = int(data.indices[position]), data.dataset
         images = ""
         with contextlib.suppress(ValueError):  # a bad row: its name must do
-            images = ", ".join(check_row(data.rows[position], data.spec)[0])
+            images = ", ".join(data.check(data.rows[position])[0])
         return f"{data.name(position)}{images and f' with {images}'}"
 
 

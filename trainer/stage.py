@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from model.checkpoint import LoadReport, load_weights, read_description, read_state_dict
-from model.data.dataset import VLMDataset, check_row
+from model.data.dataset import VLMDataset
 from model.device import choose_dtype
 from model.fingerprint import (
     check_inputs_match,
@@ -138,7 +138,7 @@ def most_rounds(dataset: VLMDataset) -> int:
     most = 1
     for position in spread(len(dataset), NUM_LOOKED_AT):
         with contextlib.suppress(ValueError):  # a bad row is reported elsewhere
-            _, turns = check_row(dataset.rows[position], dataset.spec)
+            _, turns = dataset.check(dataset.rows[position])
             most = max(most, sum(role == "assistant" for role, _ in normalise_turns(turns)))
     return most
 
@@ -290,5 +290,5 @@ def fingerprint_images(dataset: VLMDataset) -> str | None:
     paths: list[Path] = []
     for position in spread(len(dataset), NUM_VOUCHED):
         with contextlib.suppress(ValueError):  # a bad row is reported elsewhere
-            paths += [dataset.find_image(name) for name in check_row(dataset.rows[position], dataset.spec)[0]]
+            paths += [dataset.find_image(name) for name in dataset.check(dataset.rows[position])[0]]
     return fingerprint_files(dict.fromkeys(paths))

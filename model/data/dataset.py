@@ -1,8 +1,8 @@
 """Rows of a data file -> samples. One class; the stages differ by a small spec (spec.py).
 
     {"image": "a.jpg" | "a.jpg, b.jpg" | ["a.jpg", "b.jpg"],
-     "video": "a.mp4" | ..., in the same forms,
-     "conversations": [{"from": "human", "value": "..."}, ...]}
+     "video": "a.mp4" | ..., in the same forms (sources.py),
+     "conversations": [{"from": "human", "value": "..."}, ...], or the same as JSON text}
 
 A video counts as so many images as it has key frames (video.py); images and videos are shown in the order of
 the <image> and <video> marks in the text.
@@ -12,7 +12,9 @@ Letters: t tokens of one row, n images of one row, N tokens per image, S pixels,
 
 import contextlib
 import hashlib
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from torch.utils.data import Dataset
 from model.data.batch import IGNORE_INDEX, BadSample
 from model.data.feature_store import FeatureStore
 from model.data.rows import Rows
+from model.data.sources import file_names, find_file
 from model.data.spec import DatasetSpec
 from model.data.video import Frame, expand_videos, load_images
 from model.files import check_image_dir
@@ -30,27 +33,17 @@ from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, find_marks, normalise
 from model.vision_utils import ImageProcessor
 
 
-def file_names(row: dict, key: str) -> list[str]:
-    """The images ("image") or videos ("video") of a row: a list, or one string with commas between the
-    names. Raises ValueError."""
-    given = row.get(key)
-    if given is None:
-        return []
-    names = given.split(",") if isinstance(given, str) else given
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'its "{key}" must be a file name or a list of them, not {str(given)[:80]}')
-    return [name.strip() for name in names if name.strip()]
-
-
-def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
+def check_row(
+    row: dict, spec: DatasetSpec, is_file: Callable[[str], bool] = lambda name: False
+) -> tuple[list[str], list[dict]]:
     """The names of images and videos, in the order of their marks, and the turns of a row that can be
-    trained on. Raises ValueError saying what is wrong with it."""
+    trained on. Raises ValueError saying what is wrong with it.
+
+    is_file  is there a file of that name? Asked only where a comma may belong to a name
+    """
     if not isinstance(row, dict):
         raise ValueError(f"it is a {type(row).__name__}, not an object")
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise ValueError('it has no "conversations"')
-    images, videos = file_names(row, "image"), file_names(row, "video")
+    turns = read_turns(row)
     texts = normalise_turns(turns)
     answers = [position for position, (role, _) in enumerate(texts) if role == "assistant"]
     if not answers or all(role != "user" for role, _ in texts):
@@ -60,18 +53,47 @@ def check_row(row: dict, spec: DatasetSpec) -> tuple[list[str], list[dict]]:
         turns, texts = turns[:end], texts[:end]
     if any(role == "assistant" and not text.strip() for role, text in texts):
         raise ValueError("it has an empty answer")
+    marks = [mark for mark in find_marks(texts) if mark == IMAGE_MARK or spec.max_frames]
+    images, videos = (
+        file_names(row, key, marks.count(mark), is_file)
+        for key, mark in (("image", IMAGE_MARK), ("video", VIDEO_MARK))
+    )
     if len(images) + len(videos) < spec.min_images:
         raise ValueError('it has no "image"')
     if len(images) > spec.max_images:
-        raise ValueError(f"it has {len(images)} images, but this stage takes {spec.max_images or 'none'}")
+        raise ValueError(
+            f"it has {len(images)} images, but this stage takes {spec.max_images or 'none'}"
+            f"{no_such_file(row, 'image')}"
+        )
     if videos and not spec.max_frames:
         raise ValueError(f"it has {len(videos)} video(s), but this stage takes none")
-    marks = [mark for mark in find_marks(texts) if mark == IMAGE_MARK or spec.max_frames]
     for mark, names, what in ((IMAGE_MARK, images, "image"), (VIDEO_MARK, videos, "video")):
         if marks.count(mark) != len(names):
-            raise ValueError(f"it has {marks.count(mark)} {mark} mark(s) for {len(names)} {what}(s)")
+            raise ValueError(
+                f"it has {marks.count(mark)} {mark} mark(s) for {len(names)} {what}(s)"
+                f"{no_such_file(row, what)}"
+            )
     files = {IMAGE_MARK: iter(images), VIDEO_MARK: iter(videos)}
     return [next(files[mark]) for mark in marks], turns
+
+
+def read_turns(row: dict) -> list:
+    """The turns of a row; some tables keep them as JSON text. Raises ValueError."""
+    turns = row.get("conversations")
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError):
+            raise ValueError('it has no "conversations": the text there is not JSON') from None
+    if not isinstance(turns, list) or not turns:
+        raise ValueError('it has no "conversations"')
+    return turns
+
+
+def no_such_file(row: dict, key: str) -> str:
+    """For a message about the number of names: a string with commas may have been meant as one."""
+    given = row.get(key)
+    return f'; there is no file called "{given[:80]}"' if isinstance(given, str) and "," in given else ""
 
 
 class VLMDataset(Dataset):
@@ -108,17 +130,29 @@ class VLMDataset(Dataset):
         """Raise ValueError for the first malformed row; better now than in the third hour. Opens no images.
         The verdict on a large file is kept with its index."""
         problem = self.rows.remember(f"checked-{self.spec_key()}", self.first_problem)
+        if problem and not self.problem_of(self.rows[problem[0]]):
+            problem = self.first_problem()  # a file that was missing then may be there now
         if problem:
             position, reason = problem
             raise ValueError(f"{self.name(position)}: {reason}")
 
     def first_problem(self) -> tuple[int, str] | None:
         for position, row in enumerate(self.rows):
-            try:
-                check_row(row, self.spec)
-            except ValueError as error:
-                return position, one_line(str(error))
+            if reason := self.problem_of(row):
+                return position, reason
         return None
+
+    def problem_of(self, row) -> str:
+        """What is wrong with a row, as far as it shows without its images; "" if nothing is."""
+        try:
+            self.check(row)
+        except ValueError as error:
+            return one_line(str(error))
+        return ""
+
+    def check(self, row) -> tuple[list[str], list[dict]]:
+        """check_row() for this stage and this folder of images."""
+        return check_row(row, self.spec, lambda name: os.path.isfile(self.find_image(name)))
 
     def lengths(self) -> np.ndarray:
         """Roughly how many tokens each row has, (rows,), without a tokenizer: to sort by. Those of a large
@@ -132,16 +166,17 @@ class VLMDataset(Dataset):
 
     def rough_length(self, row) -> int:
         try:
-            names, turns = check_row(row, self.spec)
+            names, turns = self.check(row)
         except ValueError:
             return 0
+        texts = normalise_turns(turns)
         # Videos are not opened here: each counts as if it were long.
-        num_videos = len(file_names(row, "video"))
+        num_videos = find_marks(texts).count(VIDEO_MARK) if self.spec.max_frames else 0
         num_images = len(names) + (self.spec.max_frames - 1) * num_videos
         # A token is about three bytes, of Chinese as of English.
         return (
             self.renderer.num_image_tokens * num_images
-            + sum(len(text.encode(errors="replace")) for _, text in normalise_turns(turns)) // 3
+            + sum(len(text.encode(errors="replace")) for _, text in texts) // 3
         )
 
     def spec_key(self) -> str:
@@ -157,7 +192,7 @@ class VLMDataset(Dataset):
     def sample(self, position: int) -> dict[str, Tensor]:
         """input_ids (t,), labels (t,), image_slots (n, N), and pixel_values (n, 3, S, S), or image_features
         (n, N, V) if there is a feature store."""
-        images, turns = self.expand(*check_row(self.rows[position], self.spec))
+        images, turns = self.expand(self.rows[position])
         sample = tokenize(turns, self.renderer)
         if len(sample["image_slots"]) != len(images):
             raise ValueError(
@@ -166,9 +201,11 @@ class VLMDataset(Dataset):
             )
         return sample | self.load(images)
 
-    def expand(self, names: list[str], turns: list[dict]) -> tuple[list[Path | Frame], list[dict]]:
-        """From what check_row() returns: the images and the frames of videos, in reading order, and turns
-        with one image mark for each. Raises FileNotFoundError or ValueError if a video cannot be read."""
+    def expand(self, row) -> tuple[list[Path | Frame], list[dict]]:
+        """Of a row the images and the frames of videos, in reading order, and turns with one image mark for
+        each. Raises ValueError for a bad row, and FileNotFoundError or ValueError if a video cannot be
+        read."""
+        names, turns = self.check(row)
         paths = [self.find_image(name) for name in names]
         if not self.spec.max_frames:
             return paths, turns
@@ -195,12 +232,7 @@ class VLMDataset(Dataset):
         return torch.stack(features)
 
     def find_image(self, name: str) -> Path:
-        path = self.image_dir / name
-        # os.path and not Path: a name that no file system can hold is simply not there.
-        if not self.spec.image_prefix or not path.name or os.path.exists(path):
-            return path
-        prefixed = path.with_name(self.spec.image_prefix + path.name)
-        return prefixed if os.path.exists(prefixed) else path
+        return find_file(self.image_dir, name, self.spec.image_prefix)
 
 
 def one_line(text: str, limit: int = 300) -> str:
