@@ -17,6 +17,7 @@ from torch import Tensor
 from model.checkpoint import LoadReport, config_of, load_weights, read_description, read_state_dict
 from model.data.video import Frame, expand_videos
 from model.decode import Decoder, pack_linears
+from model.device import without_memory
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
 from model.names import CLIP_PATH, TOKENIZER_PATH
@@ -131,8 +132,7 @@ def load_chat(
     tokenizer_path = tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH)
     tokenizer = load_tokenizer(tokenizer_path)
     clip_path = clip_path or description.get("clip_path", CLIP_PATH)
-    # On the meta device the model costs nothing; the decoder's copy of the weights is then the only one.
-    with torch.device("meta"):
+    with without_memory():  # the decoder's copy of the weights is then the only one
         model = Transformer(config)
     report = load_weights(model, weights, cure=cure)
     report.details += [

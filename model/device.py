@@ -1,6 +1,10 @@
 """Where and in what arithmetic to compute, from what the user asked for."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 from model.names import DEVICE
 
@@ -40,3 +44,24 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+class NoInit(TorchFunctionMode):
+    """Inside, functions of torch.nn.init leave a tensor as it is."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Models made inside cost nothing: their tensors have a shape but no memory, until they take a file's.
+
+    Nor are they filled. There is nothing to fill, but PyTorch would import its compiler for it, which takes
+    as long as all the rest of it.
+    """
+    with torch.device("meta"), NoInit():
+        yield

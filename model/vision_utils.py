@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.checkpoint import read_tensors, weight_files
+from model.device import without_memory
 from model.files import check_clip_folder
 from model.images import open_image, to_rgb
 from model.names import CLIP_CURE
@@ -48,7 +49,7 @@ def get_vision_model(path: str | Path) -> tuple[VisionTower, ImageProcessor]:
     path = Path(path)
     check_clip_folder(path)
     config = read_vision_config(path)
-    with torch.device("meta"):  # without memory: it takes the file's own tensors, which are mapped, not read
+    with without_memory():  # it takes the file's own tensors, which are mapped, not read
         vision_model = VisionTower(config)
     wanted, state = vision_model.state_dict(), read_vision_state(path)
     missing = sorted(wanted.keys() - state.keys())

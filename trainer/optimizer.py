@@ -1,6 +1,7 @@
 """What is trained, by which optimizer, how fast."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -28,6 +29,22 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def plain(method: Callable) -> Callable:
+    """A method of PyTorch's optimizers without the wrapping that keeps torch.compile out of it."""
+    return getattr(method, "__wrapped__", method)
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, to the bit and in its files, as long as nobody compiles it, which nobody does here. The
+    wrappings of its methods import PyTorch's compiler, which takes as long as all the rest of PyTorch."""
+
+    step = torch.no_grad()(plain(torch.optim.AdamW.step))
+    zero_grad = plain(torch.optim.AdamW.zero_grad)
+    add_param_group = plain(torch.optim.AdamW.add_param_group)
+    state_dict = plain(torch.optim.AdamW.state_dict)
+    load_state_dict = plain(torch.optim.AdamW.load_state_dict)
+
+
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
@@ -44,7 +61,7 @@ def make_optimizer(
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    return AdamW(groups, lr=learning_rate, fused=True)
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup_steps: int = 0) -> float:
