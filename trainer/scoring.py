@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas
 import torch
 from torch import Tensor
 
@@ -231,6 +230,8 @@ def record_of(split: str, control: str, question: Question, given: str) -> dict:
 
 
 def report_scores(records: list[dict], report_path: Path | None) -> None:
+    import pandas  # only here: it takes longer to import than an answer to come
+
     scores = [(record["split"], record["kind"], record["control"], record["right"]) for record in records]
     scores += [
         (record["split"], record["kind"], FOLLOWS, record["follows"])
