@@ -90,7 +90,7 @@ def test_finished_weights_are_kept_when_another_run_writes_the_same_name(workpla
     assert read_description(workplace / "out" / "32_vlm_pretrain.pth")["step"] == 2
 
 
-def test_a_bad_sample_of_one_process_is_told_once(workplace):
+def test_a_bad_sample_of_one_process_is_reported_once(workplace):
     rows = make_rows(24)
     rows[3]["image"] = "gone.png"
     (workplace / "data.json").write_text(json.dumps(rows))
@@ -176,7 +176,7 @@ def test_bad_input_to_evaluation(workplace, capsys, flags, fragments):
     )
 
 
-def test_another_clip_is_told_before_the_first_answer(workplace, tmp_path):
+def test_another_clip_is_reported_before_the_first_answer(workplace, tmp_path):
     train(workplace, "--max_steps=1")
     other = save_clip(tmp_path / "wide", hidden_size=32)
     check_refused(

@@ -43,7 +43,7 @@ class Routed:
 
 
 def watch(model: Transformer) -> Callable[..., Routed]:
-    """A function of ids and labels that lets the model predict and tells what its experts did."""
+    """A function of ids and labels that lets the model predict and reports what its experts did."""
     experts = Experts(Run(0, 1, torch.device("cpu")), model)
 
     def route(ids: torch.Tensor, labels: torch.Tensor) -> Routed:

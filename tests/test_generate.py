@@ -115,7 +115,7 @@ def test_two_conversations_at_once_never_mix(decoder, prompts, features):
         )
 
 
-def test_forgotten_images_are_told(decoder, prompts, features):
+def test_forgotten_images_are_reported(decoder, prompts, features):
     with pytest.raises(ValueError, match="no images were given"):
         collect(decoder, prompts[:1], Sampling(), None)
     with pytest.raises(ValueError, match=r"1 image placeholder\(s\) but 2"):
@@ -126,12 +126,12 @@ def test_images_are_counted_prompt_by_prompt(decoder, tokenizer, prompts, featur
     """Three placeholders and three images in all, but the first prompt lacks an image, which the second has
     too many. Compared by their totals alone, they would swap images without a word."""
     swapped, right = [features[0], features[2]], [features[2], features[0]]
-    told = r"row 1 of the batch: the prompt holds 2 image placeholder\(s\) but 1 image"
-    with pytest.raises(ValueError, match=told):
+    expected = r"row 1 of the batch: the prompt holds 2 image placeholder\(s\) but 1 image"
+    with pytest.raises(ValueError, match=expected):
         collect(decoder, [prompts[2], prompts[0]], Sampling(), swapped)
     chat = Chat(decoder, tokenizer, vision_model=None, image_processor=None, report=LoadReport("none", 0))
     conversations = [[{"from": "human", "value": TEXTS[number]}] for number in (2, 0)]
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=expected):
         chat.answer_batch(conversations, swapped)
     sampling = Sampling(max_new_tokens=9)
     together = chat.answer_batch(conversations, right, sampling)

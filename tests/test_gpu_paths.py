@@ -160,12 +160,12 @@ def test_batch_size_auto_takes_it_and_the_start_says_so(workplace, monkeypatch, 
 
     monkeypatch.setattr(memory, "plan_step", plan_step)
     run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", f"--batch_size={AUTO}")
-    told = capsys.readouterr().out
-    assert "8 per step (1 process(es) x batch 8" in told
-    assert "memory of a step: about" in told and "the largest batch that fits: 8" in told
+    printed = capsys.readouterr().out
+    assert "8 per step (1 process(es) x batch 8" in printed
+    assert "memory of a step: about" in printed and "the largest batch that fits: 8" in printed
 
 
-def test_a_row_that_does_not_fit_is_told(workplace, monkeypatch):
+def test_a_row_that_does_not_fit_is_reported(workplace, monkeypatch):
     monkeypatch.setattr(memory, "plan_step", lambda *_: StepMemory(10**9, 10**9, 10**9))
     with pytest.raises(ValueError, match="not even one row fits: a step of it needs about 2 GB of 1 GB"):
         run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1", "--batch_size=auto")

@@ -172,9 +172,11 @@ def start(workplace: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
         (signal.SIGTERM, 2, 0, 0),
     ],
 )
-def test_told_to_stop_it_saves_once_and_ends_as_told(workplace, number, processes, workers, status):
+def test_asked_to_stop_it_saves_once_and_ends_as_the_signal_says(
+    workplace, number, processes, workers, status
+):
     """With loader processes the whole group gets the signal, as from a job scheduler or a terminal. Under
-    torchrun the processes that train get it: torchrun itself, when it is told to stop, always ends with a
+    torchrun the processes that train get it: torchrun itself, when asked to stop, always ends with a
     traceback of its own and exit status 1."""
     flags = ["--max_steps=100000", "--save_interval=0", f"--num_workers={workers}"]
     process = start(workplace, *flags, processes=processes)
@@ -261,7 +263,7 @@ def test_a_full_disk_costs_no_good_file(workplace, monkeypatch):
     check_same(weights_of(workplace), expected)
 
 
-def test_no_room_and_no_permission_are_told_before_training(workplace, monkeypatch):
+def test_no_room_and_no_permission_are_reported_before_training(workplace, monkeypatch):
     usage = shutil.disk_usage(workplace)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"out has 0 MB free, but the saves of this run need \d+ MB.*--out_dir"):
