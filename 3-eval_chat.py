@@ -22,6 +22,7 @@ from pathlib import Path
 
 from model.data.spec import SFT_MULTI
 from model.names import STAGES
+from trainer.inputs import check_report
 from trainer.script import (
     SEED_LIMIT,
     Checked,
@@ -31,6 +32,7 @@ from trainer.script import (
     at_least,
     choose_weights,
     clean_exit,
+    place_in_run,
     true_or_false,
 )
 
@@ -155,6 +157,10 @@ def check_inputs(args: argparse.Namespace) -> Path:
     for path in args.questions or []:
         if not path.is_file():
             raise FileNotFoundError(f"question file not found: {path}")
+    if args.report and not args.questions:
+        raise ValueError("--report keeps the scores of --questions: give both")
+    if args.report and place_in_run().rank == 0:
+        check_report(args.report)
     return choose_weights(args, [args.stage])
 
 
@@ -167,9 +173,10 @@ def main(argv: list[str] | None = None) -> None:
     from serving.terminal import chat_about
     from trainer.describe import describe_all, make_sampling
     from trainer.distributed import start_run
-    from trainer.scoring import score_questions
+    from trainer.scoring import check_question_files, score_questions
 
     with start_run(args.device) as run:
+        check_question_files(args.questions or [])
         chat = load_chat(
             weights,
             args.tokenizer_path,

@@ -19,7 +19,7 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
     """Call write(file) on a temporary neighbour and move it into place: whatever happens, the old file or the
     new one is there, never half of one. Raises OSError, naming the file, if it cannot be written."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
+    temporary = temporary_of(path)
     try:
         with open(temporary, "w+b") as file:
             write(file)
@@ -34,6 +34,25 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError, naming the file, unless atomic_write() could write it now. Makes its folder."""
+    if os.path.isdir(path):  # False, where Path.is_dir() raises, for a name that no file system can hold
+        raise OSError(f"cannot write {path}: it is a folder")
+    temporary = temporary_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(b"x")
+        temporary.unlink()
+    except FileExistsError as error:
+        raise OSError(f"cannot write {path}: {error.filename} is no folder") from None
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -7,19 +7,32 @@ import json
 import os
 import pickle
 import unicodedata
+from pathlib import Path
 
 import pandas
 import pytest
 import torch
-from conftest import ROOT, check_refused, load_script, make_rows, run_script, save_image
+from conftest import (
+    ROOT,
+    check_refused,
+    load_script,
+    make_rows,
+    run_clean,
+    run_inside,
+    run_script,
+    save_image,
+)
 
+from model.checkpoint import save_weights
 from model.data import rows as rows_module
 from model.data.batch import BadSample
 from model.data.dataset import VLMDataset
 from model.data.rows import Rows
 from model.data.sources import file_names
 from model.data.spec import PRETRAIN, SFT_MULTI
+from model.names import weights_path
 from model.vision_utils import ImageProcessor
+from trainer.scoring import name_files
 from trainer.script import place_in_run, read_recipe
 
 
@@ -364,3 +377,112 @@ def test_conversations_as_json_text(make):
     assert torch.equal(dataset[0]["labels"], dataset[1]["labels"])
     for position in (2, 3):
         assert 'it has no "conversations": the text there is not JSON' in dataset[position].reason
+
+
+# ---- question files and reports ----------------------------------------------------------------------------
+
+
+def question(answer="红", **more) -> dict:
+    return {"image": "images/0.png", "question": "什么颜色？", "answer": answer, "kind": "colour"} | more
+
+
+def write_questions(path, *rows: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def seeing(workplace, config, model) -> list[str]:
+    """Flags of an evaluation with a model that sees and knows nothing."""
+    save_weights(model, weights_path(workplace / "out", config, "vlm_sft"))
+    keep = ("--tokenizer_path", "--clip_path", "--out_dir", "--device")
+    flags = [flag for flag in (workplace / "args").read_text().splitlines() if flag.startswith(keep)]
+    return [*flags, "--max_new_tokens=4"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "fragments"),
+    [
+        (question(["红", "红色"]), ['its "answer" must be a text or a number, not ["']),
+        (question(True), ['its "answer" must be a text or a number, not true']),
+        (question(kind=["colour"]), ['its "kind" must be a text']),
+        (question(swapped_answer={}), ['its "swapped_answer" must be a text']),
+        (question(" "), ["it has no answer"]),
+        (question(image="images/gone.png"), ["image not found: ", "gone.png"]),
+        (question(image="https://example.org/a.png"), ['its "image" is an address: download it']),
+        (question(question="<image><image>？"), ["the question marks 2 image(s) but 1 were given"]),
+        ([1], ["it has no image, question, answer, kind"]),
+    ],
+)
+def test_a_question_that_cannot_be_scored_is_named_before_a_model_is_loaded(
+    workplace, capsys, bad, fragments
+):
+    """An answer that was a list ended the evaluation when all questions of all files had been answered."""
+    first = write_questions(workplace / "first.jsonl", question())
+    last = write_questions(workplace / "last.jsonl", question(), bad)
+    flags = ["--questions", first, last, "--load_from=README.md", "--device=cpu"]
+    check_refused(run_clean(capsys, "3-eval_chat.py", *flags), f"{last}, row 2: ", *fragments)
+
+
+@pytest.mark.parametrize(
+    ("report", "fragments"),
+    [
+        ("file/r.json", ["file is no folder"]),
+        ("images", ["it is a folder"]),
+        ("r" * 250, ["File name too long"]),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_named_before_a_model_is_loaded(
+    workplace, capsys, report, fragments
+):
+    """It was tried when an hour had gone into the answers."""
+    (workplace / "file").write_text("")
+    questions = write_questions(workplace / "q.jsonl", question())
+    flags = ["--questions", questions, f"--report={workplace / report}", "--load_from=README.md"]
+    check_refused(run_clean(capsys, "3-eval_chat.py", *flags), "--report: cannot write ", report, *fragments)
+    check_refused(run_clean(capsys, "3-eval_chat.py", *flags[2:]), "--report keeps the scores of --questions")
+
+
+def test_numbers_are_answers_and_kinds(workplace, seeing):
+    path = write_questions(workplace / "q.jsonl", question(3), question(0.5), question(0, kind=2))
+    run_inside("3-eval_chat.py", *seeing, "--questions", path, f"--report={workplace}/r.json")
+    records = [json.loads(line) for line in (workplace / "r.answers.jsonl").read_text().splitlines()]
+    assert [record["answer"] for record in records] == ["3", "0.5", "0"]
+    assert json.loads((workplace / "r.json").read_text()) == {
+        "q": {"colour": {"real": 0.0}, "2": {"real": 0.0}}
+    }
+
+
+def test_a_question_too_long_is_named_before_the_first_is_answered(workplace, seeing, capsys):
+    path = write_questions(workplace / "q.jsonl", question(), question(question="什么" * 300))
+    result = run_clean(capsys, "3-eval_chat.py", *seeing, "--questions", path)
+    check_refused(result, "q.jsonl, row 2: the question has ", "context holds 256 with the answer")
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def names(*paths: str) -> list[str]:
+        return list(name_files(map(Path, paths)))
+
+    assert names("questions_x.jsonl", "b/questions_y.json", "c/z.v2.jsonl.gz") == ["x", "y", "z.v2"]
+    assert names("a/questions_x.jsonl", "b/questions_x.jsonl", "b/questions_y.jsonl") == ["a/x", "b/x", "y"]
+    assert names("a/q/x.json", "b/q/x.json", "c/x.json") == ["a/q/x", "b/q/x", "c/x"]
+    assert names("x.json", "a/x.json") == [f"{tmp_path.name}/x", "a/x"]
+    assert names("a/x.json", "a/x.jsonl", "y.json") == [f"{tmp_path}/a/x.json", f"{tmp_path}/a/x.jsonl", "y"]
+    assert names("x.json", "./x.json", f"{tmp_path}/x.json") == ["x"]
+
+
+def test_scores_and_answers_do_not_mix(workplace, seeing):
+    """Two files of one name were averaged, and the answers of one report overwrote those of another whose
+    name began alike."""
+    first = write_questions(workplace / "a" / "questions_x.jsonl", question(image="../images/0.png"))
+    second = write_questions(workplace / "b" / "questions_x.jsonl", *2 * [question(image="../images/1.png")])
+    for report, paths in (("r-1.0", [first, second]), ("r-1.5", [first]), ("r.json", [second])):
+        flags = ["--control", "real", "real", f"--report={workplace / report}"]
+        run_inside("3-eval_chat.py", *seeing, "--questions", *paths, *flags)
+    assert set(json.loads((workplace / "r-1.0").read_text())) == {"a/x", "b/x"}
+    assert set(json.loads((workplace / "r-1.5").read_text())) == {"x"}
+    found = {path.name: len(path.read_text().splitlines()) for path in workplace.glob("*.answers.jsonl")}
+    assert found == {"r-1.0.answers.jsonl": 3, "r-1.5.answers.jsonl": 1, "r.answers.jsonl": 2}

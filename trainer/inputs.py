@@ -11,6 +11,7 @@ from model.files import (
     check_image_dir,
     check_tokenizer_folder,
     check_weight_file,
+    check_writable,
     read_json,
 )
 from model.LMConfig import EXPERT_FIELDS, LMConfig
@@ -73,6 +74,21 @@ def read_about(path: str | None) -> dict:
     if unknown := [name for name in about if name not in ABOUT]:
         raise ValueError(f"{path}: {unknown[0]} is not among what --about may say: {', '.join(ABOUT)}")
     return about
+
+
+def answers_path(report: Path) -> Path:
+    """Where every answer lies beside a --report: r.answers.jsonl beside r.json, r-1.5.answers.jsonl beside
+    r-1.5."""
+    return report.with_name(f"{report.name.removesuffix('.json')}.answers.jsonl")
+
+
+def check_report(report: Path) -> None:
+    """Raise OSError, now and not in an hour, for a --report that could not be written."""
+    for path in (report, answers_path(report)):
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise OSError(f"--report: {error}") from None
 
 
 def weights_cure(weights_in: str, use_moe: bool) -> str:

@@ -13,7 +13,9 @@ A control that says nothing about a question leaves it out.
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +23,19 @@ import torch
 from torch import Tensor
 
 from model.chat import Chat
-from model.data.dataset import file_names
+from model.data.formats import kind_of
 from model.data.rows import Rows
+from model.data.sources import file_names, find_file
 from model.data.video import Frame, file_of, open_images
 from model.files import write_text
 from model.generate import Sampling
-from model.prompt import IMAGE_MARK, find_marks, normalise_turns, put_marks
+from model.images import check_is_file
+from model.prompt import IMAGE_MARK, VIDEO_MARK, find_marks, normalise_turns, put_marks
 from trainer.distributed import Run
+from trainer.inputs import answers_path
 from trainer.logger import progress_bar
 
+TEXTS = ("question", "answer", "kind", "swapped_answer")  # of a question's row
 FOLLOWS = "swapped_follows"  # in the report: answers that are right for the images as they were shown
 
 
@@ -64,31 +70,96 @@ class ImageFeatures:
         return self.groups[group][member]
 
 
+# ---- question files ----------------------------------------------------------------------------------------
+
+
+def name_files(paths: Iterable[Path]) -> dict[str, Path]:
+    """Each file once, by what the report calls it: questions_x.jsonl is x. Files that would be called the
+    same have as many folders in front as tell them apart."""
+    files = {Path(os.path.abspath(path)): path for path in paths}
+
+    def label(path: Path, num_folders: int) -> str:
+        ending = kind_of(path)
+        short = re.sub(rf"{re.escape(ending)}(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+        folders = path.parts[:-1][len(path.parts) - 1 - num_folders :]
+        return "/".join([*folders, short.removeprefix("questions_")])
+
+    def shortest(path: Path) -> str:
+        for num_folders in range(len(path.parts) - 1):
+            if [label(other, num_folders) for other in files].count(label(path, num_folders)) == 1:
+                return label(path, num_folders)
+        return str(path)  # x.json beside x.jsonl
+
+    return {shortest(path): given for path, given in files.items()}
+
+
+def check_question_files(paths: Iterable[Path]) -> None:
+    """Raise FileNotFoundError or ValueError, naming file and row, for the first question that could not be
+    asked or scored: before a model is loaded, not when the others have been answered."""
+    for path in paths:
+        for _ in parse_questions(path):
+            pass
+
+
 def read_questions(path: Path, chat: Chat, max_frames: int) -> list[Question]:
-    """The questions of a file; images and videos lie beside it. Raises ValueError naming file and row."""
+    """The questions of a file; images and videos lie beside it. Raises FileNotFoundError or ValueError naming
+    file and row."""
+    questions, context = [], chat.decoder.config.max_seq_len
+    for name, row, files, turns in parse_questions(path):
+        try:
+            parts, turns = chat.prepare(turns, files, max_frames)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        num_tokens = len(chat.render(turns).input_ids)
+        if num_tokens >= context:
+            raise ValueError(
+                f"{name}: the question has {num_tokens} tokens with what it shows, but the model's context "
+                f"holds {context} with the answer"
+            )
+        questions.append(Question(row, parts, turns))
+    return questions
+
+
+def parse_questions(path: Path) -> Iterator[tuple[str, dict, list[Path], list[dict]]]:
+    """Of each row of a file: its name, the row, the files that it shows and its turns."""
     if not path.is_file():
         raise FileNotFoundError(f"question file not found: {path}")
-    return [
-        read_question(row, f"{path}, row {number}", path.parent, chat, max_frames)
-        for number, row in enumerate(Rows(path), 1)
-    ]
+    for number, row in enumerate(Rows(path), 1):
+        name = f"{path}, row {number}"
+        try:
+            yield name, *parse_question(row, path.parent)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
-def read_question(row: dict, name: str, folder: Path, chat: Chat, max_frames: int) -> Question:
-    row = row if isinstance(row, dict) else {}
+def parse_question(row: dict, folder: Path) -> tuple[dict, list[Path], list[dict]]:
+    """A row of a question file, the files that it shows, and its turns."""
+    row = {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    row |= {name: as_text(name, row[name]) for name in TEXTS if name in row}
     shown = "video" if row.get("video") else "image"
-    missing = [key for key in (shown, "question", "answer", "kind") if not row.get(key)]
+    missing = [name for name in (shown, "question", "answer", "kind") if not row.get(name)]
     if missing:
-        raise ValueError(f"{name}: it has no {', '.join(missing)}")
-    try:
-        images, videos = file_names(row, "image"), file_names(row, "video")
-        turns = [{"from": "human", "value": put_marks(row["question"], len(images), len(videos))}]
-        marks = find_marks(normalise_turns(turns)) if videos else [IMAGE_MARK] * len(images)
-        names = {mark: iter(images if mark == IMAGE_MARK else videos) for mark in set(marks)}
-        parts, turns = chat.prepare(turns, [folder / next(names[mark]) for mark in marks], max_frames)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return Question(row, parts, turns)
+        raise ValueError(f"it has no {', '.join(missing)}")
+    images, videos = (
+        file_names(row, key, row["question"].count(mark), lambda name: find_file(folder, name).is_file())
+        for key, mark in (("image", IMAGE_MARK), ("video", VIDEO_MARK))
+    )
+    turns = [{"from": "human", "value": put_marks(row["question"], len(images), len(videos))}]
+    marks = find_marks(normalise_turns(turns)) if videos else [IMAGE_MARK] * len(images)
+    names = {mark: iter(images if mark == IMAGE_MARK else videos) for mark in set(marks)}
+    files = [find_file(folder, next(names[mark])) for mark in marks]
+    for file, mark in zip(files, marks, strict=True):
+        check_is_file(file, "image" if mark == IMAGE_MARK else "video")
+    return row, files, turns
+
+
+def as_text(name: str, value) -> str:
+    """A number is compared, and reported, as the text that it is written as. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f'its "{name}" must be a text or a number, not {json.dumps(value)[:80]}')
+    return str(value).strip() and str(value)
 
 
 # ---- controls ----------------------------------------------------------------------------------------------
@@ -179,24 +250,26 @@ def score_questions(
 
     sampling  for the questions of a batch, by the number of the first
     """
+    files = {
+        split: read_questions(path, chat, args.max_frames)
+        for split, path in name_files(args.questions).items()
+    }
     records = []
-    for path in args.questions:
-        questions = read_questions(path, chat, args.max_frames)
+    for split, questions in files.items():
         features = ImageFeatures(
             chat, [image for question in questions for part in question.parts for image in part]
         )
         stand_ins = find_stand_ins(questions, args.seed)
-        for control in args.control:
+        for control in dict.fromkeys(args.control):
             shown = [
                 show(question, control, stand_ins, args.seed + number)
                 for number, question in enumerate(questions)
             ]
             asked = [(question, given) for question, given in zip(questions, shown, strict=True) if given]
             if not asked:
-                run.print(f"{path}: the control {control} says nothing about its questions; left out")
+                run.print(f"{split}: the control {control} says nothing about its questions; left out")
             answers = answer_questions(run, args, chat, asked, features, control, sampling)
             if run.is_main:
-                split = path.stem.removeprefix("questions_")
                 records += [
                     record_of(split, control, question, answer)
                     for (question, _), answer in zip(asked, answers, strict=True)
@@ -251,5 +324,5 @@ def report_scores(records: list[dict], report_path: Path | None) -> None:
         }
     report_path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_text(report_path.with_suffix(".answers.jsonl"), lines)
+    write_text(answers_path(report_path), lines)
     write_text(report_path, json.dumps(report, indent=1) + "\n")
