@@ -1,4 +1,4 @@
-"""python -m trainer.check: says everything that is wrong at once, before a run of hours."""
+"""python -m trainer.check: reports everything that is wrong at once, before a run of hours."""
 
 import json
 import shutil
@@ -15,13 +15,16 @@ from model.checkpoint import save_weights
 from model.data.batch import collate
 from model.data.dataset import VLMDataset, tokenize
 from model.data.spec import PRETRAIN
+from model.fast import use_fast_kernels
 from model.LMConfig import LMConfig
 from model.names import weights_path
+from model.prompt import Renderer
 from model.transformer import Transformer
 from model.vision_utils import ImageProcessor
-from trainer import check, memory
-from trainer.check import decode_sample
+from trainer import check, inspection, memory
 from trainer.logger import read_metrics
+from trainer.samples import decode_sample
+from trainer.saves import RESUME_FORMAT
 from trainer.script import clean_exit
 
 
@@ -35,18 +38,14 @@ def llm(tokenizer) -> Transformer:
 
 
 def teach(pairs: list[list[str]], tokenizer) -> Transformer:
-    """A small language model that has learnt these questions and answers by heart."""
+    """A small language model that has learned these questions and answers by heart."""
     torch.manual_seed(3)
     model = Transformer(LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=0, max_seq_len=256))
     conversations = [
         [{"from": "human", "value": question}, {"from": "gpt", "value": answer}] for question, answer in pairs
     ]
-    batch = collate(
-        [
-            tokenize(turns, tokenizer, 50, 256) | {"pixel_values": torch.zeros(0, 3, 1, 1)}
-            for turns in conversations
-        ]
-    )
+    renderer, no_images = Renderer(tokenizer), {"pixel_values": torch.zeros(0, 3, 1, 1)}
+    batch = collate([tokenize(turns, renderer) | no_images for turns in conversations])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
         model(batch["input_ids"], labels=batch["labels"])[1].backward()
@@ -109,7 +108,7 @@ def test_a_good_place_as_a_process(good_place):
         assert text in result.stdout, f"{text!r} is not in: {result.stdout}"
 
 
-def test_it_says_the_losses_that_training_begins_with(good_place, look):
+def test_it_reports_the_losses_that_training_begins_with(good_place, look):
     """The loss that the check finds with images is that of a first step on the same rows."""
     (good_place / "data.json").write_text(json.dumps(make_rows(3)))
     status, report, _ = look(good_place)
@@ -123,7 +122,7 @@ def number_after(text: str, report: str) -> float:
     return float(report.split(text)[1].split()[0])
 
 
-def test_random_weights_are_told(workplace, look):
+def test_random_weights_are_reported(workplace, look):
     status, _, (problem,) = look(workplace)
     assert status == 2
     for text in ("weights of stage llm look random", "ln(581) = 6.36", "--tokenizer_path", "demo_world"):
@@ -214,7 +213,7 @@ def test_each_problem_is_one_line_with_its_cure(good_place, look, prepare, flags
     assert any(all(text in problem for text in fragments) for problem in problems), problems
 
 
-def test_all_problems_are_told_at_once(workplace, look, monkeypatch):
+def test_all_problems_are_reported_at_once(workplace, look, monkeypatch):
     (workplace / "out" / "32_llm.pth").unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1000))
     status, _, problems = look(
@@ -240,8 +239,8 @@ def test_missing_parts_do_not_hide_random_weights(workplace, look):
 
 
 def test_too_little_memory(good_place, look, monkeypatch):
-    monkeypatch.setattr(check, "held_memory", lambda: 400_000_000)
-    monkeypatch.setattr(check, "available_memory", lambda device: 402_000_000)
+    monkeypatch.setattr(inspection, "held_memory", lambda: 400_000_000)
+    monkeypatch.setattr(inspection, "available_memory", lambda device: 402_000_000)
     status, report, (problem,) = look(good_place)
     assert status == 2 and "(held now 400 MB, loading 2.41 MB, gradients 201 kB" in report
     assert "of memory on cpu, but 402 MB is available: halve --batch_size" in problem
@@ -249,7 +248,7 @@ def test_too_little_memory(good_place, look, monkeypatch):
         monkeypatch.setenv(name, value)
     both = look(good_place)[2][0]
     assert number_after("about ", both) == pytest.approx(2 * number_after("about ", problem), abs=1)
-    monkeypatch.setattr(check, "available_memory", lambda device: None)
+    monkeypatch.setattr(inspection, "available_memory", lambda device: None)
     assert look(good_place)[0] == 0
 
 
@@ -283,7 +282,10 @@ def test_what_becomes_of_the_files_of_an_earlier_run(good_place, look):
     """The check foresees what the run does: begin anew, keep, go on, refuse."""
     train_stage(good_place)
     status, report, _ = look(good_place, "--max_steps=6")
-    assert status == 0 and "starts from step 0; the present file is kept as 32_vlm_pretrain.previous.pth" in report
+    assert (
+        status == 0
+        and "starts from step 0; the present file is kept as 32_vlm_pretrain.previous.pth" in report
+    )
     assert "finished; there is nothing to do" in look(good_place, "--max_steps=6", "--resume")[1]
     assert "learning_rate" in look(good_place, "--max_steps=6", "--resume", "--learning_rate=0.1")[2][0]
     weights = weights_of(good_place)
@@ -291,7 +293,7 @@ def test_what_becomes_of_the_files_of_an_earlier_run(good_place, look):
     path.write_text(path.read_text().replace('"total_steps": 6', '"total_steps": 9'))
     settings = json.loads(path.read_text())["settings"] | {"total_steps": 9}
     torch.save(
-        {"format": 1, "step": 6, "settings": settings, "best_loss": 1.0, "model": weights},
+        {"format": RESUME_FORMAT, "step": 6, "settings": settings, "best_loss": 1.0, "model": weights},
         path.with_suffix(".resume"),
     )
     before = contents(good_place)
@@ -317,7 +319,7 @@ def test_the_stage_is_named_by_the_first_argument(good_place, look):
     assert look(good_place, stage=["nothing"])[2] == ["no stage nothing: name pretrain or sft, or a script"]
 
 
-def test_a_decoded_sample_shows_what_is_learnt_and_nothing_else(tokenizer, tmp_path):
+def test_a_decoded_sample_marks_its_targets_and_nothing_else(renderer, tmp_path):
     rows = [
         {
             "image": "a.png",
@@ -331,24 +333,25 @@ def test_a_decoded_sample_shows_what_is_learnt_and_nothing_else(tokenizer, tmp_p
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     save_image(tmp_path / "a.png", 0)
-    sample = VLMDataset(tmp_path / "rows.json", PRETRAIN, tokenizer, tmp_path, ImageProcessor())[0]
-    assert decode_sample(sample, tokenizer) == (
+    sample = VLMDataset(tmp_path / "rows.json", PRETRAIN, renderer, tmp_path, ImageProcessor())[0]
+    assert decode_sample(sample, renderer.tokenizer) == (
         "<s>user\\nWhat is it?<image x50></s>\\n<s>assistant\\n[[It is red.</s>]]\\n"
         "<s>user\\nAnd this?</s>\\n<s>assistant\\n[[Green.</s>]]"
     )
     sample["input_ids"][sample["image_slots"][0, 7]] = 99
     with pytest.raises(ValueError, match="other ids stand where"):
-        decode_sample(sample, tokenizer)
+        decode_sample(sample, renderer.tokenizer)
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_the_estimate_counts_what_is_kept_for_the_backward_pass(use_moe):
-    """Against what autograd really saves, at a width where no constant matters."""
+    """Against what autograd really saves in the training forms, at a width where no constant matters."""
     torch.manual_seed(0)
     config = LMConfig(
         dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=600, vision_dim=0, use_moe=use_moe
     )
     model, kept = Transformer(config), {}
+    use_fast_kernels(model, torch.device("cpu"), torch.float32)
 
     def note(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
