@@ -13,14 +13,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPVisionMode
 from dataset.demo_world import encoder, scenes, sentences, videos
 from dataset.demo_world.scenes import COLOURS, PRESETS, TEST_SPLITS, draw, make_splits
 from model.data.video import read_frames
-from model.prompt import (
-    IMAGE_MARK,
-    VIDEO_MARK,
-    encode_text,
-    expand_videos,
-    load_tokenizer,
-    render_conversation,
-)
+from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, expand_marks, load_tokenizer
 from model.vision_utils import get_img_embedding, get_vision_model
 
 NAMES = ("colour", "shape", "position")
@@ -62,6 +55,11 @@ def tokenizer_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_path):
     return load_tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def renderer(tokenizer) -> Renderer:
+    return Renderer(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +214,7 @@ def test_a_frame_per_second_shows_the_object_at_rest_in_its_colour(tmp_path):
 # ---- images ----
 
 
-def test_a_image_shows_its_object_where_and_as_the_scene_says(splits):
+def test_an_image_shows_its_object_where_and_as_the_scene_says(splits):
     for scene in splits["train"][:200]:
         image = draw(scene)
         assert image.size == (128, 128) and image.mode == "RGB"
@@ -392,27 +390,27 @@ def test_what_a_sentence_says(images):
 # ---- the tokenizer ----
 
 
-def test_one_token_per_word(tokenizer):
-    assert [word for word in sentences.lexicon() if len(encode_text(word, tokenizer)) != 1] == []
+def test_one_token_per_word(tokenizer, renderer):
+    assert [word for word in sentences.lexicon() if len(Renderer(tokenizer).encode(word)) != 1] == []
     assert 500 < len(tokenizer) < 700
 
 
-def test_running_text_is_cut_into_exactly_the_words_of_the_lexicon(rows, tokenizer):
+def test_running_text_is_cut_into_exactly_the_words_of_the_lexicon(rows, tokenizer, renderer):
     """Also where Chinese words meet without a space, and halves of two characters could have merged."""
     words = {*sentences.lexicon(), "\n", " ", "<", ">"}
     texts = {turn["value"] for group in rows.values() for row in group for turn in row["conversations"]}
     for text in texts:
         text = text.replace(IMAGE_MARK, "<>").replace(VIDEO_MARK, "<>")
-        ids = encode_text(text, tokenizer)
+        ids = Renderer(tokenizer).encode(text)
         assert {tokenizer.decode([i]) for i in ids} <= words
         assert tokenizer.decode(ids) == text
 
 
-def test_rows_are_short(rows, tokenizer):
+def test_rows_are_short(rows, renderer):
     """The step times of the recipe hold for these lengths."""
     for name, longest in {"pretrain": 76, "sft": 76, "two_images": 136, "text": 105, "videos": 247}.items():
-        turns = [expand_videos(row["conversations"], [videos.SECONDS]) for row in rows[name]]
-        assert max(len(render_conversation(turn, tokenizer).input_ids) for turn in turns) <= longest
+        turns = [expand_marks(row["conversations"], [videos.SECONDS]) for row in rows[name]]
+        assert max(len(Renderer(tokenizer).render(turn).input_ids) for turn in turns) <= longest
 
 
 @pytest.mark.parametrize("before", ["", " ", "\n", "a", "图片", "a <", "<>", "。"])
@@ -422,17 +420,17 @@ def test_the_placeholder_is_50_tokens_in_every_context(tokenizer, before):
     assert ids == around[0] + [30] * 25 + [32] * 25 + around[1]
 
 
-def test_special_tokens(tokenizer, tokenizer_path):
+def test_special_tokens(tokenizer, tokenizer_path, renderer):
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<", ">"]) == [0, 1, 2, 30, 32]
     as_markup = AutoTokenizer.from_pretrained(tokenizer_path)("<s>user").input_ids
-    as_text = encode_text("<s>user</s>", tokenizer)
+    as_text = Renderer(tokenizer).encode("<s>user</s>")
     assert as_markup[0] == 1 and not {1, 2} & set(as_text)
     assert tokenizer.decode(as_text) == "<s>user</s>"
 
 
 @pytest.mark.parametrize("text", ["Ünknown wörds, 1234", "鲸鱼🐳", "  two  spaces\n\n\ttab", "<image> <<>>"])
-def test_any_text_survives(tokenizer, text):
-    assert tokenizer.decode(encode_text(text, tokenizer)) == text
+def test_any_text_survives(tokenizer, renderer, text):
+    assert tokenizer.decode(Renderer(tokenizer).encode(text)) == text
 
 
 # ---- the encoder ----
