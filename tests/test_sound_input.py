@@ -2,10 +2,14 @@
 that was refused in misleading words, ended a run, or went wrong without a word."""
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -23,15 +27,16 @@ from conftest import (
     save_image,
 )
 
-from model.checkpoint import save_weights
+from model.checkpoint import read_description, save_weights
 from model.data import rows as rows_module
 from model.data.batch import BadSample
 from model.data.dataset import VLMDataset
 from model.data.rows import Rows
 from model.data.sources import file_names
 from model.data.spec import PRETRAIN, SFT_MULTI
-from model.names import weights_path
+from model.names import find_recorded, weights_path
 from model.vision_utils import ImageProcessor
+from trainer.distributed import Run
 from trainer.scoring import name_files
 from trainer.script import place_in_run, read_recipe
 
@@ -200,7 +205,7 @@ def test_a_data_file_is_read_in_whatever_form_it_comes(tmp_path, monkeypatch, si
     else:
         content = text_of(rows, name).encode(encoding)
         packed = name.lower().endswith(".gz") and "unpacked" not in name
-        path.write_bytes(gzip.compress(content) if packed else content)
+        path.write_bytes(gzip.compress(content, mtime=0) if packed else content)
     read = Rows(path)
     assert list(read) == rows
     assert list(pickle.loads(pickle.dumps(read))) == rows  # as a spawned loader worker gets it
@@ -213,16 +218,20 @@ def test_a_compressed_file_counts_as_large_for_what_is_in_it(tmp_path, monkeypat
     """A small file is held in memory; one that is compressed may hold a thousand times its size."""
     monkeypatch.setattr(rows_module, "SMALL", 20_000)
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps({"text": "x" * 5_000_000}).encode()))
+    path.write_bytes(gzip.compress(json.dumps({"text": "x" * 5_000_000}).encode(), mtime=0))
     assert path.stat().st_size < 20_000 and Rows(path).folder is not None
 
 
 @pytest.mark.parametrize(
     ("name", "content", "fragments"),
     [
-        ("a.json.gz", gzip.compress(b"[1]" * 99)[:-9], ["cannot unpack", "was it copied as a whole?"]),
-        ("a.json.gz", gzip.compress(b"[1, oops]"), ["a.json.gz is not valid JSON: line 1 column 5"]),
-        ("a.parquet.gz", gzip.compress(b"PAR1"), ["a parquet file is compressed inside", "gunzip"]),
+        (
+            "a.json.gz",
+            gzip.compress(b"[1]" * 99, mtime=0)[:-9],
+            ["cannot unpack", "was it copied as a whole?"],
+        ),
+        ("a.json.gz", gzip.compress(b"[1, oops]", mtime=0), ["a.json.gz is not valid JSON: line 1 column 5"]),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), ["a parquet file is compressed inside", "gunzip"]),
         ("a.json", "[1]".encode("utf-16")[:-1], ["is not UTF-16", "truncated data"]),
         ("a.zip", b"PK\x03\x04rest", ["a.zip is a zip archive: unpack it"]),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfdrest", ["is compressed by zstd: unpack it"]),
@@ -486,3 +495,92 @@ def test_scores_and_answers_do_not_mix(workplace, seeing):
     assert set(json.loads((workplace / "r-1.5").read_text())) == {"x"}
     found = {path.name: len(path.read_text().splitlines()) for path in workplace.glob("*.answers.jsonl")}
     assert found == {"r-1.0.answers.jsonl": 3, "r-1.5.answers.jsonl": 1, "r.answers.jsonl": 2}
+
+
+# ---- places, terminals and names of files ------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(workplace, config, model, monkeypatch) -> Path:
+    """Weights that were trained in a folder, and name what they were trained with from there."""
+    for name, place in (("tokenizer_path", "tok"), ("clip_path", "clip")):
+        flags = (workplace / "args").read_text().splitlines()
+        given = next(flag.partition("=")[2] for flag in flags if flag.startswith(f"--{name}="))
+        shutil.copytree(given, workplace / place)
+    places = {"tokenizer_path": "tok", "clip_path": "clip", "about": {"image_dir": "images"}}
+    save_weights(model, weights_path(workplace / "out", config, "vlm_sft"), **places)
+    (workplace / "elsewhere" / "out").mkdir(parents=True)
+    monkeypatch.chdir(workplace / "elsewhere")
+    return workplace / "out" / "32_vlm_sft.pth"
+
+
+def test_weights_find_what_they_were_trained_with_from_any_folder(recorded, capsys):
+    """They name it as it was named in training; from elsewhere there was no tokenizer."""
+    flags = [f"--load_from={os.path.relpath(recorded)}", "--device=cpu", "--max_new_tokens=1"]
+    result = run_clean(capsys, "3-eval_chat.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"[{recorded.parent.parent}/images/") == 6
+
+
+def test_a_recorded_place_is_looked_for_from_the_inside_to_the_outside(recorded):
+    home, here = recorded.parent.parent, Path.cwd()
+    assert find_recorded("tok", recorded) == home / "tok"
+    (here / "tok").mkdir()
+    assert find_recorded("tok", recorded) == Path("tok")
+    (home / "out" / "clip").mkdir()
+    assert find_recorded("clip", recorded) == home / "out" / "clip"
+    assert find_recorded("trainer/loop.py", recorded) == ROOT / "trainer" / "loop.py"
+    assert find_recorded("nowhere", recorded) == Path("nowhere")
+    assert find_recorded(home / "gone", recorded) == home / "gone"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_cannot_be_printed_ends_no_run(workplace, encoding):
+    """A name that is not UTF-8, or a log that is not, once ended training at its first line, or at its last."""
+    place = workplace.parent / os.fsdecode(b"caf\xe9 \xe4\xb8\xad")
+    workplace.rename(place)
+    recipe = "".join(f'"{line}"\n' for line in (place / "args").read_text().splitlines())
+    recipe = os.fsencode(recipe.replace(str(workplace), str(place)))
+    (place / "args").write_bytes(recipe)
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "1-pretrain_vlm.py", f"@{place}/args", "--max_steps=2", "--feature_cache"]
+    result = subprocess.run([*command, f"{place}/cache"], cwd=ROOT, env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert b"caf\\udce9" in result.stdout and b"saved " in result.stdout
+    assert (b"\\u4e2d" in result.stdout) == (encoding == "ascii")
+    assert b"32_vlm_pretrain: 100%" in result.stderr
+    weights = place / "out" / "32_vlm_pretrain.pth"
+    for path in (weights, weights.with_suffix(".json")):
+        assert path.is_file() and read_description(weights)["stage"] == "vlm_pretrain"
+    questions = write_questions(place / "q.jsonl", question(), question(image=["images/1.png"]))
+    command = [
+        sys.executable,
+        "3-eval_chat.py",
+        f"--load_from={weights}",
+        "--device=cpu",
+        "--max_new_tokens=2",
+    ]
+    more = [f"--questions={questions}", f"--report={place}/r.json"]
+    for flags in (more, [f"--image_dir={place}/images", "--prompt=什么？"]):
+        result = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True)
+        assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (place / "r.answers.jsonl").read_text().splitlines()]
+    assert [Path(record["image"][0]).is_file() for record in records] == [True, True]
+
+
+def test_a_log_on_a_full_disk_costs_the_log(monkeypatch):
+    run = Run(0, 1, torch.device("cpu"))
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        run.print("lost")
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_the_json_of_other_weights_is_not_taken_for_ones_own(tmp_path, model):
+    """Of ckpt-1.5 the end was cut off as if it were .pth, and ckpt-1.json read."""
+    for name, step in (("ckpt-1.pth", 1), ("ckpt-1.5", 5), ("a.b.best.pth", 7)):
+        save_weights(model, tmp_path / name, step=step, clip_path=name)
+    for name, step in (("ckpt-1.pth", 1), ("ckpt-1.5", 5), ("a.b.best.pth", 7)):
+        found = read_description(tmp_path / name)
+        assert (found["step"], found["clip_path"]) == (step, name)
