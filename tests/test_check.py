@@ -131,7 +131,7 @@ def test_random_weights_are_reported(workplace, look):
 
 def test_weights_that_know_the_language_but_not_the_data_are_no_problem(workplace, tokenizer, look):
     """A French data set for a Chinese model: then the ordinary sentences speak for it."""
-    model = teach(check.ORDINARY, tokenizer)
+    model = teach(inspection.ORDINARY, tokenizer)
     save_weights(model, weights_path(workplace / "out", model.config, "llm"))
     status, report, _ = look(workplace)
     assert status == 0

@@ -16,8 +16,8 @@ from model.data.video import Frame, find_frames, open_images
 from model.generate import Sampling
 from model.vision_utils import ImageProcessor
 from trainer import scoring
-from trainer.check import decode_sample
 from trainer.distributed import Run
+from trainer.samples import decode_sample
 from trainer.scoring import Question, find_stand_ins, read_questions, resample, show, successors
 
 # As the documents show them: image edits and bird comparisons.
