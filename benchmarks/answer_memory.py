@@ -20,14 +20,14 @@ from model.generate import Sampling
 NUM_TOKENS = 100  # of the answer
 
 
-def peak_mb(size: str, dtype: str) -> dict[str, float]:
+def peak_mb(size: str, dtype: str, clip_layers: int = 12) -> dict[str, float]:
     """In all, and above what the imported libraries take: {"peak": ..., "above_libraries": ...}.
 
     The process that answers does nothing else: the files that it reads are made here.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_clip(folder / "clip", make_clip())
+        save_clip(folder / "clip", make_clip(num_hidden_layers=clip_layers))
         save_tokenizer(folder / "tokenizer")
         save_weights(make_answering_model(config_of(size)), folder / "vlm.pth")
         return json.loads(run_module("answer_memory", size, dtype, "--folder", folder).splitlines()[-1])

@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.answer_memory import peak_mb
 from benchmarks.llava import to_llama, to_llava, to_llava_ids
@@ -32,7 +32,7 @@ from model.vision_utils import get_img_embedding, get_vision_model
 
 PROMPT, NO_EOS = 70, -1  # tokens of the prompt; no answer ends before its length
 QUICK = ["--sizes", "64x2", "--dtypes", "float32", "--threads", "1", "--batches", "1", "2", "--rounds", "1"]
-QUICK += ["--new", "8"]
+QUICK += ["--new", "8", "--clip_layers", "1"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,6 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="prompts answered at once")
     parser.add_argument("--rounds", type=int, default=3, help="rounds in which all take turns")
     parser.add_argument("--new", type=int, default=100, help="tokens of the answer")
+    parser.add_argument("--clip_layers", type=int, default=12, help="CLIP's depth (ViT-B/32: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that everything runs")
     args = parser.parse_args(argv)
@@ -61,17 +62,9 @@ def make_prompt() -> Prompt:
 class Contest:
     """Ours and theirs on one set of weights: time to the first token, and per token after it."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        tower: nn.Module,
-        stock_clip: CLIPVisionModel,
-        dtype: torch.dtype,
-        args: argparse.Namespace,
-    ):
-        """tower, stock_clip: one CLIP, as get_vision_model() loads it and in transformers' class"""
+    def __init__(self, model: Transformer, tower: nn.Module, dtype: torch.dtype, args: argparse.Namespace):
         self.new = args.new
-        self.llava = to_llava(model, stock_clip).to(args.device, dtype)
+        self.llava = to_llava(model, tower).to(args.device, dtype)
         self.llama: LlamaForCausalLM = to_llama(model).to(args.device, dtype)
         self.decoders = {
             batch: Decoder(copy.deepcopy(model).to(args.device, dtype), batch) for batch in args.batches
@@ -147,14 +140,14 @@ def measure_speed(args: argparse.Namespace) -> tuple[list[dict], dict[str, bool]
         "| size | dtype | threads | batch | theirs tok/s | ours tok/s | ratio | share of bandwidth floor "
         "| first token, LM only, ms: theirs / ours | with CLIP | ratio |\n" + "|---" * 11 + "|"
     )
-    records, same_tokens, stock_clip = [], {}, make_clip()
+    records, same_tokens = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        save_clip(Path(folder), stock_clip)
+        save_clip(Path(folder), make_clip(num_hidden_layers=args.clip_layers))
         tower, _ = get_vision_model(folder)
         for size in args.sizes:
             model = make_answering_model(config_of(size))
             for dtype in args.dtypes:
-                contest = Contest(model, tower, stock_clip, DTYPES[dtype], args)
+                contest = Contest(model, tower, DTYPES[dtype], args)
                 if dtype == "float32":
                     same_tokens[size] = contest.same_tokens()
                 matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
@@ -191,7 +184,7 @@ def measure_memory(args: argparse.Namespace) -> list[dict]:
     records = []
     for size in args.sizes:
         for dtype in args.dtypes:
-            memory = peak_mb(size, dtype)
+            memory = peak_mb(size, dtype, args.clip_layers)
             records.append({"size": size, "dtype": dtype, **memory})
             print(
                 f"| {size} | {dtype} | {memory['peak']:.0f} | {memory['above_libraries']:.0f} |", flush=True

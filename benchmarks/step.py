@@ -6,7 +6,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
 
 from benchmarks.llava import to_llava, to_llava_ids
 from benchmarks.roofline import row_lengths
@@ -31,14 +30,9 @@ def sizes(quick: bool) -> tuple[dict, LMConfig, int]:
 class Steps:
     """Takes the step of any variant. All of ours train one set of parameters; LLaVA has a copy of it."""
 
-    def __init__(
-        self, plain: Transformer, towers: dict[str, nn.Module], stock_clip: CLIPVisionModel | None = None
-    ):
-        """
-        towers      CLIP by dtype, as get_vision_model() loads it; cached features need none
-        stock_clip  the same in transformers' class, for LLaVA
-        """
-        self.plain, self.towers, self.stock_clip = plain.train(), towers, stock_clip
+    def __init__(self, plain: Transformer, towers: dict[str, nn.Module]):
+        """towers: CLIP by dtype; cached features need none, LLaVA takes a copy of the float32 one"""
+        self.plain, self.towers = plain.train(), towers
         self.models: dict[tuple, nn.Module] = {}
         self.optimizers: dict[tuple, torch.optim.Optimizer] = {}
 
@@ -49,7 +43,7 @@ class Steps:
         return self.models[key]
 
     def make_llava(self) -> nn.Module:
-        llava = to_llava(self.plain, self.stock_clip).train()
+        llava = to_llava(self.plain, self.towers["float32"]).train()
         llava.model.language_model.requires_grad_(True)
         llava.model.multi_modal_projector.linear_1.requires_grad_(True)
         return llava

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import peak_memory, run_module
+from benchmarks.machine import DTYPES, peak_memory, run_module
 from benchmarks.step import Steps, sizes
 from benchmarks.synthetic import PRETRAIN_SHAPE, TWO_IMAGES_SHAPE, Shape, make_clip, save_clip
 from benchmarks.variants import LLAVA, OURS, Variant
@@ -49,14 +49,16 @@ def make_batch(shape: Shape, size: int, config: LMConfig, variant: Variant) -> d
 
 def take_two_steps(variant: Variant, shape: Shape, clip_path: Path, quick: bool) -> None:
     retain_freed_memory()
-    vision, config, batch_size = sizes(quick)
-    towers, stock_clip = {}, make_clip(**vision) if variant.llava else None
-    if not variant.cached and not variant.llava:
-        towers[variant.dtype] = get_vision_model(clip_path)[0].to(variant.torch_dtype)
-    steps = Steps(Transformer(config), towers, stock_clip)
+    _, config, batch_size = sizes(quick)
+    towers = {}
+    if not variant.cached:
+        dtype = "float32" if variant.llava else variant.dtype
+        towers[dtype] = get_vision_model(clip_path)[0].to(DTYPES[dtype])
+    steps = Steps(Transformer(config), towers)
     steps.model(variant)
     if variant.llava:  # it has copies of both
-        steps.plain = steps.stock_clip = stock_clip = None
+        steps.plain = None
+        towers.clear()
     batch = make_batch(shape, batch_size, config, variant)
     for _ in range(2):
         steps.take(batch, variant)

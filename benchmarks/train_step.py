@@ -117,10 +117,10 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     vision, config, batch_size = sizes(args.quick)
     save_tokenizer(folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    clip, clip_path = make_clip(**vision), folder / "clip"
-    save_clip(clip_path, clip)
+    clip_path = folder / "clip"
+    save_clip(clip_path, make_clip(**vision))
     towers = {name: get_vision_model(clip_path)[0].to(dtype) for name, dtype in DTYPES.items()}
-    steps = Steps(Transformer(config), towers, clip)
+    steps = Steps(Transformer(config), towers)
     speeds = Speeds(256 if args.quick else 2048)
     results = {"batch_size": batch_size, "machine": describe_machine(), "matmul_size": speeds.size}
     for shape, spec in STAGES:
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
             steps.check(batches[False, False][0])
         variants = OURS | LLAVA | ABLATION if is_first else OURS
         results[shape.name] = measure(steps, batches, variants, args.repetitions, speeds)
-    del steps, towers, clip, batches
+    del steps, towers, batches
     names = ["bf16, cached features"] if args.quick else [*OURS, *LLAVA]
     results["peak_gb"] = {name: peak_gb(name, clip_path, args.quick) for name in names}
     results["two_images_peak_gb"] = {
