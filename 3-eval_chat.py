@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from model.data.spec import SFT_MULTI
-from model.names import STAGES
+from model.names import STAGES, find_recorded
 from trainer.inputs import check_report
 from trainer.script import (
     SEED_LIMIT,
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         run.print(str(chat.report))
         if args.max_rounds is None:  # what no flag says, the weights do
             args.max_rounds = chat.max_rounds
-        args.image_dir = args.image_dir or Path(chat.about.get("image_dir", IMAGE_DIR))
+        args.image_dir = args.image_dir or find_recorded(chat.about.get("image_dir", IMAGE_DIR), weights)
         args.prompt = args.prompt or next(iter(chat.about.get("questions", [])), PROMPT)
         if args.questions:
             score_questions(run, args, chat, partial(make_sampling, args))

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 
+from model.names import find_recorded
 from trainer.script import Checked, Parser, add_loading_flags, at_least, choose_weights, clean_exit
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -83,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     print(chat.report, flush=True)
     if args.max_rounds is None:  # what no flag says, the weights do
         args.max_rounds = chat.max_rounds
-    args.image_dir = args.image_dir or chat.about.get("image_dir", "dataset/eval_images")
+    if not args.image_dir:
+        args.image_dir = find_recorded(chat.about.get("image_dir", "dataset/eval_images"), weights)
     # So that the folder below is removed then too, undisturbed by a second signal.
     signal.signal(signal.SIGTERM, lambda number, _: (signal.signal(number, signal.SIG_IGN), sys.exit(0)))
     with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:  # /tmp/gradio is shared

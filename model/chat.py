@@ -20,7 +20,7 @@ from model.decode import Decoder, pack_linears
 from model.device import without_memory
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
-from model.names import CLIP_PATH, TOKENIZER_PATH
+from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded
 from model.prompt import IMAGE_MARK, Prompt, Renderer, load_tokenizer, put_marks
 from model.transformer import Transformer
 from model.vision_utils import check_fit, get_img_embedding, get_img_process, get_vision_model
@@ -129,9 +129,14 @@ def load_chat(
             f"{weights} is a language model without a vision projection, so it cannot see: "
             "train it with 1-pretrain_vlm.py first"
         )
-    tokenizer_path = tokenizer_path or description.get("tokenizer_path", TOKENIZER_PATH)
+    tokenizer_path, clip_path = (
+        given or find_recorded(description.get(name, default), weights)
+        for given, name, default in (
+            (tokenizer_path, "tokenizer_path", TOKENIZER_PATH),
+            (clip_path, "clip_path", CLIP_PATH),
+        )
+    )
     tokenizer = load_tokenizer(tokenizer_path)
-    clip_path = clip_path or description.get("clip_path", CLIP_PATH)
     with without_memory():  # the decoder's copy of the weights is then the only one
         model = Transformer(config)
     report = load_weights(model, weights, cure=cure)

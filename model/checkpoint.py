@@ -28,6 +28,7 @@ VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
 
 
 DESCRIPTION = "minimind_description.json"  # in the archive
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # of weight files
 PLACES = ("tokenizer_path", "clip_path")  # of a description, what may be changed by editing the .json
 V1_SIZES = {(512, 8, 6400), (768, 16, 6400)}  # width, layers, vocabulary: known without a description
 
@@ -50,7 +51,7 @@ def save_weights(model: nn.Module, path: str | Path, **description) -> None:
             archive.writestr(archive.namelist()[0].split("/")[0] + f"/{DESCRIPTION}", encode_text(text))
 
     atomic_write(path, write)
-    write_text(path.with_suffix(".json"), text)
+    write_text(beside_weights(path), text)
 
 
 def set_aside(path: str | Path) -> Path | None:
@@ -61,7 +62,7 @@ def set_aside(path: str | Path) -> Path | None:
     path = Path(path)
     if not is_finished(path):
         return None
-    for file in (path, path.with_suffix(".json")):
+    for file in (path, beside_weights(path)):
         if file.is_file():
             os.replace(file, file.with_suffix(f".previous{file.suffix}"))
     return path.with_suffix(".previous.pth")
@@ -79,7 +80,7 @@ def read_description(path: str | Path) -> dict:
     in its config.json, and itself as tokenizer_path if it holds a tokenizer."""
     path = Path(path)
     if not path.is_dir():
-        beside = path.with_suffix(".json")
+        beside = beside_weights(path)
         words = read_json(beside) if beside.is_file() else {}
         inside = read_description_inside(path)
         return inside | {name: words[name] for name in PLACES if name in words} if inside else words
@@ -87,6 +88,11 @@ def read_description(path: str | Path) -> dict:
     if (path / "tokenizer_config.json").is_file():
         description["tokenizer_path"] = str(path)
     return description
+
+
+def beside_weights(path: Path) -> Path:
+    """Where the .json of a weight file is: of ckpt.pth ckpt.json, but of ckpt-1.5 not ckpt-1.json."""
+    return path.with_suffix(".json") if path.suffix in SUFFIXES else path.with_name(f"{path.name}.json")
 
 
 def read_description_inside(path: Path) -> dict:

@@ -3,6 +3,7 @@
 Imports nothing heavy, so a wrong flag or a missing file is reported before PyTorch is loaded.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import product
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from model.LMConfig import LMConfig
 
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
 DEMO_DIR = Path("out/demo")  # where quickstart.sh trains
 TOKENIZER_PATH = "model/minimind_tokenizer"
 CLIP_PATH = "model/clip_model/clip-vit-base-patch32"
@@ -31,6 +33,14 @@ CLIP_CURE = (
     "download it with: hf download openai/clip-vit-base-patch32 config.json "
     "preprocessor_config.json pytorch_model.bin --local-dir model/clip_model/clip-vit-base-patch32"
 )
+
+
+def find_recorded(path: str | Path, weights: str | Path) -> Path:
+    """Where a path is that weights name, or a default: from the working directory, as when they were trained;
+    else from a folder around the weights, the innermost first; else from the repository. The path itself
+    where it is nowhere."""
+    bases = [Path(), *Path(os.path.abspath(weights)).parents, ROOT]
+    return next((base / path for base in bases if os.path.exists(base / path)), Path(path))
 
 
 def weights_path(out_dir: str | Path, config: LMConfig, stage: str) -> Path:

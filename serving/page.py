@@ -11,6 +11,7 @@ from pathlib import Path
 import gradio as gr
 
 from model.chat import Chat, Round
+from model.checkpoint import read_description
 from model.generate import Sampling
 from model.images import find_images, open_image
 
@@ -192,7 +193,8 @@ def add_settings(args: argparse.Namespace, max_seq_len: int) -> list[gr.componen
 
 def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks:
     """The whole page; args: the flags of web_server.py."""
-    several = weights.stem.endswith("multi")
+    # Of 512_vlm_sft_multi.best.pth, and of weights under any other name, the description says the stage.
+    several = read_description(weights).get("stage", weights.stem).endswith("multi")
     memory = NO_MEMORY if args.max_rounds == 1 else MEMORY
     with gr.Blocks(title="MiniMind-V", delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(describe(chat, weights), elem_id="head")

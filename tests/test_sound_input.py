@@ -534,20 +534,32 @@ def test_a_recorded_place_is_looked_for_from_the_inside_to_the_outside(recorded)
     assert find_recorded(home / "gone", recorded) == home / "gone"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_what_cannot_be_printed_ends_no_run(workplace, encoding):
-    """A name that is not UTF-8, or a log that is not, once ended training at its first line, or at its last."""
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", rb"\u4e2d \udce9"), ("utf-8", b"\xe4\xb8\xad \\udce9"), ("gbk", b"\xd6\xd0 \\udce9")],
+)
+def test_what_a_terminal_cannot_show_is_escaped(encoding, shown):
+    code = (
+        "import sys; from trainer.script import clean_exit, print_and_exit;"
+        "clean_exit(lambda: (print('\\u4e2d \\udce9'), print_and_exit('\\u4e2d \\udce9')))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+    assert result.stdout.rstrip() == shown and result.stderr.rstrip() == b"error: " + shown
+
+
+def test_what_cannot_be_printed_ends_no_run(workplace):
+    """A name that is not UTF-8, or a log that is not, once ended training at its first line or its last."""
     place = workplace.parent / os.fsdecode(b"caf\xe9 \xe4\xb8\xad")
     workplace.rename(place)
     recipe = "".join(f'"{line}"\n' for line in (place / "args").read_text().splitlines())
     recipe = os.fsencode(recipe.replace(str(workplace), str(place)))
     (place / "args").write_bytes(recipe)
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "1-pretrain_vlm.py", f"@{place}/args", "--max_steps=2", "--feature_cache"]
     result = subprocess.run([*command, f"{place}/cache"], cwd=ROOT, env=environment, capture_output=True)
     assert result.returncode == 0, result.stderr
-    assert b"caf\\udce9" in result.stdout and b"saved " in result.stdout
-    assert (b"\\u4e2d" in result.stdout) == (encoding == "ascii")
+    assert rb"caf\udce9 \u4e2d" in result.stdout and b"saved " in result.stdout
     assert b"32_vlm_pretrain: 100%" in result.stderr
     weights = place / "out" / "32_vlm_pretrain.pth"
     for path in (weights, weights.with_suffix(".json")):
