@@ -212,9 +212,9 @@ def test_a_world_is_never_mixed_with_another(place):
 def test_an_interrupted_build_goes_on_and_leaves_no_half_world(place, tmp_path):
     """Stop the build within a part: no world yet; the next call finishes, and it is the same world."""
     hurry = (
-        "from dataclasses import replace; from dataset.demo_world import build, scenes; "
+        "from dataclasses import replace; from dataset.demo_world import __main__ as command, scenes; "
         "tiny = scenes.PRESETS['tiny']; few = replace(tiny.llm, steps=4); "
-        "scenes.PRESETS['tiny'] = replace(tiny, clip=few, llm=few); build.main()"
+        "scenes.PRESETS['tiny'] = replace(tiny, clip=few, llm=few); command.main()"
     )
     build = ["-c", hurry, f"--out={tmp_path}/demo", "--preset=tiny", "--seed=3"]
     python = ROOT / ".venv/bin/python"

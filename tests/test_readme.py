@@ -16,7 +16,7 @@ from test_load_from import save_folder
 from test_structure import SCRIPTS, documented_commands
 
 from dataset.demo_world import scenes
-from dataset.demo_world.build import main as make_demo_world
+from dataset.demo_world.__main__ import main as make_demo_world
 from model.checkpoint import save_weights
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
@@ -132,9 +132,9 @@ def run(command: str, monkeypatch) -> None:
     if words[1] == "-m":
         module, flags = words[2], words[3:]
         flags = small(flags) if module == "trainer.check" else flags
-        importlib.import_module({"dataset.demo_world": "dataset.demo_world.build"}.get(module, module)).main(
-            flags
-        )
+        importlib.import_module(
+            {"dataset.demo_world": "dataset.demo_world.__main__"}.get(module, module)
+        ).main(flags)
         return
     position = next(number for number, word in enumerate(words) if word in SCRIPTS)
     script, flags = words[position], words[position + 1 :]

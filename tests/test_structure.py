@@ -187,7 +187,7 @@ def test_every_documented_command_parses(where, command, tmp_path, monkeypatch):
         assert (ROOT / words[1]).is_file()
         return
     if words[1:3] == ["-m", "dataset.demo_world"]:
-        from dataset.demo_world.build import parse_args
+        from dataset.demo_world.__main__ import parse_args
 
         parse_args(words[3:])
         return

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     name, *rest = argv if argv and not argv[0].startswith(("-", "@")) else ["pretrain", *argv]
     parser = Parser(__doc__)
+    parser.prog = "python -m trainer.check"
     parser.fromfile_prefix_chars = None  # the script's own parser, which knows all flags, reads recipes
     parser.add_argument(
         "--all_images",

@@ -166,7 +166,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        silent = action.default in (None, argparse.SUPPRESS, False) or not action.option_strings
+        default = action.default
+        silent = default is None or default is False or default == argparse.SUPPRESS  # 0 is a default
+        silent |= not action.option_strings
         return text if silent or "default" in text else f"{text} (default: %(default)s)".lstrip()
 
 
