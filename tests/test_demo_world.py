@@ -410,7 +410,7 @@ def test_rows_are_short(rows, renderer):
     """The step times of the recipe hold for these lengths."""
     for name, longest in {"pretrain": 76, "sft": 76, "two_images": 136, "text": 105, "videos": 247}.items():
         turns = [expand_marks(row["conversations"], [videos.SECONDS]) for row in rows[name]]
-        assert max(len(Renderer(tokenizer).render(turn).input_ids) for turn in turns) <= longest
+        assert max(len(renderer.render(turn).input_ids) for turn in turns) <= longest
 
 
 @pytest.mark.parametrize("before", ["", " ", "\n", "a", "图片", "a <", "<>", "。"])
