@@ -145,7 +145,7 @@ def identify(file: IO[bytes]) -> Image.Image:
             return image
     if brand in HEIF_BRANDS and "HEIF" not in Image.OPEN:
         raise ValueError("it is a HEIC image: pip install pillow-heif, or save it as JPEG")
-    if brand in AVIF_BRANDS and Image.OPEN.get("AVIF", (None, bool))[1](head[:16]) is not True:
+    if brand in AVIF_BRANDS and kind != "AVIF":
         raise ValueError('it is an AVIF image: pip install "pillow>=11.3", or save it as JPEG')
     if kind:
         raise ValueError(f"it is damaged, or a kind of {kind} that is not read here")
