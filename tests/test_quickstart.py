@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, check_refused, check_same, run_script, wait_until
+from conftest import LONG, ROOT, check_refused, check_same, run_script, wait_until
 from PIL import Image
 
 from benchmarks.llava import to_llava, to_llava_ids
@@ -28,7 +28,7 @@ def quickstart(place: Path, *arguments: str) -> subprocess.CompletedProcess:
         ["bash", "quickstart.sh", *arguments],
         cwd=ROOT,
         env=os.environ | world,
-        timeout=900,
+        timeout=6 * LONG,
         capture_output=True,
         text=True,
     )
@@ -73,7 +73,8 @@ def test_the_trained_model_answers_as_transformers_llava_does(place):
     rows = rows[:: max(1, len(rows) // 40)][:40]
     images = [open_image(place / "demo" / row["image"]) for row in rows]
     prompts = [chat.render([{"from": "human", "value": row["question"]}]) for row in rows]
-    steps = list(generate(chat.decoder, prompts, 2, Sampling(max_new_tokens=30), chat.encode(images)))
+    features = list(chat.encode(images).split(1))  # one image for each prompt
+    steps = list(generate(chat.decoder, prompts, 2, Sampling(max_new_tokens=30), features))
     ours = [[token for token in answer if token is not None] for answer in zip(*steps, strict=True)]
     for prompt, image, answer in zip(prompts, images, ours, strict=True):
         ids = to_llava_ids(torch.tensor([prompt.input_ids]), torch.tensor(prompt.image_slots))
