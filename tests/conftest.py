@@ -95,6 +95,12 @@ def save_video(
     return path
 
 
+def make_row(question="<image>\n什么？", answer="它是蓝色。", image="0.png", **more) -> dict:
+    """A row of one round, right or wrong."""
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"image": image, "conversations": turns} | more
+
+
 def make_rows(count: int) -> list[dict]:
     """Rows with answers of very different length."""
     words = ["图片里有一个红色圆形。", "它是蓝色。", "A large green star at the top left."]

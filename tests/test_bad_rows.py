@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import check_refused, make_rows, run_script, save_image
+from conftest import check_refused, make_row, make_rows, run_script, save_image
 from PIL import Image
 from torch.utils.data import Subset
 
@@ -25,14 +25,6 @@ from trainer.loader import Loader
 
 MAX_SEQ_LEN = 256
 MARK = "<image>\n什么？"
-
-
-def row(question=MARK, answer="它是蓝色。", image="0.png", **more) -> dict:
-    return {
-        "image": image,
-        **more,
-        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-    }
 
 
 def turns(*conversation: tuple) -> dict:
@@ -86,62 +78,62 @@ BAD = {  # what is wrong -> the row, and what its name says
     ),
     "unknown role": (turns(("human", MARK), ("robot", "x")), "a turn must look like"),
     "a role that is a list": (turns((["human"], MARK), ("gpt", "x")), "a turn must look like"),
-    "an answer that is a number": (row(answer=5), "a turn must look like"),
-    "an answer that is null": (row(answer=None), "a turn must look like"),
+    "an answer that is a number": (make_row(answer=5), "a turn must look like"),
+    "an answer that is null": (make_row(answer=None), "a turn must look like"),
     "no answer": (turns(("human", MARK)), "lack a question or an answer"),
     "no question": (turns(("gpt", "x")), "lack a question or an answer"),
-    "empty answer": (row(answer=""), "it has an empty answer"),
-    "blank answer": (row(answer=" \n\u3000"), "it has an empty answer"),
-    "half a surrogate pair": (row(answer="\ud83d"), "half a surrogate pair"),
+    "empty answer": (make_row(answer=""), "it has an empty answer"),
+    "blank answer": (make_row(answer=" \n\u3000"), "it has an empty answer"),
+    "half a surrogate pair": (make_row(answer="\ud83d"), "half a surrogate pair"),
     "half a surrogate pair in the id": (
-        row(answer="", id="\ud83d\n\x1b[31m"),
+        make_row(answer="", id="\ud83d\n\x1b[31m"),
         r"(id \ud83d\n\x1b[31m): it has",
     ),
-    "no image": (row() | {"image": None}, 'it has no "image"'),
-    "empty image": (row(image=" , "), 'it has no "image"'),
-    "a number as image": (row(image=7), 'its "image" must be a file name or a list of them, not 7'),
-    "a nested list as image": (row(image=[["0.png"]]), 'its "image" must be a file name'),
-    "null in the list of images": (row(image=[None]), 'its "image" must be a file name'),
-    "too many images": (row(MARK * 2, image="0.png, 1.png"), "2 images, but this stage takes 1"),
-    "no mark": (row("什么？"), "0 <image> mark(s) for 1 image(s)"),
-    "two marks": (row(MARK * 2), "2 <image> mark(s) for 1 image(s)"),
+    "no image": (make_row(image=None), 'it has no "image"'),
+    "empty image": (make_row(image=" , "), 'it has no "image"'),
+    "a number as image": (make_row(image=7), 'its "image" must be a file name or a list of them, not 7'),
+    "a nested list as image": (make_row(image=[["0.png"]]), 'its "image" must be a file name'),
+    "null in the list of images": (make_row(image=[None]), 'its "image" must be a file name'),
+    "too many images": (make_row(MARK * 2, image="0.png, 1.png"), "2 images, but this stage takes 1"),
+    "no mark": (make_row("什么？"), "0 <image> mark(s) for 1 image(s)"),
+    "two marks": (make_row(MARK * 2), "2 <image> mark(s) for 1 image(s)"),
     "a mark in the answer only": (turns(("human", "什么？"), ("gpt", "<image>")), "0 <image> mark(s)"),
-    "missing file": (row(image="gone.jpg"), "image not found: "),
-    "missing folder": (row(image="gone/0.png"), "image not found: "),
-    "a file as folder": (row(image="0.png/0.png"), "image not found: "),
-    "directory": (row(image="."), ": not a file"),
-    "pipe": (row(image="pipe.jpg"), "pipe.jpg: not a file"),  # reading it would wait for ever
-    "NUL in the name": (row(image="a\0b.jpg"), r"a\x00b.jpg"),
-    "name too long": (row(image="a" * 300 + ".jpg"), "image not found: "),
-    "half a surrogate pair in the name": (row(image="\ud83d.jpg"), r"\ud83d.jpg"),
-    "empty file": (row(image="empty.jpg"), "empty.jpg: it is empty"),
-    "truncated JPEG": (row(image="half.jpg"), "cannot read image "),
-    "truncated PNG": (row(image="half.png"), "cannot read image "),
-    "truncated JPEG 2000": (row(image="jp2.jp2"), "cannot read image "),
-    "truncated WebP": (row(image="webp.webp"), "cannot read image "),
-    "a format Pillow does not know all of": (row(image="dds.dds"), "cannot read image "),
-    "text": (row(image="text.jpg"), "text.jpg: it is damaged, or in none of the formats that are read"),
-    "git-lfs pointer": (row(image="pointer.jpg"), "pointer.jpg: it is a git-lfs pointer"),
-    "web page": (row(image="page.jpg"), "page.jpg: it is a web page"),
+    "missing file": (make_row(image="gone.jpg"), "image not found: "),
+    "missing folder": (make_row(image="gone/0.png"), "image not found: "),
+    "a file as folder": (make_row(image="0.png/0.png"), "image not found: "),
+    "directory": (make_row(image="."), ": not a file"),
+    "pipe": (make_row(image="pipe.jpg"), "pipe.jpg: not a file"),  # reading it would wait for ever
+    "NUL in the name": (make_row(image="a\0b.jpg"), r"a\x00b.jpg"),
+    "name too long": (make_row(image="a" * 300 + ".jpg"), "image not found: "),
+    "half a surrogate pair in the name": (make_row(image="\ud83d.jpg"), r"\ud83d.jpg"),
+    "empty file": (make_row(image="empty.jpg"), "empty.jpg: it is empty"),
+    "truncated JPEG": (make_row(image="half.jpg"), "cannot read image "),
+    "truncated PNG": (make_row(image="half.png"), "cannot read image "),
+    "truncated JPEG 2000": (make_row(image="jp2.jp2"), "cannot read image "),
+    "truncated WebP": (make_row(image="webp.webp"), "cannot read image "),
+    "a format Pillow does not know all of": (make_row(image="dds.dds"), "cannot read image "),
+    "text": (make_row(image="text.jpg"), "text.jpg: it is damaged, or in none of the formats that are read"),
+    "git-lfs pointer": (make_row(image="pointer.jpg"), "pointer.jpg: it is a git-lfs pointer"),
+    "web page": (make_row(image="page.jpg"), "page.jpg: it is a web page"),
     "decompression bomb": (
-        row(image="bomb.png"),
+        make_row(image="bomb.png"),
         "bomb.png: 50000 x 50000 = 2,500,000,000 pixels: at most 128,000,000",
     ),
-    "no width": (row(image="nothing.png"), "nothing.png: "),
-    "answer beyond max_seq_len": (row(MARK + "什么" * 300), "the answer begins at token"),
-    "image cut at max_seq_len": (row("什么" * 300 + MARK), "image 1 would be cut at max_seq_len"),
+    "no width": (make_row(image="nothing.png"), "nothing.png: "),
+    "answer beyond max_seq_len": (make_row(MARK + "什么" * 300), "the answer begins at token"),
+    "image cut at max_seq_len": (make_row("什么" * 300 + MARK), "image 1 would be cut at max_seq_len"),
 }
 
 GOOD = {
-    "a list of one": row(image=["0.png"]),
-    "no id": row(),
-    "names with spaces": row(image=" 0.png "),
-    "a very thin image": row(image="thin.png"),
-    "an image with damaged EXIF": row(image="exif.jpg"),
-    "outside the folder": row(image="../outside.png"),
-    "a blank question": row("<image>"),
-    "control characters": row(answer="\0\x1b[31m"),
-    "an answer cut at its end": row(answer="长" * 600),
+    "a list of one": make_row(image=["0.png"]),
+    "no id": make_row(),
+    "names with spaces": make_row(image=" 0.png "),
+    "a very thin image": make_row(image="thin.png"),
+    "an image with damaged EXIF": make_row(image="exif.jpg"),
+    "outside the folder": make_row(image="../outside.png"),
+    "a blank question": make_row("<image>"),
+    "control characters": make_row(answer="\0\x1b[31m"),
+    "an answer cut at its end": make_row(answer="长" * 600),
 }
 
 
@@ -202,7 +194,7 @@ def test_what_is_merely_unusual_is_good(make):
 
 
 def test_a_mistake_in_the_program_is_no_bad_sample(make, monkeypatch):
-    dataset = make([row()])
+    dataset = make([make_row()])
     for mistake in (TypeError, AttributeError, KeyError, RuntimeError, AssertionError):
 
         def fail(*_, mistake=mistake):
@@ -216,7 +208,7 @@ def test_a_mistake_in_the_program_is_no_bad_sample(make, monkeypatch):
 
 def test_the_verdict_on_a_large_file_is_kept_with_its_index(make, monkeypatch):
     monkeypatch.setattr("model.data.rows.SMALL", 0)
-    for rows, is_bad in (([row(), row(answer="")], True), ([row()], False)):
+    for rows, is_bad in (([make_row(), make_row(answer="")], True), ([make_row()], False)):
         dataset = make(rows)
 
         def check(spec=PRETRAIN, dataset=dataset, is_bad=is_bad):
@@ -285,7 +277,7 @@ def test_a_worker_that_dies_is_reported_with_the_sample_it_held(workplace):
 
 
 def test_only_the_worker_that_died_is_reported(make, monkeypatch):
-    dataset = make([row(id=str(n)) for n in range(8)])
+    dataset = make([make_row(id=str(n)) for n in range(8)])
     sample = dataset.sample
 
     def deadly_sample(position):
@@ -300,14 +292,14 @@ def test_only_the_worker_that_died_is_reported(make, monkeypatch):
 
 
 def test_an_error_in_a_worker_is_no_death(make, monkeypatch):
-    dataset = make([row()])
+    dataset = make([make_row()])
     monkeypatch.setattr(dataset, "sample", lambda position: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         list(Loader(dataset, [[0]], num_workers=1))
 
 
 def test_workers_load_what_this_process_loads_and_hold_nothing_at_the_end(make):
-    dataset = make([row(), row(image="1.png"), row(answer="")])
+    dataset = make([make_row(), make_row(image="1.png"), make_row(answer="")])
     here, there = (Loader(dataset, [[0, 1], [2, 0], [2]], num_workers) for num_workers in (0, 2))
     batches = list(there)
     for one, other in zip(here, batches, strict=True):

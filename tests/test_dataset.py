@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import make_rows, save_image
+from conftest import make_row, make_rows, save_image
 
 from model.data.batch import IGNORE_INDEX, BadSample, collate
 from model.data.dataset import VLMDataset, check_row
@@ -15,14 +15,6 @@ from model.data.spec import PRETRAIN, SFT, SFT_MULTI
 from model.vision_utils import ImageProcessor
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
-
-
-def row(question="<image>\n什么？", answer="它是蓝色。", image="0.png", **more) -> dict:
-    return {
-        "id": "7",
-        "image": image,
-        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-    } | more
 
 
 @pytest.fixture
@@ -72,22 +64,25 @@ def test_a_data_file_that_cannot_be_read_says_where(tmp_path, name, text, messag
         ("text", "not an object"),
         ({"image": "0.png"}, 'no "conversations"'),
         ({"image": "0.png", "conversations": []}, 'no "conversations"'),
-        (row(image=None), 'no "image"'),
-        (row(image=""), 'no "image"'),
-        (row("no mark"), r"0 <image> mark\(s\) for 1 image"),
-        (row("<image><image>"), r"2 <image> mark\(s\) for 1 image"),
-        (row("<image><image>", image="0.png, 1.png"), "2 images, but this stage takes 1"),
-        (row() | {"conversations": [{"from": "human", "value": "<image>"}]}, "lack a question or an answer"),
-        (row() | {"conversations": [{"from": "robot", "value": "x"}]}, "a turn must look like"),
-        (row(answer=None), "a turn must look like"),
-        (row(image="gone.png"), "image not found: .*gone.png"),
-        (row(image="rows.json"), "cannot read image .*rows.json"),
-        (row(question="<image>" + "什么" * 600), "answer begins at token"),
-        (row(question="什么" * 600 + "<image>"), "image 1 would be cut"),
+        (make_row(image=None), 'no "image"'),
+        (make_row(image=""), 'no "image"'),
+        (make_row("no mark"), r"0 <image> mark\(s\) for 1 image"),
+        (make_row("<image><image>"), r"2 <image> mark\(s\) for 1 image"),
+        (make_row("<image><image>", image="0.png, 1.png"), "2 images, but this stage takes 1"),
+        (
+            make_row() | {"conversations": [{"from": "human", "value": "<image>"}]},
+            "lack a question or an answer",
+        ),
+        (make_row() | {"conversations": [{"from": "robot", "value": "x"}]}, "a turn must look like"),
+        (make_row(answer=None), "a turn must look like"),
+        (make_row(image="gone.png"), "image not found: .*gone.png"),
+        (make_row(image="rows.json"), "cannot read image .*rows.json"),
+        (make_row(question="<image>" + "什么" * 600), "answer begins at token"),
+        (make_row(question="什么" * 600 + "<image>"), "image 1 would be cut"),
     ],
 )
 def test_a_bad_row_is_named_with_file_row_and_reason(make, bad, message):
-    dataset = make([row(), bad])
+    dataset = make([make_row(), bad])
     sample = dataset[1]
     assert isinstance(sample, BadSample)
     assert "rows.json, row 2" in sample.reason
@@ -98,11 +93,11 @@ def test_a_bad_row_is_named_with_file_row_and_reason(make, bad, message):
 
 def test_malformed_rows_are_found_before_training(make):
     with pytest.raises(ValueError, match=r"row 2 \(id 7\): it has no \"image\""):
-        make([row(), row(image=None)]).check_rows()
+        make([make_row(), make_row(image=None, id="7")]).check_rows()
 
 
 def test_labels_are_shifted_once_and_hold_the_answer(make, tokenizer):
-    sample = make([row(answer="它是蓝色。")])[0]
+    sample = make([make_row(answer="它是蓝色。")])[0]
     targets = sample["labels"][sample["labels"] != IGNORE_INDEX]
     assert tokenizer.decode(targets) == "它是蓝色。</s>"
     position = int((sample["labels"] != IGNORE_INDEX).nonzero()[0])
@@ -116,12 +111,12 @@ def test_sft_keeps_the_first_round_as_v1_and_finds_coco_names(make, tmp_path, to
     def answers(rows, spec) -> str:
         return tokenizer.decode(make(rows, spec)[0]["labels"].clamp(min=0), skip_special_tokens=True)
 
-    rounds = row()["conversations"] + [
+    rounds = make_row()["conversations"] + [
         {"from": "human", "value": "再说？"},
         {"from": "gpt", "value": "它是红色。"},
     ]
     save_image(tmp_path / "COCO_train2014_9.png", 9)
-    rows = [row(image="9.png") | {"conversations": rounds}]
+    rows = [make_row(image="9.png") | {"conversations": rounds}]
     assert answers(rows, SFT) == "它是蓝色。"
     # The prefix belongs to the SFT data alone.
     assert "image not found" in make(rows, PRETRAIN)[0].reason
@@ -132,9 +127,9 @@ def test_sft_keeps_the_first_round_as_v1_and_finds_coco_names(make, tmp_path, to
 def test_a_batch_of_rows_with_different_numbers_of_images(make):
     """No padding images: slots are flat indices into the padded batch."""
     rows = [
-        row(),
-        row("<image>比<image>？", image="1.png, 2.png"),
-        row("长" * 40 + "<image>", image=["3.png"]),
+        make_row(),
+        make_row("<image>比<image>？", image="1.png, 2.png"),
+        make_row("长" * 40 + "<image>", image=["3.png"]),
     ]
     dataset = make(rows, SFT_MULTI)
     batch = collate([dataset[n] for n in range(3)])
@@ -221,14 +216,14 @@ def test_an_order_goes_on_in_the_middle():
 
 
 def test_rough_lengths_sort_rows_as_their_tokens_do(make):
-    dataset = make([row(answer="它是蓝色。" * n) for n in (3, 1, 8, 5)] + [row(image=None)])
+    dataset = make([make_row(answer="它是蓝色。" * n) for n in (3, 1, 8, 5)] + [make_row(image=None)])
     true = [len(dataset[n]["input_ids"]) for n in range(4)]
     assert np.argsort(dataset.lengths()[:4]).tolist() == np.argsort(true).tolist()
     assert dataset.lengths()[4] == 0
 
 
 def test_rows_of_parquet_without_an_image_are_named(tmp_path):
-    pandas.DataFrame([row(), row(image=None)]).to_parquet(tmp_path / "a.parquet")
+    pandas.DataFrame([make_row(), make_row(image=None)]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match='no "image"'):
         check_row(Rows(tmp_path / "a.parquet")[1], PRETRAIN)
     assert check_row(Rows(tmp_path / "a.parquet")[0], PRETRAIN)[0] == ["0.png"]

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pandas
 import pytest
-from conftest import make_rows
+from conftest import LONG, make_rows
 
 from model.data import rows as rows_module
 from model.data.rows import Rows
@@ -263,7 +263,7 @@ def test_a_full_disk_does_no_harm(data, monkeypatch):
     monkeypatch.undo()
 
 
-def test_a_file_that_changes_under_a_running_program_is_told(tmp_path):
+def test_a_file_that_changes_under_a_running_program_is_reported(tmp_path):
     path = tmp_path / "a.jsonl"
     write_rows(path)
     rows = Rows(path)
@@ -288,7 +288,7 @@ def in_processes(count: int, target) -> list[int | None]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(LONG)
     return [process.exitcode for process in processes]
 
 

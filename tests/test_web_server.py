@@ -16,14 +16,13 @@ import time
 
 import pytest
 import torch
-from conftest import LONG, ROOT, SIZES, check_refused, load_script, run_script, save_image
+from conftest import LONG, ROOT, SIZES, check_refused, run_script, save_image
 
 from model.chat import Round, load_chat
 from model.checkpoint import save_weights
 from model.generate import Sampling
 from model.images import open_image
 from model.LMConfig import LMConfig
-from model.names import find_weights
 from model.transformer import Transformer
 
 TYPED = "Describe <b>this</b> <s>image</s>.\n  <<< <image> &lt; <!-- x --> <img src=x onerror=alert(1)> \"'"
@@ -195,22 +194,6 @@ def test_html_arrives_as_typed(visitor, images):
     assert texts(messages, "user") == [TYPED]
     sent = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     assert not re.search("[<>\"']", "".join(sent)), "the Chatbot was given something that could be HTML"
-
-
-def test_weights_are_found_by_stage_width_and_kind(tmp_path):
-    stages = load_script("web_server.py").STAGES
-    for name in ("32_vlm_pretrain", "32_vlm_sft", "64_moe_vlm_sft"):
-        (tmp_path / f"{name}.pth").touch()
-    assert find_weights(tmp_path, stages, use_moe=True).name == "64_moe_vlm_sft.pth"
-    assert find_weights(tmp_path, stages, use_moe=False).name == "32_vlm_sft.pth"
-    assert find_weights(tmp_path, stages, 64).name == "64_moe_vlm_sft.pth"
-    assert find_weights(tmp_path, ["vlm_pretrain"]).name == "32_vlm_pretrain.pth"
-    with pytest.raises(
-        FileNotFoundError, match="32_moe_vlm_sft.pth .*not found, but 32_vlm_pretrain.pth, 32_"
-    ):
-        find_weights(tmp_path, stages, 32, True)
-    with pytest.raises(FileNotFoundError, match="no .* in .*quickstart.sh"):
-        find_weights(tmp_path / "empty", stages)
 
 
 def test_a_wrong_start_is_one_line(images):
