@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=["real"],
         choices=CONTROLS,
         help="what the model is shown: the images, blank features, another question's "
-        "images, its own images in reverse order, or its video's frames in another",
+        "images, its own images in reverse order, or its video's frames in another (default: real)",
     )
     group.add_argument("--report", type=Path, help="write the scores to this JSON file")
     group.add_argument(

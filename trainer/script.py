@@ -169,7 +169,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         default = action.default
         silent = default is None or default is False or default == argparse.SUPPRESS  # 0 is a default
         silent |= not action.option_strings
-        return text if silent or "default" in text else f"{text} (default: %(default)s)".lstrip()
+        return text if silent or "default:" in text else f"{text} (default: %(default)s)".lstrip()
 
 
 def true_or_false(text: str) -> bool:
