@@ -17,8 +17,8 @@ TOKENIZER_PATH = "model/minimind_tokenizer"
 CLIP_PATH = "model/clip_model/clip-vit-base-patch32"
 STAGES = ("llm", "vlm_pretrain", "vlm_sft", "vlm_sft_multi")
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".j2k",
-    ".avif", ".heic", ".heif", ".hif", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2",
+    ".j2k", ".avif", ".heic", ".heif", ".hif", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 FEATURE_DTYPES = ("float16", "float32")
