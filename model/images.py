@@ -25,6 +25,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageFile
 
+from model.data.sources import Embedded
 from model.files import describe_placeholder_file
 from model.names import IMAGE_SUFFIXES
 
@@ -76,27 +77,28 @@ def check_is_file(path: str | Path, what: str = "image") -> None:
         raise FileNotFoundError(f"{what} not found: {path}")
 
 
-def explain_damage(path: str | Path, error: Exception | str) -> str:
+def explain_damage(path: str | Path | Embedded, error: Exception | str) -> str:
     with contextlib.suppress(OSError):
-        if substitute := describe_placeholder_file(path):
+        if not isinstance(path, Embedded) and (substitute := describe_placeholder_file(path)):
             return f"it {substitute}"
     if isinstance(error, MemoryError | Image.DecompressionBombError):
         return "its pixels need too much memory: scale it down"
-    return str(error).replace(f" {os.fspath(path)!r}", "") or type(error).__name__
+    return str(error).replace(f" {str(path)!r}", "") or type(error).__name__
 
 
 # ---- from a file to pixels ---------------------------------------------------------------------------------
 
 
-def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
-    """Read and fully decode an image file, in RGB. Raises FileNotFoundError or ValueError, naming the file,
+def open_image(path: str | Path | Embedded, draft_side: int = 0) -> Image.Image:
+    """Read and fully decode an image, in RGB. Raises FileNotFoundError or ValueError, naming its file,
     whatever is wrong with it.
 
     draft_side  if not 0: a JPEG may come smaller, but not below this side
     """
-    check_is_file(path)
+    if not isinstance(path, Embedded):
+        check_is_file(path)
     try:
-        with open(path, "rb") as file:
+        with io.BytesIO(path.read()) if isinstance(path, Embedded) else open(path, "rb") as file:
             return to_rgb(decode(file, draft_side))
     except Exception as error:  # on damaged files Pillow, which alone works here, raises any type
         raise ValueError(f"cannot read image {path}: {explain_damage(path, error)}") from None

@@ -2,38 +2,47 @@
 that was refused in misleading words, ended a run, or went wrong without a word."""
 
 import argparse
+import base64
 import contextlib
 import gzip
+import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import textwrap
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
 from conftest import (
     ROOT,
     check_refused,
+    check_same,
     load_script,
     make_rows,
     run_clean,
     run_inside,
     run_script,
     save_image,
+    weights_of,
 )
+from PIL import Image
 
 from model.checkpoint import read_description, save_weights
 from model.data import rows as rows_module
 from model.data.batch import BadSample
 from model.data.dataset import VLMDataset
+from model.data.feature_store import image_keys
 from model.data.rows import Rows
-from model.data.sources import file_names
+from model.data.sources import file_names, is_embedded
 from model.data.spec import PRETRAIN, SFT_MULTI
+from model.images import open_image
 from model.names import find_recorded, weights_path
 from model.vision_utils import ImageProcessor
 from trainer.distributed import Run
@@ -298,7 +307,7 @@ def shown(dataset: VLMDataset, position: int = 0) -> list[str]:
     """The names of the files that a row shows; they are read."""
     sample = dataset[position]
     assert not isinstance(sample, BadSample), sample
-    return [str(path.relative_to(dataset.image_dir)) for path in dataset.expand(dataset.rows[position])[0]]
+    return [str(path.relative_to(dataset.image_dir)) for path in dataset.expand(position)[0]]
 
 
 @pytest.mark.parametrize("name", ["Smith, John.png", "1,024.png", "0.png,1.png", "a,,b.png"])
@@ -362,7 +371,7 @@ def test_addresses_of_files_are_paths(make, tmp_path):
         address.replace("file://", "file://localhost"),
         address.replace("file://", "FILE:"),
     ):
-        assert make(row(name)).expand(row(name))[0] == [tmp_path / "away 1.png"]
+        assert make(row(name)).expand(0)[0] == [tmp_path / "away 1.png"]
     assert file_names({"image": "file:///C:/my%20images/a.png"}, "image") == ["C:/my images/a.png"]
 
 
@@ -596,3 +605,97 @@ def test_the_json_of_other_weights_is_not_taken_for_ones_own(tmp_path, model):
     for name, step in (("ckpt-1.pth", 1), ("ckpt-1.5", 5), ("a.b.best.pth", 7)):
         found = read_description(tmp_path / name)
         assert (found["step"], found["clip_path"]) == (step, name)
+
+
+# ---- images that stand in the rows -------------------------------------------------------------------------
+
+
+def base64_of(path: Path, form: str) -> str:
+    text = base64.b64encode(path.read_bytes()).decode()
+    return {
+        "bare": text,
+        "without padding": text.rstrip("="),
+        "in lines": "\n".join(textwrap.wrap(text, 76)) + "\n",
+        "address": f"data:image/png;base64,{text}",
+        "capitals": f"DATA:image/png;charset=utf-8;BASE64,{text}",
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["bare", "without padding", "in lines", "address", "capitals"])
+def test_images_may_stand_in_the_row(make, tmp_path, form):
+    """They were looked for as files; one in an address of data: was cut at its comma first."""
+    first, second = (base64_of(tmp_path / "images" / f"{n}.png", form) for n in (1, 2))
+    dataset = make(
+        row("1.png"),
+        row(first),
+        row(["2.png", "1.png"], num_marks=2),
+        row([second, "1.png"], num_marks=2),
+        row(f"{second}, {first}", num_marks=2),
+        spec=SFT_MULTI,
+    )
+    dataset.check_rows()
+    pixels = [dataset[position]["pixel_values"] for position in range(5)]
+    assert torch.equal(pixels[0], pixels[1])
+    assert torch.equal(pixels[2], pixels[3]) and torch.equal(pixels[2], pixels[4])
+    keys = [image_keys(dataset.expand(position)[0]) for position in range(5)]
+    for one, other in ((0, 1), (2, 3), (2, 4)):  # features are shared with the same image as a file
+        assert np.array_equal(keys[one], keys[other])
+    (image,) = pickle.loads(pickle.dumps(dataset.expand(1)[0]))
+    assert open_image(image).size == (48, 40)
+
+
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_base64_is_known_by_how_images_begin(suffix):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, suffix)
+    assert is_embedded(base64.b64encode(buffer.getvalue()).decode())
+    for name in ("Qk" + "a" * 30, "Qk.bmp", "a" * 90, "/9j/" + "a" * 70 + ".jpg", "iVBORw0KGgo"):
+        assert not is_embedded(name)
+
+
+def test_an_image_in_a_row_that_is_none_is_named_by_its_row(make, tmp_path):
+    whole = base64_of(tmp_path / "images" / "0.png", "bare")
+    dataset = make(
+        row("data:image/png;base64,oops!"),
+        row(f"data:image/png;base64,{whole[:400]}"),
+        row("data:image/svg+xml,<svg/>"),
+        {**row(None), "video": f"data:video/mp4;base64,{whole}"},
+    )
+    for position, fragments in enumerate(
+        (
+            ["row 1 (id 7): cannot read image 1 in ", "rows.json, row 1: "],
+            ["cannot read image 1 in ", "row 2: "],
+            ['its "image" is a data: address without base64'],
+            ['its "video" stands in the row: only images are read from there'],
+        )
+    ):
+        reason = dataset[position].reason
+        assert all(fragment in reason for fragment in fragments) and len(reason) < 400, reason
+
+
+def test_images_in_the_rows_are_trained_on_and_scored_as_those_in_files(workplace, seeing):
+    """To the same bits, by two loader workers and from the feature cache."""
+    rows = make_rows(24)
+    inside = [one | {"image": base64_of(workplace / "images" / one["image"], "address")} for one in rows]
+    (workplace / "inside.json").write_text(json.dumps(inside))
+    runs = []
+    for data, cache in (("data", "a"), ("inside", "a"), ("inside", "b"), ("inside", "")):
+        flags = [f"--data_path={workplace}/{data}.json", "--max_steps=2", "--num_workers=2"]
+        flags += [f"--feature_cache={workplace}/{cache}"] * bool(cache)
+        run_inside("1-pretrain_vlm.py", f"@{workplace}/args", *flags)
+        runs.append(weights_of(workplace))
+        if not cache:
+            run_inside("1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=2")
+    check_same(runs[1], runs[0])
+    check_same(runs[2], runs[0])
+    check_same(runs[3], weights_of(workplace))
+    files = [question(image=f"images/{n}.png") for n in range(3)]
+    text = [question(image=base64_of(workplace / "images" / f"{n}.png", "bare")) for n in range(3)]
+    for name, asked in (("files", files), ("text", text)):
+        path = write_questions(workplace / f"{name}.jsonl", *asked)
+        run_inside("3-eval_chat.py", *seeing, "--questions", path, f"--report={workplace}/{name}.json")
+    given = [
+        [json.loads(line)["given"] for line in (workplace / f"{name}.answers.jsonl").read_text().splitlines()]
+        for name in ("files", "text")
+    ]
+    assert given[0] == given[1] and len(given[0]) == 3

@@ -82,9 +82,9 @@ def exclusive(run: Run, folder: Path) -> Iterator[None]:
 def images_of(dataset: VLMDataset) -> set[Path | Frame]:
     """The images and the frames of videos of all rows that can be used."""
     images = set()
-    for row in dataset.rows:
+    for position in range(len(dataset)):
         try:
-            images.update(dataset.expand(row)[0])
+            images.update(dataset.expand(position)[0])
         except (ValueError, FileNotFoundError):
             continue  # the dataset reports it, with file and row
     return images

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from model.data.batch import collate
+from model.data.sources import is_embedded
 from trainer.interrupt import ignore_interrupts
 
 FILES_PER_WORKER = 32  # descriptors: pipes, and one for each tensor of the batches under way
@@ -78,7 +79,8 @@ class Watched(Dataset):
             position, data = int(data.indices[position]), data.dataset
         images = ""
         with contextlib.suppress(ValueError):  # a bad row: its name must do
-            images = ", ".join(data.check(data.rows[position])[0])
+            names, _ = data.check(data.rows[position])
+            images = ", ".join("an image in the row" if is_embedded(name) else name for name in names)
         return f"{data.name(position)}{images and f' with {images}'}"
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from model.chat import Chat
 from model.data.formats import kind_of
 from model.data.rows import Rows
-from model.data.sources import file_names, find_file
+from model.data.sources import Embedded, file_names, find_file, locate
 from model.data.video import Frame, file_of, open_images
 from model.files import write_text
 from model.generate import Sampling
@@ -124,18 +124,20 @@ def parse_questions(path: Path) -> Iterator[tuple[str, dict, list[Path], list[di
     """Of each row of a file: its name, the row, the files that it shows and its turns."""
     if not path.is_file():
         raise FileNotFoundError(f"question file not found: {path}")
-    for number, row in enumerate(Rows(path), 1):
-        name = f"{path}, row {number}"
+    rows = Rows(path)
+    for position in range(len(rows)):
+        name = f"{path}, row {position + 1}"
         try:
-            yield name, *parse_question(row, path.parent)
+            yield name, *parse_question(rows, position, path.parent)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: {error}") from None
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
 
-def parse_question(row: dict, folder: Path) -> tuple[dict, list[Path], list[dict]]:
-    """A row of a question file, the files that it shows, and its turns."""
+def parse_question(rows: Rows, position: int, folder: Path) -> tuple[dict, list[Path | Embedded], list[dict]]:
+    """A row of a question file, what it shows, and its turns."""
+    row = rows[position]
     row = {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
     row |= {name: as_text(name, row[name]) for name in TEXTS if name in row}
     shown = "video" if row.get("video") else "image"
@@ -149,9 +151,12 @@ def parse_question(row: dict, folder: Path) -> tuple[dict, list[Path], list[dict
     turns = [{"from": "human", "value": put_marks(row["question"], len(images), len(videos))}]
     marks = find_marks(normalise_turns(turns)) if videos else [IMAGE_MARK] * len(images)
     names = {mark: iter(images if mark == IMAGE_MARK else videos) for mark in set(marks)}
-    files = [find_file(folder, next(names[mark])) for mark in marks]
+    files = locate(
+        [next(names[mark]) for mark in marks], rows, position, lambda name: find_file(folder, name)
+    )
     for file, mark in zip(files, marks, strict=True):
-        check_is_file(file, "image" if mark == IMAGE_MARK else "video")
+        if not isinstance(file, Embedded):
+            check_is_file(file, "image" if mark == IMAGE_MARK else "video")
     return row, files, turns
 
 

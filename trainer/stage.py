@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from model.checkpoint import LoadReport, load_weights, read_description, read_state_dict
 from model.data.dataset import VLMDataset
+from model.data.sources import is_embedded
 from model.device import choose_dtype
 from model.fingerprint import (
     check_inputs_match,
@@ -290,5 +291,7 @@ def fingerprint_images(dataset: VLMDataset) -> str | None:
     paths: list[Path] = []
     for position in spread(len(dataset), NUM_VOUCHED):
         with contextlib.suppress(ValueError):  # a bad row is reported elsewhere
-            paths += [dataset.find_image(name) for name in dataset.check(dataset.rows[position])[0]]
+            names, _ = dataset.check(dataset.rows[position])
+            # Those that stand in the rows are vouched for with the rows.
+            paths += [dataset.find_image(name) for name in names if not is_embedded(name)]
     return fingerprint_files(dict.fromkeys(paths))

@@ -1,7 +1,7 @@
 """Rows of a data file -> samples. One class; the stages differ by a small spec (spec.py).
 
     {"image": "a.jpg" | "a.jpg, b.jpg" | ["a.jpg", "b.jpg"],
-     "video": "a.mp4" | ..., in the same forms (sources.py),
+     "video": "a.mp4" | ..., in the same forms (sources.py: images may also stand in the row, as base64),
      "conversations": [{"from": "human", "value": "..."}, ...], or the same as JSON text}
 
 A video counts as so many images as it has key frames (video.py); images and videos are shown in the order of
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from model.data.batch import IGNORE_INDEX, BadSample
 from model.data.feature_store import FeatureStore
 from model.data.rows import Rows
-from model.data.sources import file_names, find_file
+from model.data.sources import Embedded, file_names, find_file, locate
 from model.data.spec import DatasetSpec
 from model.data.video import Frame, expand_videos, load_images
 from model.files import check_image_dir
@@ -192,7 +192,7 @@ class VLMDataset(Dataset):
     def sample(self, position: int) -> dict[str, Tensor]:
         """input_ids (t,), labels (t,), image_slots (n, N), and pixel_values (n, 3, S, S), or image_features
         (n, N, V) if there is a feature store."""
-        images, turns = self.expand(self.rows[position])
+        images, turns = self.expand(position)
         sample = tokenize(turns, self.renderer)
         if len(sample["image_slots"]) != len(images):
             raise ValueError(
@@ -201,12 +201,12 @@ class VLMDataset(Dataset):
             )
         return sample | self.load(images)
 
-    def expand(self, row) -> tuple[list[Path | Frame], list[dict]]:
+    def expand(self, position: int) -> tuple[list[Path | Embedded | Frame], list[dict]]:
         """Of a row the images and the frames of videos, in reading order, and turns with one image mark for
         each. Raises ValueError for a bad row, and FileNotFoundError or ValueError if a video cannot be
         read."""
-        names, turns = self.check(row)
-        paths = [self.find_image(name) for name in names]
+        names, turns = self.check(self.rows[position])
+        paths = locate(names, self.rows, position, self.find_image)
         if not self.spec.max_frames:
             return paths, turns
         parts, turns = expand_videos(
@@ -214,14 +214,14 @@ class VLMDataset(Dataset):
         )
         return [image for part in parts for image in part], turns
 
-    def load(self, images: list[Path | Frame]) -> dict[str, Tensor]:
+    def load(self, images: list[Path | Embedded | Frame]) -> dict[str, Tensor]:
         if self.feature_store is not None and images:
             return {"image_features": self.read_features(images)}
         side = self.image_processor.size if self.image_processor else 1
         pixels = load_images(images, self.image_processor)
         return {"pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)}
 
-    def read_features(self, images: list[Path | Frame]) -> Tensor:
+    def read_features(self, images: list[Path | Embedded | Frame]) -> Tensor:
         features: list[Tensor | None] = [None] * len(images)
         with contextlib.suppress(ValueError, FileNotFoundError):
             features = self.feature_store.read_all(images)

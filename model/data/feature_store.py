@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.data.sources import Embedded
 from model.data.video import VERSION as VIDEO_VERSION
 from model.data.video import Frame, file_of
 from model.files import atomic_write
@@ -48,8 +49,13 @@ def image_keys(images: Sequence[str | Path | Frame]) -> list[np.ndarray]:
     ]
 
 
-def file_digest(path: str | Path) -> bytes:
-    """128 bits of a file's content."""
+def file_digest(path: str | Path | Embedded) -> bytes:
+    """128 bits of a file's content; an image that stands in a row counts as the file that it was."""
+    if isinstance(path, Embedded):
+        try:
+            return hashlib.blake2b(path.read(), digest_size=16).digest()
+        except ValueError as error:
+            raise ValueError(f"cannot read image {path}: {error}") from None
     check_is_file(path)
     try:
         with open(path, "rb") as file:

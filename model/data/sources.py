@@ -1,21 +1,72 @@
-"""What a row shows: from names as people's data hold them to the files that are meant."""
+"""What a row shows: from names as people's data hold them to the files that are meant, and images that stand
+in the row itself."""
 
+import base64
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # https:// and the like; C:/ is none
 FILE_ADDRESS = re.compile(r"file:(//(localhost(?=/))?)?(/(?=[a-z]:))?", re.IGNORECASE)  # what a path follows
 
+COMMA = re.compile(r"(?<!;base64),", re.IGNORECASE)  # between names; that of a data: address is none
+DATA_ADDRESS = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+# Base64 without an address: long, and it begins as images do (JPEG, PNG, GIF, WebP, BMP, TIFF).
+BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}[=\s]*")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An image that stands in a row, as base64; stands where an image's path may stand. It is decoded when it
+    is asked for: a data file may hold more of them than the memory does."""
+
+    name: str
+    rows: Sequence = field(compare=False, repr=False)
+    position: int  # of the row
+    number: int  # of the image among those that stand in the row
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """What would be in its file. Raises ValueError if it is not base64."""
+        found = [name for name in file_names(self.rows[self.position], "image") if is_embedded(name)]
+        text = "".join(DATA_ADDRESS.sub("", found[self.number], 1).split())
+        return base64.b64decode(text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4), validate=True)
+
+
+def is_embedded(name: str) -> bool:
+    """Is this no name but an image?"""
+    return bool(DATA_ADDRESS.match(name) or BASE64.fullmatch(name))
+
+
+def locate(names: Sequence[str], rows, position: int, find: Callable[[str], Path]) -> list[Path | Embedded]:
+    """The files that a row names, and the images that stand in it.
+
+    rows  the Rows that it is from, at `position`
+    find  from a name to a file
+    """
+    found: list[Path | Embedded] = []
+    number = 0
+    for name in names:
+        if is_embedded(name):
+            label = f"{number + 1} in {rows.path}, row {position + 1}"
+            found.append(Embedded(label, rows, position, number))
+            number += 1
+        else:
+            found.append(find(name))
+    return found
+
 
 def file_names(
     row: dict, key: str, num_marks: int = 0, is_file: Callable[[str], bool] = lambda name: False
 ) -> list[str]:
     """The images ("image") or videos ("video") of a row: a list, or one string with commas between the
-    names. Raises ValueError.
+    names. Images that stand in the row come as they are: see is_embedded(). Raises ValueError.
 
     A comma may also belong to a name: so it does in a string that as a whole names a file (is_file), unless
     its parts are just as many as the marks in the text.
@@ -23,7 +74,7 @@ def file_names(
     given = row.get(key)
     if given is None:
         return []
-    names = [part for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+    names = [part for part in COMMA.split(given) if part.strip()] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'its "{key}" must be a file name or a list of them, not {str(given)[:80]}')
     if isinstance(given, str) and len(names) not in (1, num_marks) and is_file(path_in(given, key)):
@@ -36,6 +87,12 @@ def path_in(name: str, key: str) -> str:
     name = name.strip()
     if match := FILE_ADDRESS.match(name):
         return unquote(name[match.end() :], errors="surrogateescape")
+    if is_embedded(name):
+        if key != "image":
+            raise ValueError(f'its "{key}" stands in the row: only images are read from there; name a file')
+        return name
+    if name[:5].lower() == "data:":
+        raise ValueError(f'its "{key}" is a data: address without base64, which is not read: {name[:80]}')
     if ADDRESS.match(name):
         raise ValueError(f'its "{key}" is an address: download it, and put the file name there: {name[:80]}')
     return name
