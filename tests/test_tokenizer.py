@@ -155,7 +155,7 @@ ALONE += [with_more_tokens]
 
 
 def check_equal(folder: Path) -> None:
-    """Ours and AutoTokenizer on many texts; as it does more than one thing, freshly loaded for each."""
+    """Ours and AutoTokenizer's, asked all that is asked of a tokenizer here, on many texts."""
     ours = read_tokenizer(folder)
     theirs = AutoTokenizer.from_pretrained(folder)
     assert len(ours) == len(theirs) and fingerprint_tokenizer(ours) == fingerprint_tokenizer(theirs)
