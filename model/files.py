@@ -87,14 +87,15 @@ def find_cause(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError, naming the file, if it holds none."""
+def read_json(path: Path, cure: str = "download it again") -> dict:
+    """The object in a JSON file, in UTF-8 or as Windows programs write it. Raises ValueError, naming the
+    file, if it holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # not JSON, not even text, or nested without end
+        raise ValueError(f"{path} is not valid JSON ({error}): {cure}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}: download it again")
+        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}: {cure}")
     return values
 
 

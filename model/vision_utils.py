@@ -6,7 +6,6 @@ The tower itself is vision_tower.py.
 Letters: M images, N tokens per image (50), V CLIP width (768), S side in pixels (224), for ViT-B/32.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from model.checkpoint import read_tensors, weight_files
 from model.device import without_memory
-from model.files import check_clip_folder
+from model.files import check_clip_folder, read_json
 from model.images import open_image, to_rgb
 from model.names import CLIP_CURE
 from model.vision_config import read_vision_config
@@ -88,7 +87,7 @@ def read_image_processor(path: Path, size: int) -> ImageProcessor:
     them."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (path / name).is_file():
-            values = json.loads((path / name).read_text())
+            values = read_json(path / name)
             values = values.get("image_processor", values)
             if "image_mean" in values:
                 return ImageProcessor(size, tuple(values["image_mean"]), tuple(values["image_std"]))

@@ -144,6 +144,11 @@ def find_examples(image_dir: str | Path, several: bool, questions: Sequence[str]
     return examples
 
 
+def takes_several(weights: Path) -> bool:
+    """Do these weights know rows of several images? Their description says so, whatever they are called."""
+    return read_description(weights).get("stage", weights.stem).endswith("multi")
+
+
 def describe(chat: Chat, weights: Path) -> str:
     """The head of the page, as HTML: which model answers here."""
     decoder = chat.decoder
@@ -193,8 +198,7 @@ def add_settings(args: argparse.Namespace, max_seq_len: int) -> list[gr.componen
 
 def build_page(chat: Chat, weights: Path, args: argparse.Namespace) -> gr.Blocks:
     """The whole page; args: the flags of web_server.py."""
-    # Of 512_vlm_sft_multi.best.pth, and of weights under any other name, the description says the stage.
-    several = read_description(weights).get("stage", weights.stem).endswith("multi")
+    several = takes_several(weights)
     memory = NO_MEMORY if args.max_rounds == 1 else MEMORY
     with gr.Blocks(title="MiniMind-V", delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(describe(chat, weights), elem_id="head")

@@ -34,6 +34,8 @@ from conftest import (
 )
 from PIL import Image
 
+from dataset.demo_world.build import write_recipe
+from dataset.demo_world.report import read_records
 from model.checkpoint import read_description, save_weights
 from model.data import rows as rows_module
 from model.data.batch import BadSample
@@ -45,7 +47,9 @@ from model.data.spec import PRETRAIN, SFT_MULTI
 from model.images import open_image
 from model.names import find_recorded, weights_path
 from model.vision_utils import ImageProcessor
+from serving.page import takes_several
 from trainer.distributed import Run
+from trainer.inputs import read_about
 from trainer.scoring import name_files
 from trainer.script import place_in_run, read_recipe
 
@@ -699,3 +703,57 @@ def test_images_in_the_rows_are_trained_on_and_scored_as_those_in_files(workplac
         for name in ("files", "text")
     ]
     assert given[0] == given[1] and len(given[0]) == 3
+
+
+# ---- what programs of this repository write for each other -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--out_dir=out/exp#2",
+        "#2",
+        "",
+        "--image_dir=C:\\my images\\",
+        '--prompt=O\'Brien said "#1"',
+        "--prompt='",
+        '"',
+        "--clip_path=" + os.fsdecode(b"caf\xe9 \xb0"),
+        "--prompt=这是　什么？",
+    ],
+)
+def test_a_recipe_that_is_written_says_what_was_meant(tmp_path, word):
+    """The recipes of a demo world in a folder with a space in its name were cut there."""
+    write_recipe(tmp_path / "a.args", [word, "--dim=8"])
+    assert read_recipe(str(tmp_path / "a.args")) == [word, "--dim=8"]
+
+
+def test_json_as_windows_programs_write_it(tmp_path):
+    """A byte-order mark in a file for --about was called invalid JSON: download it again."""
+    about = {"knows": "鸟"}
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding=encoding)
+        assert read_about(str(tmp_path / "about.json")) == about
+    for text in ("[" * 5000, "{oops", "[]"):
+        (tmp_path / "about.json").write_text(text)
+        with pytest.raises(ValueError, match="about.json .*: mend it"):
+            read_about(str(tmp_path / "about.json"))
+
+
+def test_an_answer_with_a_line_separator_is_one_line(tmp_path):
+    """str.splitlines() cuts at U+2028 and at U+0085 too, which JSON does not escape."""
+    record = {"split": "unseen", "given": "一\u2028二\x85三"}
+    (tmp_path / "scores.answers.jsonl").write_text(2 * (json.dumps(record, ensure_ascii=False) + "\n"))
+    assert read_records(tmp_path) == [record, record]
+
+
+def test_the_page_takes_several_images_whatever_the_weights_are_called(tmp_path, model):
+    """It went by the end of the name, which that of the best weights does not share."""
+    for name, stage, several in (
+        ("512_vlm_sft_multi.best.pth", "vlm_sft_multi", True),
+        ("mine.pth", "vlm_sft_multi", True),
+        ("512_vlm_sft.pth", "vlm_sft", False),
+    ):
+        save_weights(model, tmp_path / name, stage=stage)
+        assert takes_several(tmp_path / name) == several
+    assert takes_several(Path("512_vlm_sft_multi.pth"))  # without a description, the name must do

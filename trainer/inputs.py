@@ -70,7 +70,7 @@ def read_about(path: str | None) -> dict:
         return {}
     if not Path(path).is_file():
         raise FileNotFoundError(f"--about: there is no file {path}")
-    about = read_json(Path(path))
+    about = read_json(Path(path), "mend it")
     if unknown := [name for name in about if name not in ABOUT]:
         raise ValueError(f"{path}: {unknown[0]} is not among what --about may say: {', '.join(ABOUT)}")
     return about

@@ -161,6 +161,13 @@ def split_words(line: str) -> list[str]:
     return words
 
 
+def quote_word(word: str) -> str:
+    """A word as it stands in a recipe: split_words() gives it back."""
+    if word and not re.search(r"""[\s"'#]""", word):
+        return word
+    return '"' + word.replace('"', """"'"'\"""") + '"'
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """The docstring as it stands, and behind every flag its default, where its help does not say it."""
 

@@ -24,6 +24,7 @@ from trainer.distributed import start_run
 from trainer.inputs import make_config
 from trainer.logger import progress_bar
 from trainer.loop import train
+from trainer.script import quote_word
 from trainer.stage import LoadedStage
 
 WORLD_VERSION = 3  # raised when a change of the recipe makes existing worlds outdated
@@ -292,7 +293,8 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 def write_recipe(path: Path, flags: list[str]) -> None:
     text = (
         "# made by python -m dataset.demo_world; a flag given after @this_file wins\n"
-        + "\n".join(flags)
+        + "\n".join(quote_word(flag) for flag in flags)
         + "\n"
     )
-    write_text(path, text)
+    # Not write_text(): the bytes of a name that are not UTF-8 stay what they are.
+    atomic_write(path, lambda file: file.write(text.encode(errors="surrogateescape")))

@@ -40,7 +40,8 @@ def read_records(out: Path) -> list[dict]:
     lines = [
         line
         for path in sorted(out.glob("scores*.answers.jsonl"))
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for line in path.read_text(encoding="utf-8").split("\n")  # splitlines() also cuts within answers
+        if line
     ]
     return [record for record in map(json.loads, lines) if record["split"].endswith("unseen")]
 
