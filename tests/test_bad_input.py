@@ -44,7 +44,7 @@ def test_rows_whose_errors_cancel_are_bad_samples_each(workplace, tokenizer, cli
     so whoever compared totals would have shown the first row an image of the second."""
     rows = make_rows(4)
     rows[1]["conversations"][0]["value"] = "<image><image>\n描述这张图片。"
-    rows[2]["image"] = "2.png, 3.png"
+    rows[2]["image"] = ["2.png", "3.png"]
     (workplace / "data.json").write_text(json.dumps(rows))
     renderer, processor = Renderer(tokenizer, 50, 256), get_vision_model(clip_path)[1]
     data = VLMDataset(workplace / "data.json", SFT_MULTI, renderer, workplace / "images", processor)

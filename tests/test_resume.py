@@ -107,7 +107,7 @@ def test_an_unfinished_run_is_never_overwritten_silently(workplace, monkeypatch,
     description = read_description(workplace / "out" / "32_vlm_pretrain.pth")
     assert (description["step"], description["total_steps"], description["stage"]) == (4, 6, "vlm_pretrain")
     assert description["versions"]["torch"] == torch.__version__ and description["settings"]["rows"] == 24
-    with pytest.raises(ValueError, match="32_vlm_pretrain.resume is an unfinished run: go on with --resume"):
+    with pytest.raises(ValueError, match="32_vlm_pretrain.resume is an unfinished run.* --resume,"):
         run_inside(SCRIPT, *flags)
     (workplace / "data.json").write_text(json.dumps(make_rows(25)))
     with pytest.raises(
