@@ -31,6 +31,7 @@ from trainer.script import clean_exit
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = 600  # seconds after which something hangs; a busy machine needs many times what an idle one does
+GREYS = [20, 80, 140, 200, 250]  # for save_video(); far enough from each other to survive a codec
 SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 
 
@@ -122,6 +123,14 @@ def tokenizer_path(tmp_path_factory) -> Path:
     """One token per word of words.json: the demo world may learn new words, the golden losses stay."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(folder, json.loads((Path(__file__).parent / "words.json").read_text(encoding="utf-8")))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world_tokenizer_path(tmp_path_factory) -> Path:
+    """The demo world's own, which learns new words with it."""
+    folder = tmp_path_factory.mktemp("world_tokenizer")
+    train_tokenizer(folder)
     return folder
 
 
