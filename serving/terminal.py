@@ -1,12 +1,12 @@
 """A chat in the terminal, about one image or one video."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from model.chat import Chat, Round
 from model.data.video import find_frames, open_images
 from model.generate import Sampling
 from model.prompt import put_marks
+from trainer.script import print_stream
 
 
 def chat_about(
@@ -27,16 +27,6 @@ def chat_about(
         rounds.append(Round(question, shown))
         turns, shown = chat.recall(rounds, sampling.max_new_tokens, max_rounds)
         rounds[-1].answer = print_stream(chat.stream(turns, list(open_images(shown)), sampling))
-
-
-def print_stream(pieces: Iterator[str]) -> str:
-    """Print an answer as it is made; returns it."""
-    answer = ""
-    for text in pieces:
-        print(text, end="", flush=True)
-        answer += text
-    print()
-    return answer
 
 
 def read_line() -> str:

@@ -32,7 +32,6 @@ FORBIDDEN = {  # importer -> what it must never import, with all that lies in it
 EXCEPTIONS = {  # file or folder -> what it may import all the same
     "serving": "trainer.script",
     "web_server.py": "trainer.script",
-    "trainer/describe.py": "serving.terminal",
 }
 LIGHT = (
     "model.LMConfig",

@@ -11,9 +11,8 @@ from model.files import check_image_dir
 from model.generate import Sampling
 from model.images import find_images
 from model.prompt import put_marks
-from serving.terminal import print_stream
 from trainer.distributed import Run
-from trainer.script import AgreedError
+from trainer.script import AgreedError, print_stream
 
 
 def make_sampling(args: argparse.Namespace, position: int = 0) -> Sampling:

@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,6 +260,16 @@ def place_in_run() -> Place:
     return Place(
         *(int(text) if text.isdecimal() else default for text, default in zip(found, Place(), strict=True))
     )
+
+
+def print_stream(pieces: Iterator[str]) -> str:
+    """Print an answer as it is made; returns it."""
+    answer = ""
+    for text in pieces:
+        print(text, end="", flush=True)
+        answer += text
+    print()
+    return answer
 
 
 def clean_exit(main: Callable[[], None]) -> None:
