@@ -23,8 +23,9 @@ from benchmarks.answer_memory import peak_mb
 from benchmarks.llava import to_llama, to_llava, to_llava_ids
 from benchmarks.machine import DTYPES, describe_machine, read_speed, save_results
 from benchmarks.synthetic import config_of, make_answering_model, make_clip, save_clip
-from model.decode import Decoder, pack_linears
+from model.decode import Decoder
 from model.generate import Sampling, generate
+from model.packing import pack_linears
 from model.prompt import Prompt
 from model.transformer import Transformer
 from model.vision_proj import placeholder_ids

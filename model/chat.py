@@ -16,11 +16,12 @@ from torch import Tensor
 
 from model.checkpoint import LoadReport, config_of, load_weights, read_description, read_state_dict
 from model.data.video import Frame, expand_videos
-from model.decode import Decoder, pack_linears
+from model.decode import Decoder
 from model.device import without_memory
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
 from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded
+from model.packing import pack_linears
 from model.prompt import IMAGE_MARK, Prompt, Renderer, load_tokenizer, put_marks
 from model.transformer import Transformer
 from model.vision_utils import check_fit, get_img_embedding, get_img_process, get_vision_model

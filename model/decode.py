@@ -1,8 +1,8 @@
 """The network as answering computes it: the same function as Transformer.forward, one token at a time.
 
 transformer.py defines what is computed. Here nothing is computed twice: the keys and values of earlier tokens
-stay in a cache. One token then costs what it costs to read every weight once, so the
-weights are arranged for that, and the operations between the products are few.
+stay in a cache. One token then costs what it costs to read every weight once, so the weights are stored for
+that (packing.py), and the operations between the products are few.
 
 Letters: B rows, T tokens of the longest prompt, S slots in use, D model width, H query heads, K key/value
 heads, E head width, M images, N tokens per image, V vocabulary.
@@ -10,80 +10,15 @@ heads, E head width, M images, N tokens per image, V vocabulary.
 
 import copy
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.LMConfig import LMConfig
 from model.moe import MixtureOfExperts, mix
-from model.transformer import Block, FeedForward, Transformer, apply_rope
-
-BLOCK = 32  # columns; measured: 16 to 32 read memory at its pace, 64 and more do not
-
-
-def pack_weight(*weights: Tensor, batch_size: int = 1) -> Callable[[Tensor], Tensor]:
-    """The product x -> x @ cat(weights).T, made fast on a CPU where x has batch_size rows.
-
-    One row times the (n, D) matrix that nn.Linear stores reads memory at a third of its pace. In fp32 a batch
-    of products with (D, 32) blocks is twice as fast, shares the work among threads, and costs nothing where x
-    has many rows. Else it is oneDNN's own blocked form that is fast. A GPU needs neither.
-    """
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    if not can_pack(weight):
-        return partial(F.linear, weight=weight)
-    if weight.dtype == torch.float32 and batch_size == 1:
-        return partial(blocked_product, to_blocks(weight), len(weight))
-    return Packed(weight, None, batch_size)
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Has oneDNN a blocked form of this weight? In bfloat16 only where the processor has the instructions for
-    it (AVX512, or AVX2 with NE_CONVERT); elsewhere asking for one raises."""
-    return (
-        weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and (
-            weight.dtype == torch.float32
-            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-    )
-
-
-def to_blocks(weight: Tensor) -> Tensor:
-    """(n, D) -> (ceil(n / 32), D, 32), filled up with zeros."""
-    if len(weight) % BLOCK:
-        weight = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK))
-    return weight.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
-
-
-def blocked_product(blocks: Tensor, n: int, x: Tensor) -> Tensor:
-    """(..., D) -> (..., n)"""
-    rows = x.reshape(-1, x.shape[-1])  # (R, D)
-    out = torch.bmm(rows.expand(len(blocks), -1, -1), blocks)  # (blocks, R, 32)
-    return out.transpose(0, 1).reshape(len(rows), -1)[:, :n].unflatten(0, x.shape[:-1])
-
-
-class Packed(nn.Module):
-    """nn.Linear with its weight in oneDNN's blocked form, chosen for num_rows; any number of rows works."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int):
-        super().__init__()
-        self.bias = bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-def pack_linears(model: nn.Module, num_rows: int) -> None:
-    """Give all linear layers of a frozen model on a CPU the form that is fast there; their nn.Linear goes."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and can_pack(child.weight):
-                setattr(parent, name, Packed(child.weight, child.bias, num_rows))
+from model.packing import Packer, computing_dtype
+from model.transformer import Block, FeedForward, RMSNorm, Transformer, apply_rope
 
 
 class KVCache:
@@ -110,12 +45,24 @@ class KVCache:
         self.positions, self.mask = self.positions[rows], self.mask[rows]
 
 
+class Norm:
+    """An RMSNorm: x beside -x has the mean 0, so its layer norm, one kernel where PyTorch's rms_norm takes
+    seven on a CPU, divides by the root mean square of x."""
+
+    def __init__(self, norm: RMSNorm, dtype: torch.dtype):
+        self.weight, self.eps = torch.cat([norm.weight, norm.weight]).to(dtype), norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        D = x.shape[-1]
+        return F.layer_norm(torch.cat([x, -x], dim=-1), (2 * D,), self.weight, None, self.eps)[..., :D]
+
+
 class PackedFeedForward:
     """A FeedForward, with the two matrices that multiply the same thing made one."""
 
-    def __init__(self, feed_forward: FeedForward, batch_size: int):
-        self.w13 = pack_weight(feed_forward.w1.weight, feed_forward.w3.weight, batch_size=batch_size)
-        self.w2 = pack_weight(feed_forward.w2.weight, batch_size=batch_size)
+    def __init__(self, feed_forward: FeedForward, pack: Packer, num_rows: int | None = None):
+        self.w13 = pack(feed_forward.w1.weight, feed_forward.w3.weight, num_rows=num_rows)
+        self.w2 = pack(feed_forward.w2.weight, num_rows=num_rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -125,11 +72,11 @@ class PackedFeedForward:
 class PackedExperts:
     """A MixtureOfExperts. Of the experts only the chosen ones are read, so the host asks which these are."""
 
-    def __init__(self, mixture: MixtureOfExperts, batch_size: int):
+    def __init__(self, mixture: MixtureOfExperts, pack: Packer):
         self.gate = copy.deepcopy(mixture.gate)
-        expected = max(1, batch_size * self.gate.num_chosen // len(mixture.experts))  # rows per expert
-        self.experts = [PackedFeedForward(expert, expected) for expert in mixture.experts]
-        self.shared = mixture.shared_experts and PackedFeedForward(mixture.shared_experts, batch_size)
+        expected = max(1, pack.num_rows * self.gate.num_chosen // len(mixture.experts))  # rows per expert
+        self.experts = [PackedFeedForward(expert, pack, expected) for expert in mixture.experts]
+        self.shared = mixture.shared_experts and PackedFeedForward(mixture.shared_experts, pack)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)  # (B * T, D)
@@ -147,39 +94,42 @@ def chosen_ones(experts: list[PackedFeedForward], rows: Tensor, counts: Tensor) 
 class Layer:
     """One block's weights, with the matrices that multiply the same thing made one."""
 
-    def __init__(self, block: Block, batch_size: int):
+    def __init__(self, block: Block, pack: Packer):
         attention, feed_forward = block.attention, block.feed_forward
-        self.attention_norm, self.ffn_norm = copy.deepcopy((block.attention_norm, block.ffn_norm))
-        product = partial(pack_weight, batch_size=batch_size)
-        self.wqkv = product(attention.wq.weight, attention.wk.weight, attention.wv.weight)
-        self.wo = product(attention.wo.weight)
-        pack = PackedExperts if isinstance(feed_forward, MixtureOfExperts) else PackedFeedForward
-        self.feed_forward = pack(feed_forward, batch_size)
+        self.attention_norm = Norm(block.attention_norm, pack.dtype)
+        self.ffn_norm = Norm(block.ffn_norm, pack.dtype)
+        self.wqkv = pack(attention.wq.weight, attention.wk.weight, attention.wv.weight)
+        self.wo = pack(attention.wo.weight)
+        form = PackedExperts if isinstance(feed_forward, MixtureOfExperts) else PackedFeedForward
+        self.feed_forward = form(feed_forward, pack)
 
 
 class Decoder:
-    """A Transformer that answers, laid out for about batch_size prompts at once; any number works.
+    """A Transformer that answers, arranged for about batch_size prompts at once; any number works.
 
     It takes the blocks out of the model it is given, one by one, so that no weight lies in memory twice; that
     model cannot be called any more.
+
+    layout  see Packer
     """
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, batch_size: int = 1):
+    def __init__(self, model: Transformer, batch_size: int = 1, layout: str | None = None):
         self.config, self.num_parameters = model.config, model.num_parameters()
         self.num_active = model.num_active_parameters()
-        self.device, self.dtype = model.output.weight.device, model.output.weight.dtype
+        self.device, self.dtype = model.output.weight.device, computing_dtype(model.output.weight)
         self.rope = model.rope(self.config.max_seq_len, self.device)  # (positions, E / 2)
+        pack = Packer(batch_size, self.dtype, layout)
         self.layers = []
         while len(model.layers):
-            self.layers.append(Layer(model.layers.pop(0), batch_size))
+            self.layers.append(Layer(model.layers.pop(0), pack))
         model.layers = None
-        self.output = pack_weight(model.output.weight, batch_size=batch_size)
-        # Copies: the model's weights may be mapped from a file, which is let go with the last of them.
-        rest = copy.deepcopy(model)
-        self.embed, self.norm = rest.embed, rest.norm
+        self.output = pack(model.output.weight)
+        self.norm = Norm(model.norm, self.dtype)
+        # A copy: the model's weights may be mapped from a file, which is let go with the last of them.
+        self.embed = copy.deepcopy(model).to(self.dtype).embed
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(
         self,
         input_ids: Tensor,
@@ -210,17 +160,17 @@ class Decoder:
             h = self.finish(layer, h, attended)
         return self.output(self.norm(h[:, 0])), cache
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, next_ids: Tensor, cache: KVCache) -> Tensor:
         """Read one more token per row: next_ids (B,) -> logits of the token after it (B, V)."""
-        slot, S = cache.used, cache.used + 1
+        S = cache.used + 1
+        all_keys, all_values = (tensor[:, :, :, :S].unbind() for tensor in (cache.keys, cache.values))
         mask = cache.mask[..., :S]
         rope = self.rope[cache.positions].unsqueeze(1)  # (B, 1, E / 2)
         h = self.embed(next_ids[:, None], None, None)  # (B, 1, D)
-        for number, layer in enumerate(self.layers):
+        for layer, keys, values in zip(self.layers, all_keys, all_values, strict=True):  # (B, K, S, E)
             q, k, v = self.project(layer, h, rope)
-            keys, values = cache.keys[number, :, :, :S], cache.values[number, :, :, :S]
-            keys[:, :, slot:], values[:, :, slot:] = k, v
+            keys[:, :, -1:], values[:, :, -1:] = k, v
             # The query heads that share a key stand where several tokens would: (B, K, H / K, E).
             q = q.view(len(h), k.shape[1], -1, k.shape[3])
             attended = F.scaled_dot_product_attention(q, keys, values, mask)

@@ -13,7 +13,7 @@ from model.checkpoint import read_description
 from model.data.batch import IGNORE_INDEX
 from model.data.dataset import tokenize
 from model.data.feature_store import store_name
-from model.decode import pack_linears
+from model.packing import pack_linears
 from model.prompt import Renderer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens
 
