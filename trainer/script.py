@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             allow_abbrev=False,
         )
-        self.recipes: dict[str, list[str]] = {}  # the words of those that were read
+        self.pipes: dict[str, list[str]] = {}  # the words of recipes that are no files
 
     def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
         """argparse's own takes every word that begins with @ for a recipe, the value of a flag too."""
@@ -92,10 +92,13 @@ class Parser(argparse.ArgumentParser):
         return action is not None and (action.nargs is None or action.nargs == "+")
 
     def read(self, path: str) -> list[str]:
-        """The words of a recipe. It is read once: a pipe has nothing to say the second time."""
-        if path not in self.recipes:
-            self.recipes[path] = read_recipe(path)
-        return self.recipes[path]
+        """The words of a recipe. A pipe is read once: it has nothing to say the second time."""
+        if path in self.pipes:
+            return self.pipes[path]
+        words = read_recipe(path)
+        if not os.path.isfile(path):
+            self.pipes[path] = words
+        return words
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
