@@ -181,11 +181,11 @@ swapped: the two images in reversed order; swapped_follows: answers that are rig
 shuffled_frames: the frames of a video in another order.
 
 time       {", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())}
-images   {out}/answers.png (what it says about images it never saw), {out}/*_vlm_*.png (loss curves)
+images     {out}/answers.png (what it says about images it never saw), {out}/*_vlm_*.png (loss curves)
 weights    {", ".join(str(path) for path in sorted(out.glob("*.pth")))}
 
 What to run next
-  describe images    .venv/bin/python 3-eval_chat.py @{world}/eval.args
+  describe images      .venv/bin/python 3-eval_chat.py @{world}/eval.args
   chat about one       .venv/bin/python 3-eval_chat.py @{world}/eval.args \
 --chat {world}/eval_images/unseen_0000.jpg
   in the browser       .venv/bin/python web_server.py @{world}/eval.args
