@@ -102,6 +102,16 @@ def make_row(question="<image>\n什么？", answer="它是蓝色。", image="0.p
     return {"image": image, "conversations": turns} | more
 
 
+def make_question(answer="红", **more) -> dict:
+    return {"image": "images/0.png", "question": "什么颜色？", "answer": answer, "kind": "colour"} | more
+
+
+def write_questions(path: Path, *rows: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
 def make_rows(count: int) -> list[dict]:
     """Rows with answers of very different length."""
     words = ["图片里有一个红色圆形。", "它是蓝色。", "A large green star at the top left."]
@@ -236,6 +246,15 @@ def workplace(tmp_path, tokenizer, tokenizer_path, clip_path) -> Path:
     ]
     (tmp_path / "args").write_text("\n".join(flags))
     return tmp_path
+
+
+@pytest.fixture
+def seeing(workplace, config, model) -> list[str]:
+    """Flags of an evaluation with a model that sees and knows nothing."""
+    save_weights(model, weights_path(workplace / "out", config, "vlm_sft"))
+    keep = ("--tokenizer_path", "--clip_path", "--out_dir", "--device")
+    flags = [flag for flag in (workplace / "args").read_text().splitlines() if flag.startswith(keep)]
+    return [*flags, "--max_new_tokens=4"]
 
 
 def run_script(
