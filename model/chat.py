@@ -149,6 +149,7 @@ def load_chat(
         f"tokenizer {tokenizer_path}, CLIP {clip_path}",
     ]
     decoder = Decoder(model.to(device, dtype), batch_size)
+    del model  # and with it the mapped file, before another one is read
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
     if not allow_other_inputs:
