@@ -1,11 +1,12 @@
 """Files that are whole or not there, locks, and what people often have in place of a binary file."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -18,26 +19,47 @@ BLOCK, NUM_BLOCKS = 1 << 16, 4096
 def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call write(file) on a temporary neighbour and move it into place: whatever happens, the old file or the
     new one is there, never half of one. Raises OSError, naming the file, if it cannot be written."""
-    path = Path(path)
-    temporary = temporary_of(path)
+    write_together({Path(path): write})
+
+
+def write_together(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
+    """Several files, none of which is moved into place, in the order given, before all are written. Raises
+    OSError, naming the file, if one of them cannot be; the files that were there are then as they were."""
+    with contextlib.ExitStack() as stack:
+        temporaries = {path: temporary_of(path) for path in writes}
+        for path, write in writes.items():
+            stack.callback(temporaries[path].unlink, missing_ok=True)
+            with explaining(path), open(temporaries[path], "x+b") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            with explaining(path):
+                os.replace(temporary, path)
+        for folder in {path.parent for path in writes}:
+            sync_folder(folder)
+
+
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
     try:
-        with open(temporary, "w+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        yield
     except (OSError, RuntimeError) as error:  # torch.save hides the system's error in a RuntimeError
         raise OSError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or find_cause(error)}; "
             "what was there before is as it was"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def temporary_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
+    """A name of its own: two processes that write one file must not write into each other's."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """What killed processes left of writing a file. For whoever holds it against all others."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
@@ -166,32 +188,3 @@ def describe_placeholder_file(path: str | Path) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer of a few bytes, not the file itself (run `git lfs pull` there)"
     return "is a web page, not the file itself" if head.startswith((b"<!doctype", b"<html")) else ""
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, created if need be, against other processes; wait while another one holds it.
-
-    Closing the file, or dying, releases the lock. Raises OSError where it cannot be written or locked.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as file:
-        while not try_lock(file):
-            time.sleep(0.05)
-        yield
-
-
-def try_lock(file: IO[bytes]) -> bool:
-    """Take an exclusive lock on an open file; False if another process holds it.
-
-    Raises OSError where the system or the file system has no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        raise OSError("this system has no file locks") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -156,7 +156,7 @@ def test_half_written_segments_do_not_count(place, encoded, monkeypatch):
     assert len(store.segments) == 3
     victim = sorted(store.folder.glob("*.keys.npy"))[0]
     victim.unlink()  # what a run killed between the two files of a segment leaves
-    (store.folder / f".{victim.name}.tmp").write_bytes(b"half")
+    (store.folder / f".{victim.name}.0123abcd.tmp").write_bytes(b"half")
     assert len(FeatureStore(store.folder, "float32")) == 4
     again = fill(place)
     assert len(again) == 6 and sum(encoded) == 8 and not list(store.folder.glob(".*.tmp"))

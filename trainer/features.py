@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from model.data.dataset import VLMDataset
 from model.data.feature_store import FeatureStore, image_key, image_keys, store_name
 from model.data.video import Frame, file_of, load_images
-from model.files import try_lock
+from model.locks import try_lock
 from model.vision_utils import ImageProcessor, get_img_embedding, num_image_tokens
 from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts

@@ -25,7 +25,7 @@ from torch import Tensor
 from model.data.sources import Embedded
 from model.data.video import VERSION as VIDEO_VERSION
 from model.data.video import Frame, file_of
-from model.files import atomic_write
+from model.files import atomic_write, remove_leftovers
 from model.images import check_is_file
 from model.vision_utils import ImageProcessor
 
@@ -140,8 +140,10 @@ class FeatureStore:
     def add(self, keys: np.ndarray, features: np.ndarray) -> None:
         """Write a segment, keys (R, 2) and features (R, N, V): after any accident it is there whole, or not
         at all. reload() shows it. Raises OSError if the disk is full."""
-        # The same images make the same name: what a killed run left half-written is overwritten.
+        # The same images make the same name: what a killed run left half-written is found again.
         name = hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
         for what, array in (("features", features.astype(self.dtype)), ("keys", keys)):
-            atomic_write(self.folder / f"{name}.{what}.npy", lambda file, array=array: np.save(file, array))
+            path = self.folder / f"{name}.{what}.npy"
+            remove_leftovers(path)
+            atomic_write(path, lambda file, array=array: np.save(file, array))

@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 
 from model.data.formats import LINES, LIST, form_of, kind_of, rewrite
-from model.files import atomic_write, check_data_file, fingerprint_file, locked
+from model.files import atomic_write, check_data_file, fingerprint_file
+from model.locks import locked
 
 VERSION = 3  # of the index and of what is remembered in it; another one does not find what this one wrote
 SMALL = 4 << 20  # bytes; a smaller file is indexed in milliseconds, at every start and in memory
