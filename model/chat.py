@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import LoadReport, config_of, load_weights, read_description, read_state_dict
+from model.checkpoint import LoadReport, config_of, load_weights, read_state_dict
 from model.data.video import Frame, expand_videos
 from model.decode import Decoder
+from model.description import read_description
 from model.device import without_memory
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate

@@ -6,12 +6,13 @@ the file repeats it for people. A Hugging Face folder (config.json, model.safete
 tokenizer) is read like a file: its tensors and sizes, never its code.
 """
 
+import filecmp
 import io
 import json
-import os
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -20,22 +21,33 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from model.files import atomic_write, check_weight_file, encode_text, is_utf8, read_json, write_text
+from model.description import (
+    DESCRIPTION,
+    beside_weights,
+    describe_beside,
+    read_description,
+    read_description_inside,
+)
+from model.files import check_weight_file, encode_text, is_utf8, link_or_copy, read_json, write_together
 from model.LMConfig import LMConfig
+from model.seal import check_seal, seal_archive
 
 # Copies of the frozen CLIP that other programs save with the model: CLIP is read from its own folder.
 VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
-
-
-DESCRIPTION = "minimind_description.json"  # in the archive
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # of weight files
-PLACES = ("tokenizer_path", "clip_path")  # of a description, what may be changed by editing the .json
+SET = (".pth", ".json", ".metrics.jsonl", ".png", ".best.pth", ".best.json")  # what a run leaves
 V1_SIZES = {(512, 8, 6400), (768, 16, 6400)}  # width, layers, vocabulary: known without a description
 
 
 def save_weights(model: nn.Module, path: str | Path, **description) -> None:
     """Save the state dict with its config and whatever else describes it (stage, step, paths, ...), and the
     description once more beside it (.json)."""
+    write_together(weight_files_of(model, path, **description))
+
+
+def weight_files_of(
+    model: nn.Module, path: str | Path, **description
+) -> dict[Path, Callable[[IO[bytes]], object]]:
+    """The files of save_weights(), for write_together()."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     copies: dict[int, Tensor] = {}  # the tied embedding and output weight are written once
@@ -43,66 +55,42 @@ def save_weights(model: nn.Module, path: str | Path, **description) -> None:
         name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu())
         for name, tensor in model.state_dict().items()
     }
-    text = json.dumps({"config": model.config.to_dict(), **description}, indent=2, ensure_ascii=False) + "\n"
+    description = {"config": model.config.to_dict(), "is_sealed": True, **description}
+    text = encode_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
 
     def write(file: IO[bytes]) -> None:
         torch.save(state, file)
-        with zipfile.ZipFile(file, "a") as archive:
-            archive.writestr(archive.namelist()[0].split("/")[0] + f"/{DESCRIPTION}", encode_text(text))
+        seal_archive(file, {DESCRIPTION: text})
 
-    atomic_write(path, write)
-    write_text(beside_weights(path), text)
+    return {path: write, beside_weights(path): lambda file: file.write(text)}
 
 
 def set_aside(path: str | Path) -> Path | None:
-    """Move weights that another run finished (or somebody downloaded) out of the way of a new run.
+    """Keep what another run finished (or somebody downloaded): its weights, description, record and curve,
+    also those of its best step. The weights stay in their place besides, until a save replaces them.
 
-    returns  where they lie now: 512_vlm_sft.previous.pth; None if there were none, or none that were finished
+    returns  where they lie now: 512_vlm_sft.previous.pth; None if there were none, none that were finished,
+             or if they lie there already, since a run that began after them ended before its first save
     """
     path = Path(path)
-    if not is_finished(path):
+    kept = path.with_name(f"{path.stem}.previous.pth")
+    if not path.is_file() or not is_finished(path) or (kept.is_file() and filecmp.cmp(path, kept, False)):
         return None
-    for file in (path, beside_weights(path)):
-        if file.is_file():
-            os.replace(file, file.with_suffix(f".previous{file.suffix}"))
-    return path.with_suffix(".previous.pth")
+    for ending in reversed(SET):  # the weights last: once they are there, so is all else
+        source, target = path.with_name(path.stem + ending), kept.with_name(f"{path.stem}.previous{ending}")
+        if source.is_file():
+            link_or_copy(source, target)
+        else:
+            target.unlink(missing_ok=True)
+    return kept
 
 
 def is_finished(path: str | Path) -> bool:
-    """Are these the weights of a whole run? Those without a description (v1's own) are taken for such."""
-    description = read_description(path)
-    return Path(path).is_file() and description.get("step", 0) >= description.get("total_steps", 0)
-
-
-def read_description(path: str | Path) -> dict:
-    """What save_weights wrote into the weights, with the PLACES that the .json beside them names; of weights
-    that hold no description the whole .json, or nothing (v1's own files). Of a Hugging Face folder: the sizes
-    in its config.json, and itself as tokenizer_path if it holds a tokenizer."""
-    path = Path(path)
-    if not path.is_dir():
-        beside = beside_weights(path)
-        words = read_json(beside) if beside.is_file() else {}
-        inside = read_description_inside(path)
-        return inside | {name: words[name] for name in PLACES if name in words} if inside else words
-    description = {"config": read_json(path / "config.json")} if (path / "config.json").is_file() else {}
-    if (path / "tokenizer_config.json").is_file():
-        description["tokenizer_path"] = str(path)
-    return description
-
-
-def beside_weights(path: Path) -> Path:
-    """Where the .json of a weight file is: of ckpt.pth ckpt.json, but of ckpt-1.5 not ckpt-1.json."""
-    return path.with_suffix(".json") if path.suffix in SUFFIXES else path.with_name(f"{path.name}.json")
-
-
-def read_description_inside(path: Path) -> dict:
-    """The description in a weight file; empty where it holds none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(f"/{DESCRIPTION}")]
-            return json.loads(archive.read(names[0])) if names else {}
-    except (OSError, ValueError, zipfile.BadZipFile):  # what is wrong with it is reported when it is loaded
-        return {}
+    """Are these the weights of a whole run? Those without a description (v1's own) are taken for such.
+    Raises ValueError for a damaged file."""
+    check_seal(Path(path), "remove it")
+    description = read_description_inside(Path(path))
+    return description.get("step", 0) >= description.get("total_steps", 0)
 
 
 def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[str, Tensor]:
@@ -133,6 +121,8 @@ def weight_files(path: Path, cure: str) -> list[Path]:
 def read_tensors(path: Path, cure: str) -> dict[str, Tensor]:
     """One file, under its own names."""
     check_weight_file(path, cure)
+    if not check_seal(path, cure) and read_description_inside(path).get("is_sealed"):
+        raise ValueError(f"{path} is damaged (its end is not what was written): {cure}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path) if is_utf8(path) else load(path.read_bytes())
@@ -237,6 +227,8 @@ class LoadReport:
         described = read_description(self.path)
         if described.get("step", 0) < described.get("total_steps", 0):
             text += f"; of an unfinished run (step {described['step']} of {described['total_steps']})"
+        if beside := describe_beside(Path(self.path)):
+            text += f"; {beside}"
         return "\n".join([text, *self.details])
 
 

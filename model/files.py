@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
@@ -60,6 +61,21 @@ def remove_leftovers(path: Path) -> None:
     """What killed processes left of writing a file. For whoever holds it against all others."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Have `target` replaced by what `source` is now, even if that is replaced later."""
+    temporary = temporary_of(target)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # not every file system can
+            shutil.copy2(source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(f"cannot keep {source} as {target}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

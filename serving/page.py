@@ -11,7 +11,7 @@ from pathlib import Path
 import gradio as gr
 
 from model.chat import Chat, Round
-from model.checkpoint import read_description
+from model.description import read_description
 from model.generate import Sampling
 from model.images import find_images, open_image
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import check_refused, make_rows, run_clean, run_inside, run_script, save_clip, train, weights_of
 
-from model.checkpoint import read_description, save_weights
+from model.checkpoint import save_weights
 from model.data.batch import collate
 from model.data.dataset import VLMDataset
 from model.data.spec import SFT_MULTI
+from model.description import read_description
 from model.LMConfig import LMConfig
 from model.prompt import Renderer
 from model.transformer import Transformer

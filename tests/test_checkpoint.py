@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, SIZES, v1_state_dict
 
-from model.checkpoint import config_of, load_weights, read_description, read_state_dict, save_weights
+from model.checkpoint import config_of, load_weights, read_state_dict, save_weights
+from model.description import read_description
 from model.files import atomic_write
 from model.LMConfig import LMConfig
 from model.names import weights_path

@@ -9,7 +9,7 @@ from test_structure import load_script
 
 from dataset.demo_world.build import World
 from model.chat import load_chat
-from model.checkpoint import read_description
+from model.description import read_description
 from model.names import find_weights
 
 ABOUT = {"knows": "It knows six noisy squares.", "questions": ["图片里有什么？", "What is it?"]}

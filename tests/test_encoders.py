@@ -9,10 +9,10 @@ import torch
 from conftest import run_inside, run_script, save_clip, weights_of
 from transformers import SiglipConfig, SiglipModel
 
-from model.checkpoint import read_description
 from model.data.batch import IGNORE_INDEX
 from model.data.dataset import tokenize
 from model.data.feature_store import store_name
+from model.description import read_description
 from model.packing import pack_linears
 from model.prompt import Renderer
 from model.vision_utils import get_img_embedding, get_vision_model, num_image_tokens

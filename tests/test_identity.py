@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from test_distributed import free_port
 from test_resume import PowerCut, cut_after
 
-from model.checkpoint import config_of, read_description, read_state_dict, save_weights
+from model.checkpoint import config_of, read_state_dict, save_weights
+from model.description import read_description
 from model.fingerprint import fingerprint_clip, fingerprint_tensors, fingerprint_tokenizer
 from model.LMConfig import LMConfig
 from model.prompt import load_tokenizer

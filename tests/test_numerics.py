@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import load_script, run_inside, weights_of
 
-from model.checkpoint import read_description
 from model.data.batch import collate
+from model.description import read_description
 from trainer.distributed import Run
 from trainer.logger import read_metrics
 from trainer.loop import Trainer

@@ -15,7 +15,8 @@ from PIL import Image
 
 from benchmarks.llava import to_llava, to_llava_ids
 from model.chat import load_chat
-from model.checkpoint import load_weights, read_description, read_state_dict
+from model.checkpoint import load_weights, read_state_dict
+from model.description import read_description
 from model.generate import Sampling, generate
 from model.images import open_image
 from model.transformer import Transformer

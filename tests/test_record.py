@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import PowerCut, cut_after, load_script, make_rows, run_inside, train, weights_of
 
-from model.checkpoint import read_description
+from model.description import read_description
 from trainer.distributed import Run
 from trainer.logger import read_metrics
 from trainer.loop import Trainer

@@ -26,7 +26,7 @@ from conftest import (
     weights_of,
 )
 
-from model.checkpoint import read_description
+from model.description import read_description
 from trainer.distributed import Run
 from trainer.interrupt import Interruption
 from trainer.logger import read_metrics

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import LONG, ROOT, check_refused, make_rows, run_inside, run_script, train, weights_of
 
-from model.checkpoint import read_description
+from model.description import read_description
 from trainer.logger import read_metrics
 
 

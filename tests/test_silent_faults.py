@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, check_refused, make_rows, run_clean, run_inside, run_script, weights_of
 
-from model.checkpoint import read_description
+from model.description import read_description
 from trainer import loader, logger
 from trainer.loader import FILES_PER_WORKER, fitting_workers
 from trainer.meter import describe_cut, length_of_most

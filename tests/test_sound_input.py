@@ -25,7 +25,8 @@ from conftest import (
 
 from dataset.demo_world.build import write_recipe
 from dataset.demo_world.report import read_records
-from model.checkpoint import read_description, save_weights
+from model.checkpoint import save_weights
+from model.description import read_description
 from model.names import find_recorded, weights_path
 from serving.page import takes_several
 from trainer.distributed import Run

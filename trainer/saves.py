@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from model.checkpoint import (
     check_state_dict,
-    read_description,
     read_state_dict,
     save_weights,
     set_aside,
 )
+from model.description import read_description
 from model.files import atomic_write, check_weight_file
 from trainer.distributed import Run, versions
 from trainer.health import check_finite

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from model.checkpoint import LoadReport, load_weights, read_description, read_state_dict
+from model.checkpoint import LoadReport, load_weights, read_state_dict
 from model.data.dataset import VLMDataset
 from model.data.sources import is_embedded
+from model.description import read_description
 from model.device import choose_dtype
 from model.fingerprint import (
     check_inputs_match,
