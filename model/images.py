@@ -1,16 +1,8 @@
-"""Image files: decoded, upright, in RGB, on white paper, as a person would see them.
+"""Image files: found, opened and decoded, to RGB images as a person would see them.
 
-What a value of a pixel means follows from the file's mode and tags, never from the values that happen to be
-in it: 255 in an image of 16 bits is nearly black, also where no brighter pixel stands beside it.
-
-    8 bits and fewer    as Pillow converts them
-    16-bit greys        65535 is white; of a TIFF with fewer bits (12), its largest number
-    floats              0 is black, 1 is white, as image programs write them
-    signed or 32-bit    have no white that all programs agree on: refused
-    16-bit colours      Pillow keeps their upper 8 bits
-
-A TIFF of floats, or of signed or 32-bit integers, may name its black and white itself (SMinSampleValue,
-SMaxSampleValue).
+What a file is follows from its first bytes alone: not from its name, nor from what this process has opened
+or loaded before. Three files share the work: here a file becomes pixels, image_limits.py says before that
+what it may cost, and image_modes.py turns pixels of any mode into RGB.
 """
 
 import contextlib
@@ -22,42 +14,62 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-from PIL import Image, ImageFile
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from model.data.sources import Embedded
+from model.data.steady import LostFile
 from model.files import describe_placeholder_file
+from model.image_limits import TooLarge, check_file, reduce
+from model.image_modes import to_rgb
 from model.names import IMAGE_SUFFIXES
 
-# The only decoders that a file reaches, whatever its name: raster formats, in the order in which they are
-# tried. Others run programs (EPS starts Ghostscript), or have no mark that a file could be known by.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM")
-# Of what is decoded: 0.5 GB, and up to 2.5 GB on the way. Large cameras have 102 million.
-MAX_PIXELS = 128_000_000
-MAX_REDUCED = 256_000_000  # of a JPEG or JPEG 2000, decoded at half its size. Some phones have 200 million.
-MAX_SIDE = 1_000_000  # the memory of a resize grows with it
-STRIP = 1 << 22  # pixels that are converted at a time
-# Chunks of a PNG that decide what it shows.
-SHOWN_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
+# The only decoders that a file reaches: of raster formats. Others of Pillow's run programs (EPS starts
+# Ghostscript), or have no mark that a file could be known by. Not looked up in Pillow's own list, which any
+# library of the process may change.
+DECODERS = {
+    "JPEG": JpegImagePlugin.JpegImageFile,  # of an MPO, which holds several, the first
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "JPEG2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
+}
+FORMATS = (*DECODERS, "HEIF")  # that of pillow-heif, where it is installed
+MARKS = (  # what a file begins with
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"MM*\0", "TIFF"),  # of programs that mix up the orders of bytes, as Pillow knows them
+    (b"II\0*", "TIFF"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+    *((b"P%c" % letter, "PPM") for letter in b"0123456fy"),
+)
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
-ORIENTATION = 0x0112  # in EXIF data
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# Tags of a TIFF.
-BITS, PHOTOMETRIC, SAMPLE_FORMAT, BLACK, WHITE = 258, 262, 339, 340, 341
-WHITE_IS_ZERO, UNSIGNED = 0, 1
-
-
-class TooLarge(ValueError):
-    """An image whose pixels would need too much memory."""
+MOST_BRANDS = 256  # bytes of the list of brands
+# Chunks of a PNG that decide what it shows.
+SHOWN_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 
 
 def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
@@ -100,6 +112,8 @@ def open_image(path: str | Path | Embedded, draft_side: int = 0) -> Image.Image:
     try:
         with io.BytesIO(path.read()) if isinstance(path, Embedded) else open(path, "rb") as file:
             return to_rgb(decode(file, draft_side))
+    except LostFile:  # of a data file in which the image stands
+        raise
     except Exception as error:  # on damaged files Pillow, which alone works here, raises any type
         raise ValueError(f"cannot read image {path}: {explain_damage(path, error)}") from None
 
@@ -108,7 +122,7 @@ def decode(file: IO[bytes], draft_side: int = 0) -> Image.Image:
     """The pixels of an open image file, in the mode that they are stored in."""
     try:
         image = identify(file)
-        reduce(image, draft_side)
+        reduce(image, file, draft_side)
         image.load()
     except TooLarge:
         raise
@@ -117,82 +131,65 @@ def decode(file: IO[bytes], draft_side: int = 0) -> Image.Image:
         file.seek(0)
         if not file.read(8).startswith(b"\x89PNG"):
             raise
-        image = identify(without_texts(file))
-        reduce(image)
+        file = without_texts(file)
+        image = identify(file)
+        reduce(image, file)
         image.load()
     return image
 
 
 def identify(file: IO[bytes]) -> Image.Image:
-    """Pillow's image of a file; its header is read, its pixels are not.
-
-    Unlike Image.open() it looks for FORMATS alone, and leaves it to reduce() what is too large.
+    """Pillow's image of a file; its header is read, its pixels are not. Raises TooLarge if already that would
+    take too long; what its pixels cost, reduce() knows.
     """
-    load_decoders()
-    head = file.read(32)
-    brand = head[8:12] if head[4:8] == b"ftyp" else b""
-    if brand in HEIF_BRANDS:
-        register_heif()
-    kind = ""
-    for name in FORMATS:
-        factory, accept = Image.OPEN.get(name, (None, None))
-        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # "not of my format"
-            if factory is None or accept(head[:16]) is not True:
-                continue
-            kind = name
-            file.seek(0)
-            image = factory(file, "")
-            if name == "PNG":
-                mend_transparency(image, depth=head[24])
-            return image
-    if brand in HEIF_BRANDS and "HEIF" not in Image.OPEN:
+    ignore_warnings()
+    head = file.read(MOST_BRANDS)
+    kind = format_of(head)
+    decoder = DECODERS.get(kind) or (kind and heif_decoder())
+    if not kind:
+        raise ValueError(f"it is damaged, or in none of the formats that are read ({', '.join(FORMATS)})")
+    if not decoder:
         raise ValueError("it is a HEIC image: pip install pillow-heif, or save it as JPEG")
-    if brand in AVIF_BRANDS and kind != "AVIF":
-        raise ValueError('it is an AVIF image: pip install "pillow>=11.3", or save it as JPEG')
-    if kind:
-        raise ValueError(f"it is damaged, or a kind of {kind} that is not read here")
-    raise ValueError(f"it is damaged, or in none of the formats that are read ({', '.join(FORMATS)})")
+    if kind == "AVIF" and not AvifImagePlugin.SUPPORTED:
+        raise ValueError("it is an AVIF image, and this Pillow was built without AVIF: save it as JPEG")
+    check_file(file, kind)
+    file.seek(0)
+    try:
+        image = decoder(file, "")
+    except (SyntaxError, IndexError, TypeError, struct.error):
+        raise ValueError(f"it is damaged, or a kind of {kind} that is not read here") from None
+    if kind == "PNG":
+        mend_transparency(image, depth=head[24])
+    return image
+
+
+def format_of(head: bytes) -> str:
+    """One of FORMATS, by the first bytes of a file; "" for what is none."""
+    if head[4:8] == b"ftyp":
+        end = min(MOST_BRANDS, int.from_bytes(head[:4], "big"))
+        brands = [head[8:12], *(head[start : start + 4] for start in range(16, end, 4))]
+        if brands[0] in (b"mif1", b"msf1") and set(brands) & set(AVIF_BRANDS):  # a container of either
+            return "AVIF"
+        return "AVIF" if brands[0] in AVIF_BRANDS else "HEIF" if brands[0] in HEIF_BRANDS else ""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    return next((form for mark, form in MARKS if head.startswith(mark)), "")
 
 
 @cache
-def load_decoders() -> None:
+def ignore_warnings() -> None:
     """Once per process. What Pillow has to warn of, a user cannot change, or it ends in an error."""
-    Image.init()
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @cache
-def register_heif() -> None:
-    """Let Pillow read HEIC images, the photographs of iPhones, where pillow-heif is installed."""
-    with contextlib.suppress(ImportError):
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-
-
-def reduce(image: Image.Image, draft_side: int = 0) -> None:
-    """Before an image is decoded: have it decoded smaller if it is a large JPEG or JPEG 2000. Raises
-    TooLarge."""
-    width, height = image.size
-    is_jpeg, is_jpeg2000 = image.format in ("JPEG", "MPO"), image.format == "JPEG2000"
-    check_size(width, height, MAX_REDUCED if is_jpeg or is_jpeg2000 else MAX_PIXELS)
-    if is_jpeg and draft_side:
-        image.draft(None, (draft_side, draft_side))
-    elif width * height > MAX_PIXELS and is_jpeg:
-        image.draft(None, (width // 2, height // 2))
-    elif width * height > MAX_PIXELS:
-        image.reduce = 1
-
-
-def check_size(width: int, height: int, most: int) -> None:
-    if max(width, height) > MAX_SIDE:
-        raise TooLarge(
-            f"{width} x {height} pixels: at most {MAX_SIDE:,} are read in a row or column; cut it into parts"
-        )
-    if width * height > most:
-        raise TooLarge(
-            f"{width} x {height} = {width * height:,} pixels: at most {most:,} are read; scale it down"
-        )
+def heif_decoder() -> type | None:
+    """That of HEIC images, the photographs of iPhones, where pillow-heif is installed."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        return None
+    return HeifImageFile
 
 
 def without_texts(file: IO[bytes]) -> IO[bytes]:
@@ -221,89 +218,3 @@ def mend_transparency(image: Image.Image, depth: int) -> None:
         image.info["transparency"] = value * 255 // ((1 << depth) - 1)
     elif image.mode == "RGB" and depth == 16:
         image.info["transparency"] = tuple(part >> 8 for part in value)
-
-
-# ---- from pixels to RGB ------------------------------------------------------------------------------------
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as a person would see it: upright, on white paper, in RGB. One that is so already
-    comes back itself. Raises ValueError for one that is too large, or whose white is not known."""
-    check_size(*image.size, MAX_PIXELS)
-    image.load()
-    turn, shown = find_turn(image), image
-    if image.mode != "RGB" or image.has_transparency_data:
-        shown = convert_in_strips(image)
-    if turn is not None:
-        shown = shown.transpose(turn)
-    elif isinstance(shown, ImageFile.ImageFile):
-        shown = shown.copy()  # without the decoder, which may hold the whole file
-    if shown is not image:
-        shown.info = {}  # EXIF data and colour profile no longer apply
-    return shown
-
-
-def find_turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings an image upright, by its EXIF data; where they are damaged, it is shown as it lies."""
-    try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
-    except MemoryError:
-        raise
-    except Exception:  # Pillow raises SyntaxError, struct.error and others; the pixels are whole
-        return None
-
-
-def convert_in_strips(image: Image.Image) -> Image.Image:
-    """To RGB, a few rows at a time: the steps between need several times the memory of the image."""
-    values = grey_values(image) if image.mode == "F" or image.mode.startswith("I") else None
-    width, height = image.size
-    num_rows = max(1, STRIP // max(1, width))
-    sheet = Image.new("RGB", image.size)
-    for top in range(0, height, num_rows):
-        strip = image.crop((0, top, width, min(top + num_rows, height)))
-        if values:
-            strip = to_8_bits(strip, *values)
-        sheet.paste(convert_strip(strip), (0, top))
-    return sheet
-
-
-def convert_strip(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow has no direct way
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def grey_values(image: Image.Image) -> tuple[float, float, bool]:
-    """Of a grey image of more than 8 bits: the values that are black and white, by its mode and by a TIFF's
-    tags, and whether Pillow took numbers beyond 2^31 for negative ones. Raises ValueError if nobody says."""
-    tags = getattr(image, "tag_v2", {})
-    (bits, *_), (kind, *_) = tags.get(BITS, (16,)), tags.get(SAMPLE_FORMAT, (UNSIGNED,))
-    named = [tags.get(tag, (np.nan,)) for tag in (BLACK, WHITE)]
-    black, white = (values[0] if isinstance(values, tuple) else values for values in named)
-    if image.mode != "F" and bits <= 16 and kind == UNSIGNED:
-        black, white = 0, 2**bits - 1
-    elif not black < white:
-        if image.mode != "F":
-            raise ValueError(
-                f"{'' if kind == UNSIGNED else 'signed '}integers of {bits} bits do not say which value is "
-                "white: save it with 8 or 16 bits, or with SMinSampleValue and SMaxSampleValue"
-            )
-        black, white = 0.0, 1.0
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        black, white = white, black
-    return black, white, kind == UNSIGNED and bits == 32 and image.mode == "I"
-
-
-def to_8_bits(image: Image.Image, black: float, white: float, is_unsigned: bool) -> Image.Image:
-    values = np.asarray(image)
-    transparent = image.info.get("transparency")
-    if is_unsigned:
-        values = values.view(np.uint32)
-    shares = (values.astype(np.float64) - black) / (white - black)
-    grey = Image.fromarray(np.rint(255 * np.nan_to_num(shares, nan=0.0).clip(0, 1)).astype(np.uint8))
-    if transparent is None:
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(255 * (values != transparent).astype(np.uint8))))

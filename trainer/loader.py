@@ -78,7 +78,7 @@ class Watched(Dataset):
         if isinstance(data, Subset):
             position, data = int(data.indices[position]), data.dataset
         images = ""
-        with contextlib.suppress(ValueError):  # a bad row: its name must do
+        with contextlib.suppress(ValueError, OSError):  # a bad row, or none any more: its name must do
             names, _ = data.check(data.rows[position])
             images = ", ".join("an image in the row" if is_embedded(name) else name for name in names)
         return f"{data.name(position)}{images and f' with {images}'}"

@@ -57,9 +57,10 @@ class Meter:
         rank was asked to stop.
 
         Exchanged on the CPU, so no rank waits for its GPU. Raises AgreedError at a bad sample if
-        --on_bad_sample is stop.
+        --on_bad_sample is stop, and in any case where a file was changed while it was in use.
         """
         reasons = [reason for batch in micro_batches for reason in batch["bad_samples"]]
+        lost_files = [reason for batch in micro_batches for reason in batch["lost_files"]]
         lengths = torch.tensor(
             [n for batch in micro_batches for n in batch["full_lengths"]], dtype=torch.int64
         )
@@ -70,14 +71,17 @@ class Meter:
         counts = self.run.sum(
             torch.cat(
                 [
-                    torch.tensor([*mine, len(reasons), num_cut, wants_stop]),
+                    torch.tensor([*mine, len(reasons), len(lost_files), num_cut, wants_stop]),
                     torch.bincount(
                         ((lengths - 1) // LENGTH_STEP).clamp(max=NUM_LENGTHS - 1), minlength=NUM_LENGTHS
                     ),
                 ]
             )
         )
-        num_targets, num_rows, num_tokens, num_bad, num_cut, stop = counts[:6].tolist()
+        num_targets, num_rows, num_tokens, num_bad, num_lost, num_cut, stop = counts[:7].tolist()
+        if num_lost:
+            lost_files = [reason for part in self.run.share(lost_files) for reason in part]
+            raise AgreedError(f"{lost_files[0]}; all steps done are saved, --resume continues from there")
         if num_bad and self.on_bad_sample == "stop":
             reasons = [reason for part in self.run.share(reasons) for reason in part]
             raise AgreedError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
@@ -87,7 +91,7 @@ class Meter:
             tqdm.write(f"skipped {reason}")
             self.num_shown += 1
         self.num_bad, self.num_tokens = self.num_bad + num_bad, self.num_tokens + num_tokens
-        self.num_cut, self.lengths = self.num_cut + num_cut, self.lengths + counts[6:]
+        self.num_cut, self.lengths = self.num_cut + num_cut, self.lengths + counts[7:]
         return StepSize(num_targets, num_rows), False
 
     def add(self, loss: Tensor, skipped: Tensor) -> None:

@@ -33,14 +33,19 @@ class Validation:
         """{"val_loss": ...}, the same on every rank; empty without validation rows."""
         if not self.loader:
             return {}
-        sums, reasons = torch.zeros(2, dtype=torch.float64), []
+        sums, reasons, lost_files = torch.zeros(2, dtype=torch.float64), [], []
         trainer.model.eval()
         for batch in self.loader:
             reasons += batch["bad_samples"]
+            lost_files += batch["lost_files"]
             loss = trainer.loss(batch, trainer.model)  # the bare model: no DDP exchange
             sums += torch.tensor([loss.item() * batch["num_targets"], batch["num_targets"]])
         trainer.model.train()
-        reasons = [reason for part in self.run.share(reasons) for reason in part]
+        reasons, lost_files = (
+            sum(parts, []) for parts in zip(*self.run.share((reasons, lost_files)), strict=True)
+        )
+        if lost_files:
+            raise AgreedError(lost_files[0])
         if reasons and self.on_bad_sample == "stop":
             raise AgreedError(f"{reasons[0]} (--on_bad_sample skip would leave it out)")
         loss, num_targets = self.run.sum(sums).tolist()

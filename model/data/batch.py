@@ -20,6 +20,7 @@ class BadSample:
     to cross process borders."""
 
     reason: str
+    ends_run: bool = False  # a file that is in use was changed (steady.py): no flag leaves that out
 
 
 def pad_rows(rows: list[Tensor], value: int, multiple: int = 1) -> Tensor:
@@ -56,13 +57,13 @@ def collate(samples: list[dict[str, Tensor] | BadSample], multiple: int = 1) -> 
         target_positions  (L,), where labels are not IGNORE_INDEX, flat indices into B * T
         pixel_values      (M, 3, S, S), or image_features (M, N, V) from a feature cache
         num_images        (B,)
-    and as plain numbers num_rows, num_tokens, num_targets, and two lists: full_lengths, what the rows would
-    have without max_seq_len, and bad_samples, reasons.
+    and as plain numbers num_rows, num_tokens, num_targets, and three lists: full_lengths, what the rows would
+    have without max_seq_len; bad_samples, reasons; and lost_files, reasons to end the run.
 
     A batch without any usable sample becomes one row without targets, so that every rank takes every step.
     """
     good = [sample for sample in samples if not isinstance(sample, BadSample)]
-    bad = [sample.reason for sample in samples if isinstance(sample, BadSample)]
+    bad = [sample for sample in samples if isinstance(sample, BadSample)]
     if not good:
         good = [
             {
@@ -89,5 +90,6 @@ def collate(samples: list[dict[str, Tensor] | BadSample], multiple: int = 1) -> 
         "num_tokens": sum(len(sample["input_ids"]) for sample in good),
         "num_targets": len(target_positions),
         "full_lengths": [sample["full_length"] for sample in good if "full_length" in sample],
-        "bad_samples": bad,
+        "bad_samples": [sample.reason for sample in bad if not sample.ends_run],
+        "lost_files": [sample.reason for sample in bad if sample.ends_run],
     }

@@ -27,6 +27,7 @@ from model.data.feature_store import FeatureStore
 from model.data.rows import Rows
 from model.data.sources import Embedded, file_names, find_file, locate
 from model.data.spec import DatasetSpec
+from model.data.steady import LostFile
 from model.data.video import Frame, expand_videos, load_images
 from model.files import check_image_dir
 from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, find_marks, normalise_turns
@@ -123,6 +124,8 @@ class VLMDataset(Dataset):
     def __getitem__(self, position: int) -> dict[str, Tensor] | BadSample:
         try:
             return self.sample(position)
+        except LostFile as error:
+            return BadSample(one_line(str(error), 1000), ends_run=True)
         except (ValueError, FileNotFoundError) as error:
             return BadSample(f"{self.name(position)}: {one_line(str(error))}")
 
@@ -185,7 +188,7 @@ class VLMDataset(Dataset):
     def name(self, position: int) -> str:
         """How a person finds the row."""
         label = ""
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a bad row may have no id
+        with contextlib.suppress(ValueError, KeyError, TypeError, LostFile):  # a bad row may have no id
             label = f" (id {one_line(str(self.rows[position]['id']), 80)})"
         return f"{self.rows.path}, row {position + 1}{label}"
 
