@@ -4,8 +4,9 @@ reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else
          --load_from names others), the tokenizer and CLIP that the .json beside them names, and
          example images
 serves   http://127.0.0.1:7860, to this computer alone (--host can name another address, with a warning);
-         needs no network
-keeps    nothing: what a visitor sends is seen by that visitor only, and deleted after a day or at the end
+         needs no network; answers to the names of this computer alone (--allow_host adds others)
+keeps    nothing: what a visitor sends is seen by that visitor only, stands in memory alone, and goes two
+         minutes after the visitor
 
     python web_server.py
     python web_server.py @dataset/demo/eval.args              # the demo world, on any laptop
@@ -20,6 +21,7 @@ import sys
 import tempfile
 
 from model.names import find_recorded
+from serving.hosts import is_host
 from trainer.script import Checked, Parser, add_loading_flags, at_least, choose_weights, clean_exit
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -42,6 +44,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Checked(int, lambda value: 0 <= value <= 65535, "0 to 65535"),
         default=7860,
         help="TCP port (0 = any free one)",
+    )
+    add(
+        "--allow_host",
+        type=Checked(str, lambda names: all(map(is_host, names)), "NAME or NAME:PORT"),
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="other names under which people reach the page, through a reverse proxy or a tunnel: NAME (any "
+        "port) or NAME:PORT",
     )
     add(
         "--max_rounds",
@@ -70,7 +81,9 @@ def main(argv: list[str] | None = None) -> None:
         del os.environ[name]
     from model.chat import load_chat  # only now: loading PyTorch and Gradio takes seconds
     from model.device import choose_device, choose_dtype
-    from serving.page import build_page, serve
+    from serving.page import build_page
+    from serving.server import serve
+    from serving.site import make_site
 
     device = choose_device(args.device)
     chat = load_chat(
@@ -86,11 +99,12 @@ def main(argv: list[str] | None = None) -> None:
         args.max_rounds = chat.max_rounds
     if not args.image_dir:
         args.image_dir = find_recorded(chat.about.get("image_dir", "dataset/eval_images"), weights)
-    # So that the folder below is removed then too, undisturbed by a second signal.
+    # So that the processes of the page are ended then too, undisturbed by a second signal.
     signal.signal(signal.SIGTERM, lambda number, _: (signal.signal(number, signal.SIG_IGN), sys.exit(0)))
     with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:  # /tmp/gradio is shared
         os.environ["GRADIO_TEMP_DIR"] = folder
-        serve(build_page(chat, weights, args), args.host, args.port)
+        site = make_site(folder, chat.image_processor.size)
+        serve(build_page(chat, weights, args, site), site, args.host, args.port, args.allow_host)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def test_what_is_missing_is_said_kindly(visitor, images):
 
 
 def test_what_the_page_says_is_no_answer_of_the_model():
-    from serving import page  # gradio takes seconds
+    from serving import conversation as page
 
     messages = []
     for text, files, answer in (

@@ -1,0 +1,197 @@
+"""Images of visitors are decoded in a process of their own, which ends with its image: whatever a file does
+to a decoder, it meets a limit of memory and of time, holds up no answer, and leaves nothing behind.
+"""
+
+import asyncio
+import contextlib
+import io
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO
+
+import PIL
+from PIL import Image
+
+from model.data.sources import Embedded
+from model.images import identify, open_image
+
+SHOWN_SIDE = 768  # pixels, at most, of what the page shows
+READ, REFUSED, TOO_LARGE = b"+", b"-", b"?"  # what the process says of an image
+BUSY = "many large images are being read: try again in a minute"
+TOO_SLOW = "it takes too much memory or time to read: scale it down"
+
+
+@dataclass(frozen=True)
+class Limits:
+    pixels: int  # a larger image is not begun
+    memory: int  # bytes, beyond what the process has at its start
+    seconds: int  # of the processor; a clock would refuse images because the machine is busy
+    at_once: int
+
+
+# Photographs are read side by side. What is larger waits for its turn, so that memory stays bounded.
+QUICK = Limits(pixels=16_000_000, memory=512 << 20, seconds=5, at_once=4)
+SLOW = Limits(pixels=1 << 62, memory=1536 << 20, seconds=20, at_once=1)
+MOST_WAITING = 8  # for a slow one
+PATIENCE = 3  # seconds on the clock for one of the processor, then the process is ended
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """An image, as small as the model and the page need it."""
+
+    seen: bytes  # (S, S, 3) uint8: what get_img_process() makes of the file
+    shown: bytes  # a JPEG of at most SHOWN_SIDE
+
+
+class Upload(Embedded):
+    """What a visitor sent, for open_image(): its name says nothing."""
+
+    def __init__(self, data: bytes):
+        super().__init__("the file", (), 0, 0)
+        object.__setattr__(self, "data", data)
+
+    def read(self) -> bytes:
+        return self.data
+
+
+# ---- in the process of an image ----------------------------------------------------------------------------
+
+
+def answer_with(sender, data: bytes, side: int, limits: Limits) -> None:
+    """The whole life of a process: sends one message."""
+    silence()
+    restrict(limits)
+    try:
+        sender.send_bytes(reduce_image(data, side, limits.pixels))
+    except MemoryError:
+        sender.send_bytes(REFUSED + TOO_SLOW.encode())
+    except Exception as error:  # on damaged files the decoders raise anything
+        reason = str(error).removeprefix("cannot read image the file: ")
+        sender.send_bytes(REFUSED + reason.encode(errors="replace")[:500])
+
+
+def reduce_image(data: bytes, side: int, most_pixels: int) -> bytes:
+    width, height = identify(io.BytesIO(data)).size
+    if width * height > most_pixels:
+        return TOO_LARGE
+    image = open_image(Upload(data))
+    seen = image.resize((side, side), Image.Resampling.BICUBIC).tobytes()
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    shown = io.BytesIO()
+    image.save(shown, "JPEG", quality=90)
+    return READ + seen + shown.getvalue()
+
+
+def silence() -> None:
+    """The libraries of some formats write to the terminal what a file tells them to."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nowhere, number)
+
+
+def restrict(limits: Limits) -> None:
+    """Bounds of memory, time and files, where the system has them."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(5)  # answers go first
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    bounds = {"RLIMIT_CPU": limits.seconds, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}
+    with contextlib.suppress(OSError):
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        bounds["RLIMIT_AS"] = now + limits.memory
+    for name, bound in bounds.items():
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            resource.setrlimit(getattr(resource, name), (bound, bound))
+
+
+# ---- in the server -----------------------------------------------------------------------------------------
+
+
+class Reducer:
+    """Starts the processes, as many at once as the limits say.
+
+    side  of the square that the model sees, in pixels
+    """
+
+    def __init__(self, side: int):
+        self.side = side
+        # A small process that has loaded the decoders is copied for every image, in 10 ms instead of 500.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        self.context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self.context.set_forkserver_preload([__name__, *(f"PIL.{name}" for name in PIL._plugins)])
+        self.threads = ThreadPoolExecutor(QUICK.at_once + SLOW.at_once, "images")
+        self.turns = {limits: asyncio.Semaphore(limits.at_once) for limits in (QUICK, SLOW)}
+        self.num_slow = 0
+        self.lock, self.running, self.closed = threading.Lock(), set(), False
+
+    async def reduce(self, file: IO[bytes]) -> Reduced:
+        """Raises ValueError with a reason that a visitor can understand."""
+        async with self.turns[QUICK]:
+            reduced = await self.run(file, QUICK)
+        if reduced is not None:
+            return reduced
+        if self.num_slow >= MOST_WAITING:
+            raise ValueError(BUSY)
+        self.num_slow += 1
+        try:
+            async with self.turns[SLOW]:
+                return await self.run(file, SLOW)
+        finally:
+            self.num_slow -= 1
+
+    async def run(self, file: IO[bytes], limits: Limits) -> Reduced | None:
+        def work() -> Reduced | None:
+            file.seek(0)
+            return self.reduce_now(file.read(), limits)
+
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    def reduce_now(self, data: bytes, limits: Limits = SLOW) -> Reduced | None:
+        """None: too large for these limits. Raises ValueError."""
+        receiver, sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(
+            target=answer_with, args=(sender, data, self.side, limits), daemon=True
+        )
+        try:
+            with self.lock:
+                if self.closed:
+                    raise ValueError(BUSY)
+                process.start()
+                self.running.add(process)
+            sender.close()  # so that its end is seen here
+            answer = receiver.recv_bytes() if receiver.poll(PATIENCE * limits.seconds) else b""
+        except (EOFError, OSError):
+            answer = b""  # ended by a limit
+        finally:
+            receiver.close()
+            self.end(process)
+        kind, content = answer[:1], answer[1:]
+        if kind == TOO_LARGE:
+            return None
+        size = 3 * self.side**2
+        if kind != READ or len(content) <= size:
+            raise ValueError(content.decode(errors="replace") if kind == REFUSED else TOO_SLOW)
+        return Reduced(content[:size], content[size:])
+
+    def end(self, process) -> None:
+        with self.lock:
+            self.running.discard(process)
+        if process.pid is not None:
+            process.kill()
+            process.join()
+            process.close()
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            for process in self.running:
+                process.kill()
+        self.threads.shutdown(wait=False, cancel_futures=True)
