@@ -140,9 +140,9 @@ def run(command: str, monkeypatch) -> None:
     script, flags = words[position], words[position + 1 :]
     if script == "web_server.py":
         pages = []
-        monkeypatch.setattr("serving.page.serve", lambda page, host, port: pages.append((page, host, port)))
+        monkeypatch.setattr("serving.server.serve", lambda *given: pages.append(given))
         run_inside(script, *flags)
-        assert pages[0][1] == "127.0.0.1" and pages[0][0].blocks
+        assert "127.0.0.1" in pages[0] and pages[0][0].blocks
     elif script == "3-eval_chat.py":
         lines = iter(["图片里有什么？", ""])
         monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
