@@ -74,7 +74,7 @@ def set_aside(path: str | Path) -> Path | None:
     """
     path = Path(path)
     kept = path.with_name(f"{path.stem}.previous.pth")
-    if not path.is_file() or not is_finished(path) or (kept.is_file() and filecmp.cmp(path, kept, False)):
+    if not is_finished(path) or (kept.is_file() and filecmp.cmp(path, kept, False)):
         return None
     for ending in reversed(SET):  # the weights last: once they are there, so is all else
         source, target = path.with_name(path.stem + ending), kept.with_name(f"{path.stem}.previous{ending}")
@@ -88,8 +88,11 @@ def set_aside(path: str | Path) -> Path | None:
 def is_finished(path: str | Path) -> bool:
     """Are these the weights of a whole run? Those without a description (v1's own) are taken for such.
     Raises ValueError for a damaged file."""
-    check_seal(Path(path), "remove it")
-    description = read_description_inside(Path(path))
+    path = Path(path)
+    if not path.is_file():
+        return False
+    check_seal(path, "remove it")
+    description = read_description_inside(path)
     return description.get("step", 0) >= description.get("total_steps", 0)
 
 

@@ -23,9 +23,14 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
     write_together({Path(path): write})
 
 
-def write_together(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
+def write_together(
+    writes: Mapping[Path, Callable[[IO[bytes]], object]], before_moving: Callable[[], None] = lambda: None
+) -> None:
     """Several files, none of which is moved into place, in the order given, before all are written. Raises
-    OSError, naming the file, if one of them cannot be; the files that were there are then as they were."""
+    OSError, naming the file, if one of them cannot be; the files that were there are then as they were.
+
+    before_moving  called once all are written
+    """
     with contextlib.ExitStack() as stack:
         temporaries = {path: temporary_of(path) for path in writes}
         for path, write in writes.items():
@@ -34,6 +39,7 @@ def write_together(writes: Mapping[Path, Callable[[IO[bytes]], object]]) -> None
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+        before_moving()
         for path, temporary in temporaries.items():
             with explaining(path):
                 os.replace(temporary, path)

@@ -16,6 +16,7 @@ from model.data.batch import collate
 from model.data.dataset import VLMDataset, tokenize
 from model.data.spec import PRETRAIN
 from model.fast import use_fast_kernels
+from model.files import atomic_write
 from model.LMConfig import LMConfig
 from model.names import weights_path
 from model.prompt import Renderer
@@ -24,7 +25,7 @@ from model.vision_utils import ImageProcessor
 from trainer import check, inspection, memory
 from trainer.logger import read_metrics
 from trainer.samples import decode_sample
-from trainer.saves import RESUME_FORMAT
+from trainer.saves import RESUME_FORMAT, save_sealed
 from trainer.script import clean_exit
 
 
@@ -292,10 +293,8 @@ def test_what_becomes_of_the_files_of_an_earlier_run(good_place, look):
     path = good_place / "out" / "32_vlm_pretrain.json"
     path.write_text(path.read_text().replace('"total_steps": 6', '"total_steps": 9'))
     settings = json.loads(path.read_text())["settings"] | {"total_steps": 9}
-    torch.save(
-        {"format": RESUME_FORMAT, "step": 6, "settings": settings, "best_loss": 1.0, "model": weights},
-        path.with_suffix(".resume"),
-    )
+    state = {"format": RESUME_FORMAT, "step": 6, "settings": settings, "best_loss": 1.0, "model": weights}
+    atomic_write(path.with_suffix(".resume"), lambda file: save_sealed(state, file))
     before = contents(good_place)
     assert "resumes from step 6 of 9" in look(good_place, "--max_steps=9", "--resume")[1]
     assert "is an unfinished run" in look(good_place, "--max_steps=9")[2][0]

@@ -271,7 +271,7 @@ def test_no_room_and_no_permission_are_reported_before_training(workplace, monke
     monkeypatch.undo()
     saves = RunFiles(
         Run(0, 1, torch.device("cpu")),
-        argparse.Namespace(keep_best=False),
+        argparse.Namespace(keep_best=False, keep=1),
         Path("/proc/self/nowhere/32_vlm_sft.pth"),
         {},
         {},

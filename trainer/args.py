@@ -255,6 +255,14 @@ def add_saving_flags(parser: Parser) -> None:
         help="optimizer steps between saves (0 = only at the end)",
     )
     group.add_argument(
+        "--keep",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="resume files of an unfinished run to keep: the newest, and those of the N - 1 saves before as "
+        "*.resume.1 and so on; to go back, rename one",
+    )
+    group.add_argument(
         "--keep_best",
         action="store_true",
         help="also keep the weights of the lowest validation loss (*.best.pth)",

@@ -7,7 +7,7 @@ import os
 import platform
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.device import choose_device
+from model.printable import printable
 from trainer.script import AgreedError, place_in_run
 
 
@@ -28,6 +29,7 @@ class Run:
     world_size: int
     device: torch.device
     local_world_size: int = 1  # processes on this machine
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # until the end of the run
 
     @property
     def is_main(self) -> bool:
@@ -38,7 +40,7 @@ class Run:
         terminal costs the text, not the run."""
         if self.is_main:
             with contextlib.suppress(OSError, UnicodeError):
-                tqdm.write(text)
+                tqdm.write(printable(text))
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a small tensor over all ranks, in place. One on the CPU never waits for a GPU."""
@@ -100,10 +102,15 @@ class Run:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def hold(self, context: contextlib.AbstractContextManager) -> None:
+        """Enter a context on rank 0, until the run ends."""
+        self.from_main(lambda: self.held.enter_context(context))
+
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        self.held.close()
         if dist.is_initialized():
             # The process group must not outlive its name in a DDP module: that one frees it without giving up
             # Python's lock, and waits for a thread of gloo which may want the lock for its last tensor. So

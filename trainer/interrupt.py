@@ -1,13 +1,17 @@
-"""Ctrl-C and SIGTERM while a model is trained: the step is finished, everything saved, then the run ends."""
+"""Ctrl-C, SIGTERM and SIGHUP while a model is trained: the step is finished, everything saved, then the run
+ends."""
 
 import os
 import signal
 import sys
 import time
 
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last: a terminal was closed; Windows has none
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
 
 class Interruption:
-    """Notes the first SIGINT or SIGTERM; a second one, a second later, ends the process at once.
+    """Notes the first of SIGNALS; a second one, a second later, ends the process at once.
 
     A second of grace, because torchrun passes a Ctrl-C on to processes that already had the terminal's.
     """
@@ -22,9 +26,9 @@ class Interruption:
         return bool(self.number)
 
     def __enter__(self) -> "Interruption":
-        self.previous = {
-            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup lets the run outlive its terminal
+                self.previous[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_) -> None:

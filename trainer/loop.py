@@ -20,6 +20,7 @@ from model.fast import use_fast_kernels
 from model.transformer import Transformer
 from model.vision_utils import get_img_embedding
 from trainer.batches import group_micro_batches
+from trainer.checkpointer import Checkpointer
 from trainer.distributed import Run
 from trainer.experts import Experts
 from trainer.health import SkippedSteps
@@ -27,7 +28,7 @@ from trainer.interrupt import Interruption
 from trainer.loader import prefetch, to_device
 from trainer.meter import Meter, StepSize
 from trainer.optimizer import learning_rate_at, make_optimizer, trained_parameters
-from trainer.saves import Checkpointer, RunFiles
+from trainer.saves import RunFiles
 from trainer.stage import LoadedStage, make_plan
 
 

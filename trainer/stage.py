@@ -38,6 +38,7 @@ from trainer.loader import Loader, fitting_workers
 from trainer.logger import describe_run, name_of
 from trainer.memory import StepMemory, plan_memory
 from trainer.optimizer import choose_trained
+from trainer.saves import claim_outputs
 
 # Flags whose value may differ from machine to machine: places, and what only the logging rank does.
 LOCAL_FLAGS = (
@@ -79,6 +80,8 @@ class LoadedStage:
 def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     """Raises ValueError or FileNotFoundError, naming the file or flag and the cure."""
     run.check_agreement(comparable(run, args))
+    weights_out = weights_path(args.out_dir, make_config(args), stage.weights_out)
+    run.hold(claim_outputs(weights_out))
     torch.manual_seed(args.seed)
     tokenizer_path, clip_path = args.tokenizer_path or TOKENIZER_PATH, args.clip_path or CLIP_PATH
     tokenizer = load_tokenizer(tokenizer_path)
@@ -108,7 +111,7 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
         model,
         vision_model,
         datasets[0],
-        weights_path(args.out_dir, config, stage.weights_out),
+        weights_out,
         {
             "stage": stage.weights_out,
             "tokenizer_path": str(tokenizer_path),
