@@ -30,7 +30,7 @@ from conftest import (
     weights_of,
 )
 
-from model.data import feature_store
+from model import files
 from model.data.batch import BadSample, collate
 from model.data.dataset import VLMDataset
 from model.data.feature_store import FeatureStore, image_key, store_name
@@ -40,6 +40,7 @@ from trainer import features
 from trainer.args import training_parser
 from trainer.distributed import Run
 from trainer.logger import read_metrics
+from trainer.script import AgreedError
 
 ALONE = Run(0, 1, torch.device("cpu"))
 
@@ -174,14 +175,14 @@ def test_a_full_disk_is_reported_in_one_line_and_what_was_written_stays(place, e
     monkeypatch.setattr(features, "SEGMENT", 2)
     written = []
 
-    def full(file, array):
+    def full(file_descriptor):
         if len(written) == 5:  # features and keys of two segments, and the third's features
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(array)
-        np.lib.format.write_array(file, array)
+        written.append(file_descriptor)
 
-    monkeypatch.setattr(feature_store.np, "save", full)
-    with pytest.raises(OSError, match="No space left on device.*4 of 6 images are encoded"):
+    monkeypatch.setattr(files, "sync_folder", lambda folder: None)
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(AgreedError, match="No space left on device.*4 of 6 images are encoded"):
         fill(place)
     monkeypatch.undo()
     assert len(fill(place)) == 6

@@ -15,15 +15,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.data.dataset import VLMDataset
 from model.data.feature_store import FeatureStore, image_key, image_keys, store_name
+from model.data.steady import LostFile
 from model.data.video import Frame, file_of, load_images
 from model.locks import try_lock
 from model.vision_utils import ImageProcessor, get_img_embedding, num_image_tokens
 from trainer.distributed import Run
 from trainer.interrupt import ignore_interrupts
 from trainer.logger import progress_bar
+from trainer.script import AgreedError
 
 BATCH = 32  # images per call of CLIP
 SEGMENT = 512  # images per file, and the most that a killed run loses
+LARGEST_HALF = 65504  # the largest number of float16
 
 
 def fill_feature_cache(
@@ -38,11 +41,13 @@ def fill_feature_cache(
     Only those are encoded that are not there yet. CLIP computes in float32 whatever --dtype says, so that one
     cache serves all runs. Images that cannot be read are passed over: their rows are bad samples in
     training, cache or not.
-    raises  ValueError before anything is written if the disk lacks room; OSError if it runs full
+    raises  ValueError before anything is written if the disk lacks room, or for features that are not finite;
+            OSError if the disk runs full
     """
     folder = Path(args.feature_cache) / store_name(vision_model, image_processor, args.feature_dtype)
-    with exclusive(run, folder):
+    with exclusive(run, folder) as is_alone:
         store = FeatureStore(folder, args.feature_dtype)
+        clean(run, store, is_alone)
         wanted = find_missing(run, store, datasets)
         if wanted:
             print_size(run, args, store, len(wanted), vision_model)
@@ -54,9 +59,9 @@ def fill_feature_cache(
 
 
 @contextlib.contextmanager
-def exclusive(run: Run, folder: Path) -> Iterator[None]:
+def exclusive(run: Run, folder: Path) -> Iterator[bool]:
     """Let only one run fill a store; another waits, and finds what the first has made. Where nothing can be
-    written or locked, nobody waits."""
+    written or locked, nobody waits. Yields whether all others are certainly kept out."""
     with contextlib.ExitStack() as stack:
         file = None
         if run.is_main:
@@ -64,19 +69,35 @@ def exclusive(run: Run, folder: Path) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(open(folder / ".lock", "wb"))
 
-        def is_free() -> bool:
+        def try_it() -> tuple[bool, bool]:
+            """Need nobody wait? And is the lock held?"""
             try:
-                return file is None or try_lock(file)
+                is_held = file is not None and try_lock(file)
+                return file is None or is_held, is_held
             except OSError:
-                return True
+                return True, False
 
         is_waiting = False
-        while not run.from_main(is_free):  # asked again and again, so that no rank waits for long
+        while not (answer := run.from_main(try_it))[0]:  # asked again and again: no rank waits for long
             if not is_waiting:
                 run.print(f"another run is filling {folder}: waiting for it")
             is_waiting = True
             time.sleep(1)
-        yield
+        yield answer[1]
+
+
+def clean(run: Run, store: FeatureStore, is_alone: bool) -> None:
+    """Report what is damaged, and remove it with what killed runs left half-written, so that its images are
+    encoded anew."""
+    for path, reason in store.damaged.items():
+        run.print(f"{path} is not what was written ({reason}): its images are encoded anew")
+    if not run.is_main or not is_alone:
+        return
+    whole = {segment.path for segment in store.segments}
+    for path in (*store.damaged, *store.folder.glob(".*.tmp"), *store.folder.glob("*.features.npy")):
+        if path not in whole:
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                path.unlink()
 
 
 def images_of(dataset: VLMDataset) -> set[Path | Frame]:
@@ -129,7 +150,8 @@ def print_size(
 
 
 class Images(Dataset):
-    """Images to pixels; None for one that cannot be read, or is no longer what its key says."""
+    """Images to pixels; None for one that cannot be read, or is no longer what its key says. A data file that
+    was changed while images were read from it comes out as its LostFile's text."""
 
     def __init__(self, wanted: list[tuple[bytes, Path | Frame]], image_processor: ImageProcessor):
         self.wanted, self.image_processor = wanted, image_processor
@@ -137,18 +159,24 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.wanted)
 
-    def __getitem__(self, position: int) -> tuple[bytes, Tensor] | None:
+    def __getitem__(self, position: int) -> tuple[bytes, Tensor] | str | None:
         key, image = self.wanted[position]
         try:
             (pixels,) = load_images([image], self.image_processor)
             return (key, pixels) if image_key(image).tobytes() == key else None
+        except LostFile as error:
+            return str(error)
         except (ValueError, FileNotFoundError):
             return None
 
 
-def only_good(samples: list[tuple[bytes, Tensor] | None]) -> tuple[list[bytes], Tensor | None]:
-    good = [sample for sample in samples if sample]
-    return [key for key, _ in good], torch.stack([pixels for _, pixels in good]) if good else None
+def only_good(
+    samples: list[tuple[bytes, Tensor] | str | None],
+) -> tuple[list[bytes], Tensor | None, str]:
+    """Keys and pixels of the images that could be read, and why the run must end, "" if it need not."""
+    good = [sample for sample in samples if isinstance(sample, tuple)]
+    problem = next((sample for sample in samples if isinstance(sample, str)), "")
+    return [key for key, _ in good], torch.stack([pixels for _, pixels in good]) if good else None, problem
 
 
 def encode_all(
@@ -175,31 +203,57 @@ def encode_all(
             worker_init_fn=ignore_interrupts,
         )
     )
+    names = dict(share)
     bar = progress_bar(total=len(share), disable=not run.is_main, unit="image", desc="encoding images")
     written = torch.zeros(1, dtype=torch.long)
     for batches in rounds:
-        keys, features, problem = [], [], None
-        for batch in batches:
-            good, pixels = next(loader)
-            if good:
-                keys += good
-                features.append(get_img_embedding(pixels.to(run.device), vision_model).cpu().numpy())
-            bar.update(len(batch))
+        keys, features, problem = [], [], ""
         try:
+            for batch in batches:
+                good, pixels, problem = next_batch(loader)
+                if problem:
+                    raise ValueError(problem)
+                if good:
+                    encoded = get_img_embedding(pixels.to(run.device), vision_model).cpu().numpy()
+                    check_finite(encoded, [names[key] for key in good], store.dtype)
+                    keys += good
+                    features.append(encoded)
+                bar.update(len(batch))
             if keys:
                 store.add(np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2), np.concatenate(features))
                 written += len(keys)
+        except ValueError as error:
+            problem = str(error)
         except OSError as error:
-            problem = error.args[0] if error.args else str(error)
+            problem = f"{error.strerror or error}: make room"
         problems = [text for text in run.share(problem) if text]
         if problems:  # on every rank, or the others would wait for this one
             bar.close()
-            raise OSError(
-                f"{problems[0]}. {int(run.sum(written))} of {len(wanted)} images are encoded and "
-                "need not be again: make room and start the same command, or train without "
-                "--feature_cache"
+            raise AgreedError(
+                f"{problems[0]}. {int(run.sum(written))} of {len(wanted)} images are encoded and need not be "
+                "again: start the same command once this is mended, or train without --feature_cache"
             )
     bar.close()
+
+
+def next_batch(loader: Iterator) -> tuple[list[bytes], Tensor | None, str]:
+    try:
+        return next(loader)
+    except (RuntimeError, OSError, EOFError) as error:  # as PyTorch reports that a worker is dead
+        reason = str(error).splitlines()[0][:300]
+        return [], None, f"a process that loads images for the feature cache died ({reason})"
+
+
+def check_finite(features: np.ndarray, images: list[Path | Frame], dtype: np.dtype) -> None:
+    """Raise ValueError, naming the first image whose features the cache could not hold."""
+    for image, values in zip(images, features, strict=True):
+        if not np.isfinite(values).all():
+            raise ValueError(f"CLIP's features of {image} are not finite: its weights are damaged")
+        if dtype == np.float16 and (most := np.abs(values).max()) > LARGEST_HALF:
+            raise ValueError(
+                f"CLIP's features of {image} reach {most:.3g}, but float16 ends at {LARGEST_HALF}: "
+                "give --feature_dtype float32"
+            )
 
 
 def check_shared(run: Run, store: FeatureStore) -> None:

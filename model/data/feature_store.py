@@ -2,9 +2,13 @@
 
 A folder holds segments, each of them two files of numpy's own format:
 
-    NAME.features.npy   (R, N, V) float16 or float32, memory-mapped when read
-    NAME.keys.npy       (R, 2) uint64, which images they are of; written last, so a segment without it does
-                        not count
+    NAME.features.npy   (R, N, V) float16 or float32
+    NAME.keys.npy       (R, 4) uint64: which image each is of, two numbers, and a digest of its features, two
+                        more; behind them, where numpy does not look, the header of the other file and a seal
+                        (sealed.py). Written last: a segment without it does not count
+
+The keys are verified when a store is opened, and an image's features whenever they are read: what is damaged
+is never served, and to open 40 GB takes no minutes.
 
 An image's key is a hash of its file's BYTES, so an image that was replaced is a new one, and one that was
 moved, renamed or is named twice is not. The key of a video's frame is made of its file's and of the moment.
@@ -15,21 +19,27 @@ Letters: R images of a segment, N tokens per image, V CLIP width.
 """
 
 import hashlib
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.data.sealed import seal, unseal
 from model.data.sources import Embedded
+from model.data.steady import LostFile, SteadyFile
 from model.data.video import VERSION as VIDEO_VERSION
 from model.data.video import Frame, file_of
-from model.files import atomic_write, remove_leftovers
+from model.files import write_together
 from model.images import check_is_file
 from model.vision_utils import ImageProcessor
 
 VERSION = 2  # of the way from a file to pixels; raise it when that changes, and no old feature is served
+FORMAT = 2  # of the files; another one's are not found
+MAX_OPEN = 256  # files of features that a process holds open
 
 
 def image_key(image: str | Path | Frame) -> np.ndarray:
@@ -76,50 +86,90 @@ def store_name(vision_model: torch.nn.Module, image_processor: ImageProcessor, d
         for name, value in vision_model.config.to_dict().items()
         if name != "transformers_version" and not name.startswith("_")
     }  # "_name_or_path" is a place
-    digest = hashlib.blake2b(repr((VERSION, image_processor, config)).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr((VERSION, FORMAT, image_processor, config)).encode(), digest_size=8)
     for name, tensor in sorted(vision_model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy())
     return f"{digest.hexdigest()}-{dtype}"
 
 
+@dataclass
+class Segment:
+    """One pair of files: where the features of its images lie."""
+
+    path: Path  # of the features
+    offset: int  # of the first image's, in bytes
+    shape: tuple[int, int]  # (N, V)
+
+
 class FeatureStore:
-    """Features of one CLIP, by image; read-only but for add(), and cheap to hand to worker processes."""
+    """Features of one CLIP, by image; read-only but for add(), and cheap to hand to worker processes.
+
+    damaged  keys files of segments that are not as they were written, and what is wrong with each; their
+             images are not here
+    """
 
     def __init__(self, folder: str | Path, dtype: str = "float16"):
         self.folder, self.dtype = Path(folder), np.dtype(dtype)
-        self.segments: list[np.ndarray] = []  # memory-mapped, (R, N, V) each
         self.keys = np.zeros((0, 2), np.uint64)  # of all images, sorted
+        self.digests = np.zeros((0, 2), np.uint64)  # of the features of each
         self.places = np.zeros((0, 2), np.int64)  # (segment, row) of each
+        self.num_expected = 0  # images that were here when the store was handed to this process
         self.reload()
 
     def reload(self) -> None:
         """Take in the segments that are on disk now."""
-        keys, places, self.segments = [self.keys[:0]], [self.places[:0]], []
+        self.segments: list[Segment] = []
+        self.damaged: dict[Path, str] = {}
+        self.files: dict[int, SteadyFile] = {}
+        tables, places = [np.zeros((0, 4), np.uint64)], [self.places[:0]]
         for path in sorted(self.folder.glob("[0-9a-f]*.keys.npy")):
-            keys.append(np.load(path))
-            number, count = len(self.segments), len(keys[-1])
-            places.append(np.stack([np.full(count, number), np.arange(count)], axis=1))
-            self.segments.append(
-                np.load(path.with_name(path.name.replace(".keys.", ".features.")), mmap_mode="r")
-            )
-        every = np.concatenate(keys)
-        order = np.lexsort(every.T[::-1])  # by the first half, then by the second
-        self.keys, self.places = every[order], np.concatenate(places)[order]
+            try:
+                segment, table = self.open_segment(path)
+            except (OSError, ValueError) as error:
+                self.damaged[path] = getattr(error, "strerror", None) or str(error)
+                continue
+            places.append(np.stack([np.full(len(table), len(self.segments)), np.arange(len(table))], axis=1))
+            tables.append(table)
+            self.segments.append(segment)
+        table = np.concatenate(tables)
+        order = np.lexsort((table[:, 1], table[:, 0]))
+        self.keys, self.digests = table[order, :2], table[order, 2:]
+        self.places = np.concatenate(places)[order]
+
+    def open_segment(self, path: Path) -> tuple[Segment, np.ndarray]:
+        """A segment and its table (R, 4), by its keys file. Raises OSError or ValueError if one of its two
+        files is not as it was written."""
+        content = io.BytesIO(unseal(path.read_bytes(), self.owner(path)))
+        table, header = np.load(content), content.read()
+        content.seek(-len(header), io.SEEK_END)
+        np.lib.format.read_magic(content)
+        (count, *shape), _, dtype = np.lib.format.read_array_header_1_0(content)
+        features = features_of(path)
+        with open(features, "rb") as file:
+            if file.read(len(header)) != header or dtype != self.dtype:
+                raise ValueError(f"the header of {features.name} is another")
+            if file.seek(0, io.SEEK_END) != len(header) + dtype.itemsize * count * shape[0] * shape[1]:
+                raise ValueError(f"the size of {features.name} is another")
+        return Segment(features, len(header), tuple(shape)), table
+
+    def owner(self, path: Path) -> str:
+        """What a keys file belongs to."""
+        return f"{self.folder.name} {path.name}"
 
     def __reduce__(self):
-        # To a worker that is spawned, not forked: memory-mapped arrays would be copied.
-        return FeatureStore, (self.folder, self.dtype.name)
+        # To a worker that is spawned, not forked: the keys would be copied.
+        return reopen, (self.folder, self.dtype.name, len(self))
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def find(self, key: np.ndarray) -> tuple[int, int] | None:
-        """(segment, row) of an image, or None if it is not here."""
+    def find(self, key: np.ndarray) -> int | None:
+        """The place of an image among all keys, or None if it is not here."""
         place = int(np.searchsorted(self.keys[:, 0], key[0]))
         while place < len(self.keys) and self.keys[place, 0] == key[0]:
             if self.keys[place, 1] == key[1]:
-                return tuple(self.places[place].tolist())
+                return place
             place += 1
         return None
 
@@ -129,21 +179,72 @@ class FeatureStore:
     def read_all(self, images: Sequence[str | Path | Frame]) -> list[Tensor | None]:
         """The features (N, V) of each image, None where they are not here.
 
-        Raises FileNotFoundError or ValueError, naming the file, if there is none to look at.
+        Raises FileNotFoundError or ValueError, naming the file, if there is none to look at, and LostFile if
+        its features are not what was written.
         """
         places = [self.find(key) for key in image_keys(images)]
-        return [
-            None if place is None else torch.from_numpy(np.array(self.segments[place[0]][place[1]]))
-            for place in places
-        ]
+        if None in places and len(self) < self.num_expected:
+            raise LostFile(f"{self.folder} was changed while it was in use")
+        return [None if place is None else self.read(place) for place in places]
+
+    def read(self, place: int) -> Tensor:
+        """(N, V)"""
+        number, row = self.places[place].tolist()
+        segment = self.segments[number]
+        num_bytes = self.dtype.itemsize * segment.shape[0] * segment.shape[1]
+        cure = "start again without this file, and its images are encoded anew"
+        try:
+            content = self.file(number).read(segment.offset + row * num_bytes, num_bytes)
+        except OSError as error:
+            reason = error.strerror or "it was changed while it was in use"
+            raise LostFile(f"cannot read {segment.path} ({reason}): {cure}") from None
+        if (digest_of(content) != self.digests[place]).any():
+            raise LostFile(f"{segment.path} is damaged in row {row}: {cure}")
+        return torch.from_numpy(np.frombuffer(bytearray(content), self.dtype).reshape(segment.shape))
+
+    def file(self, number: int) -> SteadyFile:
+        """The features of a segment, open."""
+        if number not in self.files:
+            if len(self.files) >= MAX_OPEN:
+                self.files.pop(next(iter(self.files)))
+            self.files[number] = SteadyFile(self.segments[number].path)
+        return self.files[number]
 
     def add(self, keys: np.ndarray, features: np.ndarray) -> None:
         """Write a segment, keys (R, 2) and features (R, N, V): after any accident it is there whole, or not
-        at all. reload() shows it. Raises OSError if the disk is full."""
-        # The same images make the same name: what a killed run left half-written is found again.
-        name = hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
+        at all. reload() shows it. Raises OSError if the disk is full, ValueError for features that are not
+        finite in the store's dtype."""
+        with np.errstate(over="ignore"):
+            features = np.ascontiguousarray(features, self.dtype)
+        if not np.isfinite(features).all():
+            raise ValueError(f"features that are not finite in {self.dtype.name} are not kept")
+        table = np.concatenate([keys, np.stack([digest_of(row) for row in features])], axis=1)
+        header, content = io.BytesIO(), io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(features))
+        np.save(content, table)
+        content.write(header.getvalue())
+        # The same content makes the same name: two runs that write one segment write the same files.
+        path = self.folder / f"{hashlib.blake2b(table.tobytes(), digest_size=8).hexdigest()}.keys.npy"
+        sealed = seal(content.getvalue(), self.owner(path))
         self.folder.mkdir(parents=True, exist_ok=True)
-        for what, array in (("features", features.astype(self.dtype)), ("keys", keys)):
-            path = self.folder / f"{name}.{what}.npy"
-            remove_leftovers(path)
-            atomic_write(path, lambda file, array=array: np.save(file, array))
+        write_together(
+            {
+                features_of(path): lambda file: file.write(header.getvalue()) + file.write(features),
+                path: lambda file: file.write(sealed),
+            }
+        )
+
+
+def features_of(keys: Path) -> Path:
+    return keys.with_name(keys.name.replace(".keys.", ".features."))
+
+
+def digest_of(features: np.ndarray | bytes) -> np.ndarray:
+    """128 bits of one image's features, (2,) uint64; 0.1 ms."""
+    return np.frombuffer(hashlib.sha256(features).digest()[:16], np.uint64)
+
+
+def reopen(folder: Path, dtype: str, num_expected: int) -> FeatureStore:
+    store = FeatureStore(folder, dtype)
+    store.num_expected = num_expected
+    return store
