@@ -21,6 +21,7 @@ import sys
 import tempfile
 
 from model.names import find_recorded
+from model.printable import printable
 from serving.hosts import is_host
 from trainer.script import Checked, Parser, add_loading_flags, at_least, choose_weights, clean_exit
 
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         choose_dtype(args.dtype, device),
         allow_other_inputs=args.allow_other_inputs,
     )
-    print(chat.report, flush=True)
+    print(printable(str(chat.report)), flush=True)
     if args.max_rounds is None:  # what no flag says, the weights do
         args.max_rounds = chat.max_rounds
     if not args.image_dir:

@@ -17,6 +17,7 @@ from model.vision_proj import CLOSE_ID, OPEN_ID, placeholder_ids
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
+MAX_TEXT = 500_000  # characters of a conversation: no context holds more, and a tokenizer takes seconds
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -167,18 +168,28 @@ def check_tokenizer(tokenizer, path: str | Path) -> None:
 def normalise_turns(conversations: list[dict]) -> list[tuple[str, str]]:
     """[{"from": "human", "value": ...}] or [{"role": "user", "content": ...}] to (role, text). Raises
     ValueError."""
-    turns = []
+    turns, length = [], 0
     for turn in conversations:
         role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        text = text_of(turn)
         if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise ValueError(
                 f'a turn must look like {{"from": "human" or "gpt", "value": "text"}}, not {str(turn)[:80]}'
             )
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError("a turn holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
+        length += len(text) + 10  # the template's own part of a turn
+        if length > MAX_TEXT:
+            size = sum(len(text) for text in map(text_of, conversations) if isinstance(text, str))
+            raise ValueError(
+                f"its {len(conversations):,} turns have {size:,} characters: at most {MAX_TEXT:,} are read"
+            )
         turns.append((ROLES[role], text))
     return turns
+
+
+def text_of(turn: object) -> object:
+    return turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
 
 
 def find_marks(texts: list[tuple[str, str]]) -> list[str]:

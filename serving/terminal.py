@@ -5,6 +5,7 @@ from pathlib import Path
 from model.chat import Chat, Round
 from model.data.video import find_frames, open_images
 from model.generate import Sampling
+from model.printable import one_line
 from model.prompt import put_marks
 from trainer.script import print_stream
 
@@ -16,7 +17,7 @@ def chat_about(
     be read."""
     for _ in open_images(find_frames(file, max_frames) if is_video else [file]):
         pass  # complain before the first question, not after it
-    print(f"Ask about {file}; an empty line ends the chat.")
+    print(f"Ask about {one_line(str(file))}; an empty line ends the chat.")
     rounds: list[Round] = []
     while question := read_line():
         shown = [] if rounds else [file]

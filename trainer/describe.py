@@ -10,6 +10,7 @@ from model.data.video import Frame, open_images
 from model.files import check_image_dir
 from model.generate import Sampling
 from model.images import find_images
+from model.printable import printable
 from model.prompt import put_marks
 from trainer.distributed import Run
 from trainer.script import AgreedError, print_stream
@@ -42,7 +43,7 @@ def describe_all(run: Run, args: argparse.Namespace, chat: Chat) -> None:
         mine[position] = print_stream(pieces) if run.world_size == 1 else "".join(pieces)
     if run.world_size > 1:
         for text in run.gather_in_order(mine):
-            print(text)
+            print(printable(text))
     if num_bad := sum(run.share(len(bad))):
         raise AgreedError(f'{num_bad} of {len(shown)} could not be described: see "passed over" above')
 

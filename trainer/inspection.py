@@ -19,6 +19,7 @@ from model.data.dataset import VLMDataset, tokenize
 from model.device import choose_device, choose_dtype
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
+from model.printable import one_line, printable
 from model.prompt import MARK, Renderer, load_tokenizer, normalise_turns
 from model.transformer import Transformer
 from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
@@ -43,6 +44,7 @@ from trainer.meter import ENOUGH, MAX_BAD_SHARE, describe_cut
 from trainer.optimizer import choose_trained
 from trainer.samples import Measured, bad_rows, decode_sample, measure, well_formed
 from trainer.saves import RunFiles
+from trainer.script import MOST_SHOWN
 from trainer.stage import LoadedStage, compare_inputs, load_model, make_batches, settings_of
 
 NUM_ANSWERS = 8  # rows whose answers the language model is measured on
@@ -72,7 +74,7 @@ def inspect(args: argparse.Namespace, stage: Stage, script: str, num_loaded: int
             Check(run, args, stage, problems, num_loaded).everything()
             report("check", f"{len(problems)} problem(s)" if problems else "everything is in place")
             for problem in problems:
-                print(f"error: {problem}", file=sys.stderr, flush=True)
+                print(f"error: {one_line(problem, MOST_SHOWN)}", file=sys.stderr, flush=True)
     return problems
 
 
@@ -364,7 +366,7 @@ class Check:
 
 
 def report(name: str, text: str) -> None:
-    for number, line in enumerate(text.splitlines()):
+    for number, line in enumerate(printable(text).split("\n")):
         print(f"{'' if number else name:<12}{line}", flush=True)
 
 

@@ -30,6 +30,7 @@ from model.data.video import Frame, file_of, open_images
 from model.files import write_text
 from model.generate import Sampling
 from model.images import check_is_file
+from model.printable import printable
 from model.prompt import IMAGE_MARK, VIDEO_MARK, find_marks, normalise_turns, put_marks
 from trainer.distributed import Run
 from trainer.inputs import answers_path
@@ -319,7 +320,7 @@ def report_scores(records: list[dict], report_path: Path | None) -> None:
     table = pandas.DataFrame(scores, columns=["split", "kind", "control", "right"]).pivot_table(
         index=["split", "kind"], columns="control", values="right", aggfunc="mean", sort=False, observed=True
     )
-    print(table.to_string(float_format="{:.3f}".format, na_rep=""))
+    print(printable(table.to_string(float_format="{:.3f}".format, na_rep="")))
     if not report_path:
         return
     report: dict = {}

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model.names import CLIP_PATH, DEVICE, DTYPES, TOKENIZER_PATH, find_weights
+from model.printable import one_line, printable
 
 WORD = re.compile(r"""\s*(\#.*|(?:"[^"]*"|'[^']*'|[^\s"'])+)""", re.ASCII)  # of a recipe, or a comment
 QUOTED = re.compile(r""""([^"]*)"|'([^']*)'""")
+MOST_SHOWN = 4000  # characters of an error
 SEED_LIMIT = 2**63  # PyTorch's generators take no more
 
 
@@ -101,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {one_line(message, MOST_SHOWN)} (--help lists the flags)\n")
 
     def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """As argparse, then every flag against its bounds. Raises ValueError with all that are outside."""
@@ -269,7 +271,7 @@ def print_stream(pieces: Iterator[str]) -> str:
     """Print an answer as it is made; returns it."""
     answer = ""
     for text in pieces:
-        print(text, end="", flush=True)
+        print(printable(text), end="", flush=True)
         answer += text
     print()
     return answer
@@ -313,5 +315,5 @@ def print_and_exit(message: str, agreed: bool = False) -> None:
     if not is_main:
         time.sleep(5)
     if is_main or not agreed:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(message, MOST_SHOWN)}", file=sys.stderr, flush=True)
     sys.exit(2)

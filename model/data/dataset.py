@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,8 +31,12 @@ from model.data.spec import DatasetSpec
 from model.data.steady import LostFile
 from model.data.video import Frame, expand_videos, load_images
 from model.files import check_image_dir
+from model.printable import one_line
 from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, find_marks, normalise_turns
 from model.vision_utils import ImageProcessor
+
+# What the content of a row, an image or a video can cause, in the decoders and in what is computed of it.
+CONTENT = (ValueError, OSError, MemoryError, ArithmeticError, RecursionError, EOFError, struct.error)
 
 
 def check_row(
@@ -99,7 +104,7 @@ def no_such_file(row: dict, key: str) -> str:
 
 class VLMDataset(Dataset):
     """Samples of one data file; a sample that cannot be used comes out as a BadSample naming file, row and
-    reason. Any other exception is a mistake in the program."""
+    reason, whatever is in its files. Any exception but CONTENT is a mistake in the program."""
 
     def __init__(
         self,
@@ -126,8 +131,8 @@ class VLMDataset(Dataset):
             return self.sample(position)
         except LostFile as error:
             return BadSample(one_line(str(error), 1000), ends_run=True)
-        except (ValueError, FileNotFoundError) as error:
-            return BadSample(f"{self.name(position)}: {one_line(str(error))}")
+        except CONTENT as error:
+            return BadSample(f"{self.name(position)}: {reason_of(error)}")
 
     def check_rows(self) -> None:
         """Raise ValueError for the first malformed row; better now than in the third hour. Opens no images.
@@ -149,8 +154,10 @@ class VLMDataset(Dataset):
         """What is wrong with a row, as far as it shows without its images; "" if nothing is."""
         try:
             self.check(row)
-        except ValueError as error:
-            return one_line(str(error))
+        except LostFile:
+            raise
+        except CONTENT as error:
+            return reason_of(error)
         return ""
 
     def check(self, row) -> tuple[list[str], list[dict]]:
@@ -170,7 +177,9 @@ class VLMDataset(Dataset):
     def rough_length(self, row) -> int:
         try:
             names, turns = self.check(row)
-        except ValueError:
+        except LostFile:
+            raise
+        except CONTENT:
             return 0
         texts = normalise_turns(turns)
         # Videos are not opened here: each counts as if it were long.
@@ -188,7 +197,7 @@ class VLMDataset(Dataset):
     def name(self, position: int) -> str:
         """How a person finds the row."""
         label = ""
-        with contextlib.suppress(ValueError, KeyError, TypeError, LostFile):  # a bad row may have no id
+        with contextlib.suppress(*CONTENT, KeyError, TypeError):  # a bad row may have no id
             label = f" (id {one_line(str(self.rows[position]['id']), 80)})"
         return f"{self.rows.path}, row {position + 1}{label}"
 
@@ -238,10 +247,10 @@ class VLMDataset(Dataset):
         return find_file(self.image_dir, name, self.spec.image_prefix)
 
 
-def one_line(text: str, limit: int = 300) -> str:
-    """Text from the data as a terminal can show it: without line ends, control characters and surrogates."""
-    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[:limit])
-    return shown + "..." if len(text) > limit else shown
+def reason_of(error: Exception) -> str:
+    """Why a row is bad, in one line."""
+    words = {MemoryError: "it needs too much memory", RecursionError: "it is nested too deeply"}
+    return words.get(type(error)) or one_line(str(error) or type(error).__name__)
 
 
 def tokenize(turns: list[dict], renderer: Renderer) -> dict[str, Tensor | int]:

@@ -16,7 +16,10 @@ FILE_ADDRESS = re.compile(r"file:(//(localhost(?=/))?)?(/(?=[a-z]:))?", re.IGNOR
 COMMA = re.compile(r"(?<!;base64),", re.IGNORECASE)  # between names; that of a data: address is none
 DATA_ADDRESS = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 # Base64 without an address: long, and it begins as images do (JPEG, PNG, GIF, WebP, BMP, TIFF).
-BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}[=\s]*")
+BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}+[=\s]*+")
+
+
+MAX_EMBEDDED = 256 << 20  # letters of base64: 192 MB
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,11 @@ class Embedded:
         return self.name
 
     def read(self) -> bytes:
-        """What would be in its file. Raises ValueError if it is not base64."""
+        """What would be in its file. Raises ValueError if it is not base64, or too long."""
         found = [name for name in file_names(self.rows[self.position], "image") if is_embedded(name)]
         text = "".join(DATA_ADDRESS.sub("", found[self.number], 1).split())
+        if len(text) > MAX_EMBEDDED:
+            raise ValueError(f"it has {len(text):,} letters of base64: at most {MAX_EMBEDDED:,} are read")
         return base64.b64decode(text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4), validate=True)
 
 
