@@ -4,19 +4,16 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import LONG, ROOT, check_refused, check_same, run_script, wait_until
+from conftest import LONG, ROOT, check_refused, run_script
 from PIL import Image
 
 from benchmarks.llava import to_llava, to_llava_ids
 from model.chat import load_chat
-from model.checkpoint import load_weights, read_state_dict
-from model.description import read_description
+from model.checkpoint import load_weights
 from model.generate import Sampling, generate
 from model.images import open_image
 from model.transformer import Transformer
@@ -140,67 +137,6 @@ def test_pairs_and_videos_are_scored_with_their_controls(place):
     assert all(
         {"real", "blank", "shuffled", "shuffled_frames"} <= set(row) for row in report["videos"].values()
     )
-
-
-def check_whole(out: Path) -> None:
-    """Every file that a killed run left can be read."""
-    weights, unfinished = out / "96_vlm_pretrain.pth", out / "96_vlm_pretrain.resume"
-    if weights.is_file():
-        assert read_state_dict(weights) and read_description(weights)["step"] > 0
-    if unfinished.is_file():
-        assert torch.load(unfinished, weights_only=True)["step"] > 0
-
-
-def kill_at_a_random_moment(command: list, out: Path, random: np.random.Generator, longest: float) -> None:
-    """SIGKILL: soon after the start; or, up to `longest` seconds after its first save, between saves or while
-    one is written."""
-    moment, weights = random.choice(["start", "steps", "save", "save"]), out / "96_vlm_pretrain.pth"
-    before = weights.stat().st_mtime_ns if weights.is_file() else 0
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if moment == "start":
-        time.sleep(random.uniform(0, 4))
-    else:
-        wait_until(lambda: weights.is_file() and weights.stat().st_mtime_ns > before)
-        time.sleep(random.uniform(0, longest))
-        if moment == "save":
-            wait_until(lambda: list(out.glob(".*.tmp")), pause=0)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.kill()
-    process.wait()
-
-
-def test_killed_at_any_moment_it_ends_in_the_same_bits(place, tmp_path):
-    """The pretraining of this world, killed and resumed; MINIMIND_KILLS=20 takes a longer run and minutes."""
-    kills = int(os.environ.get("MINIMIND_KILLS", 4))
-    flags = [f"@{place}/demo/pretrain.args", *([f"--max_steps={25 * kills}"] if kills > 4 else [])]
-    python, script = ROOT / ".venv/bin/python", "1-pretrain_vlm.py"
-    expected = place / "out"  # quickstart.sh has trained it without an interruption
-    for folder in (tmp_path / "whole", tmp_path / "killed"):
-        folder.mkdir()
-        shutil.copy(place / "out" / "96_llm.pth", folder)
-    if kills > 4:
-        expected = tmp_path / "whole"
-        subprocess.run([python, script, *flags, f"--out_dir={expected}"], cwd=ROOT, check=True)
-    out = tmp_path / "killed"
-    command = [
-        python,
-        script,
-        *flags,
-        f"--out_dir={out}",
-        "--save_interval=2",
-        "--log_interval=1",
-        "--resume",
-    ]
-    random, steps = np.random.default_rng(int(os.environ.get("MINIMIND_KILL_SEED", 0))), []
-    for _ in range(kills):
-        kill_at_a_random_moment(command, out, random, longest=0.3 if kills <= 4 else 3)
-        check_whole(out)
-        steps.append(read_description(out / "96_vlm_pretrain.pth").get("step", 0))
-    subprocess.run(command, cwd=ROOT, check=True)
-    print(f"killed with {steps} steps saved")
-    assert steps[-1] > 0
-    check_same(*(read_state_dict(folder / "96_vlm_pretrain.pth") for folder in (out, expected)))
-    assert not (out / "96_vlm_pretrain.resume").exists() and not list(out.glob(".*.tmp"))
 
 
 def test_a_world_is_never_mixed_with_another(place):
