@@ -12,6 +12,7 @@ from conftest import ROOT, check_refused, check_same, run_clean, run_script, wei
 from model.data import rows as rows_module
 from model.data import steady
 from model.data.steady import LostFile, SteadyFile
+from model.description import read_description
 from trainer.loop import Trainer
 
 SCRIPT = "1-pretrain_vlm.py"
@@ -118,6 +119,15 @@ def test_with_and_without_workers(workplace, capsys, monkeypatch, workers, name)
     flags = [f"@{workplace}/args", f"--max_steps={STEPS}", f"--num_workers={workers}"]
     result = run_clean(capsys, SCRIPT, *flags, f"--feature_cache={workplace}/cache")
     check_refused(result, "was changed while it was in use", "all steps done are saved")
+
+
+def test_validation_rows_that_are_lost_cost_no_weights(workplace, capsys, monkeypatch):
+    """They are read last of all; what was wrong with them once ended the run before its last save."""
+    shutil.copy(workplace / "data.json", workplace / "val.json")
+    happen(monkeypatch, lambda: os.truncate(workplace / "val.json", 100))
+    flags = [f"@{workplace}/args", f"--val_data_path={workplace}/val.json", "--max_steps=3"]
+    check_refused(run_clean(capsys, SCRIPT, *flags), "val.json was changed while it was in use")
+    assert read_description(workplace / "out" / "32_vlm_pretrain.pth")["step"] == 3
 
 
 def test_a_data_file_that_is_replaced_by_another_is_read_on_as_it_was(workplace, capsys, monkeypatch):

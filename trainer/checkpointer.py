@@ -63,10 +63,15 @@ class Checkpointer:
                 self.run.print(f"{error}; training continues and will save again later")
 
     def save(self, validate: bool = True) -> None:
-        """Measure the validation loss, and save everything. Raises AgreedError rather than save a wreck."""
+        """Measure the validation loss, and save everything. What is wrong with the validation rows is raised
+        after that; AgreedError rather than save a wreck."""
         model = self.trainer.model
         check_finite(model, self.trainer.optimizer)
-        measured = self.validation.measure(self.trainer) if validate else {}
+        measured, problem = {}, None
+        try:
+            measured = self.validation.measure(self.trainer) if validate else {}
+        except Exception as error:
+            problem = error
         is_best = bool(measured) and self.files.is_best(measured["val_loss"])
         if measured:
             self.log.write(step=self.step, **measured)
@@ -78,6 +83,8 @@ class Checkpointer:
         self.files.save(model, self.step, self.total_steps, state, **measured)
         if is_best:
             self.files.save_best(model, self.step, measured["val_loss"])
+        if problem:
+            raise problem
 
     @contextlib.contextmanager
     def finishing(self, interruption: Interruption) -> Iterator[None]:
