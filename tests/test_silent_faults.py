@@ -64,8 +64,8 @@ def test_the_length_that_holds_most_rows():
 
 
 def spoil_features(monkeypatch, number: int) -> None:
-    """Let the features of one image be such that the loss of its steps is not finite. (In the cache's file that
-    would be damage, and refused.)"""
+    """Let the features of one image be such that the loss of its steps is not finite. (In the cache's file
+    that would be damage, and refused.)"""
     read = FeatureStore.read
     monkeypatch.setattr(
         FeatureStore, "read", lambda self, place: read(self, place) * (np.nan if place == number else 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from model.data.dataset import VLMDataset
+from model.data.dataset import CONTENT, VLMDataset
 from model.data.feature_store import FeatureStore, image_key, image_keys, store_name
 from model.data.steady import LostFile
 from model.data.video import Frame, file_of, load_images
@@ -106,7 +106,9 @@ def images_of(dataset: VLMDataset) -> set[Path | Frame]:
     for position in range(len(dataset)):
         try:
             images.update(dataset.expand(position)[0])
-        except (ValueError, FileNotFoundError):
+        except LostFile:
+            raise
+        except CONTENT:
             continue  # the dataset reports it, with file and row
     return images
 
@@ -122,7 +124,9 @@ def find_missing(
     for group in progress_bar(files, disable=not run.is_main, unit="image", desc="looking for features"):
         try:
             keys = image_keys(group)
-        except (FileNotFoundError, ValueError):
+        except LostFile:
+            raise
+        except CONTENT:
             continue
         missing |= {key.tobytes(): image for key, image in zip(keys, group, strict=True) if key not in store}
     everywhere = {key: image for part in run.share(missing) for key, image in part.items()}
@@ -166,7 +170,7 @@ class Images(Dataset):
             return (key, pixels) if image_key(image).tobytes() == key else None
         except LostFile as error:
             return str(error)
-        except (ValueError, FileNotFoundError):
+        except CONTENT:
             return None
 
 
