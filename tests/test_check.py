@@ -293,7 +293,7 @@ def test_what_becomes_of_the_files_of_an_earlier_run(good_place, look):
     path = good_place / "out" / "32_vlm_pretrain.json"
     path.write_text(path.read_text().replace('"total_steps": 6', '"total_steps": 9'))
     settings = json.loads(path.read_text())["settings"] | {"total_steps": 9}
-    state = {"format": RESUME_FORMAT, "step": 6, "settings": settings, "best_loss": 1.0, "model": weights}
+    state = {"format": RESUME_FORMAT, "step": 6, "settings": settings, "model": weights}
     atomic_write(path.with_suffix(".resume"), lambda file: save_sealed(state, file))
     before = contents(good_place)
     assert "resumes from step 6 of 9" in look(good_place, "--max_steps=9", "--resume")[1]

@@ -1,127 +1,157 @@
-"""Runs that are killed (SIGKILL) at any moment and resumed end in the same bits.
+"""SIGKILL at any moment while an index, a feature cache or a demo world is made: what is there afterwards is
+used and right, and what is made in the end is the same to the bit as if nothing had happened."""
 
-MINIMIND_KILLS=17 MINIMIND_KILL_SEED=1    the long form: so many kills of each kind, some minutes
-"""
-
-import os
-import signal
-import subprocess
-import sys
+import json
+import multiprocessing
+import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, check_same, children_of, run_script, wait_until, weights_of
-from test_resume import records_of
+from conftest import LONG, save_image
 
-from model.checkpoint import read_state_dict
-from model.description import read_description
-from trainer.saves import read_resume_file
+from dataset.demo_world.build import World
+from model.data import rows as rows_module
+from model.data.feature_store import FeatureStore, image_keys
+from model.data.rows import Rows
+from model.locks import claimed
 
-SCRIPT, NAME = "1-pretrain_vlm.py", "32_vlm_pretrain"
-KILLS = int(os.environ.get("MINIMIND_KILLS", 1))
-SEED = int(os.environ.get("MINIMIND_KILL_SEED", 0))
-MODES = {
-    "one process": [],
-    "two workers": ["--num_workers=2"],
-    "a cache is filled": ["--feature_cache={}/features", "--val_fraction=0.2", "--keep_best"],
-    "accumulation in 16 bits": ["--dtype=bfloat16", "--batch_size=2", "--accumulation_steps=2"],
-    "generations": ["--keep=3", "--save_interval=2"],
-    "a rank": [],
-    "the agent": [],
-}
-SHORT = ("a cache is filled", "accumulation in 16 bits", "a rank")
+NUM_KILLS = 6
 
 
-class Killing:
-    """A run that is started again and again with --resume, and killed each time."""
-
-    def __init__(self, workplace: Path, mode: str, flags: list[str]):
-        self.out, self.mode, self.flags = workplace / "out", mode, flags
-        self.random = np.random.default_rng(SEED)
-        self.processes = 2 if mode in ("a rank", "the agent") else 1
-
-    @property
-    def command(self) -> list[str]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        return [sys.executable, *(launcher if self.processes == 2 else []), SCRIPT, *self.flags]
-
-    def kill(self) -> str:
-        """At a random moment: soon after the start; up to a second after a save; while one is written."""
-        moment = self.random.choice(["start", "steps", "save", "save"] if KILLS > 1 else ["save"])
-        weights = self.out / f"{NAME}.pth"
-        before = weights.stat().st_mtime_ns if weights.is_file() else 0
-        run = subprocess.Popen(
-            self.command,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        if moment == "start":
-            time.sleep(self.random.uniform(0, 8))
-        else:
-            wait_until(
-                lambda: weights.is_file() and weights.stat().st_mtime_ns > before or run.poll() is not None
-            )
-            time.sleep(self.random.uniform(0, 1))
-        if moment == "save":
-            wait_until(lambda: any(self.out.glob(".*.tmp")) or run.poll() is not None, pause=0)
-        assert run.poll() is None, "the run ended before it could be killed"
-        workers = children_of(run.pid) if self.processes == 2 else []
-        victims = workers[:1] if self.mode == "a rank" and workers else [run.pid]
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
-        run.wait()
-        for pid in workers:  # whose agent is gone may go on, and hold what they write
-            wait_until(lambda pid=pid: not is_alive(pid), pause=0.1) if self.mode == "a rank" else end(pid)
-        return moment
-
-    def check_whole(self) -> int:
-        """Every file can be read; returns the step that was saved last."""
-        for path in self.out.glob(f"{NAME}*.pth"):
-            assert read_state_dict(path) and read_description(path)["step"] > 0
-        steps = [read_resume_file(path)["step"] for path in self.out.glob(f"{NAME}.resume*")]
-        return max(steps, default=0)
-
-    def finish(self) -> None:
-        result = run_script(*self.command[1:])
-        assert result.returncode == 0, result.stderr
+def killed(target: Callable[[], None], seconds: float) -> None:
+    """Do something in a process of its own that is killed after so many seconds."""
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    time.sleep(seconds)
+    process.kill()
+    process.join(LONG)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("lock", ".lock")
+    }
 
 
-def end(pid: int) -> None:
-    if is_alive(pid):
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not is_alive(pid))
+def duration(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
 
 
-@pytest.mark.parametrize("mode", MODES if KILLS > 1 else SHORT)
-def test_killed_at_any_moment_it_ends_in_the_same_bits(workplace, mode, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    flags = [f"@{workplace}/args", f"--max_steps={40 * KILLS + 10}", "--save_interval=1"]
-    flags += [flag.format(workplace) for flag in MODES[mode]]
-    undisturbed = Killing(workplace, mode, flags)
-    undisturbed.finish()
-    expected, record = weights_of(workplace), records_of(workplace)
-    for path in [*(workplace / "out").glob(f"{NAME}*"), *workplace.glob("features/*/*")]:
-        path.unlink()
-    killing = Killing(workplace, mode, [*flags, "--resume"])
-    steps = []
-    for _ in range(KILLS):
-        moment = killing.kill()
-        steps.append(f"{killing.check_whole()} ({moment})")
-    killing.finish()
-    print(f"{mode}: killed with {', '.join(steps)} steps saved")
-    check_same(weights_of(workplace), expected)
-    assert records_of(workplace) == record
-    assert not list((workplace / "out").glob(f"{NAME}.resume*"))
-    assert not list((workplace / "out").glob(".*"))
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_an_index_whose_builder_is_killed(tmp_path, monkeypatch, name):
+    import pandas
+
+    monkeypatch.setattr(rows_module, "SMALL", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    rows, path = [{"id": number, "text": "行" * (number % 50)} for number in range(5000)], tmp_path / name
+    if name.endswith(".parquet"):
+        pandas.DataFrame(rows).to_parquet(path)
+    elif name.endswith(".jsonl"):
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        path.write_text(json.dumps(rows))
+    folder, draw = path.with_name(f".{name}.index"), random.Random(0)
+    long = duration(lambda: Rows(path).remember("sum", lambda: 7))
+    expected = contents(folder)
+
+    def build() -> None:
+        Rows(path).remember("sum", lambda: 7)
+
+    for _ in range(NUM_KILLS):
+        for file in folder.iterdir():
+            file.unlink()
+        killed(build, draw.uniform(0, 1.2 * long))
+        again = Rows(path)
+        assert again.remember("sum", lambda: 7) == 7 and list(again)[::97] == rows[::97]
+        assert {name: part for name, part in contents(folder).items() if ".tmp" not in name} == expected
+
+
+def test_a_feature_cache_whose_filling_is_killed(tmp_path):
+    images = [tmp_path / f"{number}.png" for number in range(40)]
+    for number, image in enumerate(images):
+        save_image(image, number)
+    keys, features = np.stack(image_keys(images)), torch.randn(40, 5, 6).numpy()
+
+    def fill(folder: Path = tmp_path / "killed") -> None:
+        store = FeatureStore(folder, "float32")
+        missing = [number for number, key in enumerate(keys) if key not in store]
+        for start in range(0, len(missing), 4):
+            part = missing[start : start + 4]
+            store.add(keys[part], features[part])
+
+    long, draw = duration(lambda: fill(tmp_path / "whole" / "killed")), random.Random(1)
+    for _ in range(NUM_KILLS):
+        killed(fill, draw.uniform(0, long))
+        store = FeatureStore(tmp_path / "killed", "float32")
+        assert not store.damaged
+        for number, image in enumerate(images):
+            (found,) = store.read_all([image])
+            assert found is None or np.array_equal(found.numpy(), features[number])
+    fill()
+    found = {name: part for name, part in contents(tmp_path / "killed").items() if ".tmp" not in name}
+    assert found == contents(tmp_path / "whole" / "killed")
+
+
+class SmallWorld(World):
+    """Those parts alone that are made within a second."""
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        every = super().parts()
+        return {name: every[name] for name in ("images", "sentences", "tokenizer")}
+
+
+def test_a_demo_world_whose_builder_is_killed(tmp_path):
+    def world(name: str) -> SmallWorld:
+        return SmallWorld(tmp_path / name, "tiny", seed=3)
+
+    long, draw = duration(world("whole").build), random.Random(2)
+    for _ in range(NUM_KILLS):
+        killed(world("killed").build, draw.uniform(0, long / 2))
+    world("killed").build()
+    one, other = (contents(tmp_path / name) for name in ("whole", "killed"))
+    del one["world.json"], other["world.json"]  # how long its parts took
+    assert one == other and not (tmp_path / "killed.building").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"[" * 100_000, b'{"seconds": 5}', b"\xff\xfe"])
+def test_a_demo_world_whose_notes_are_damaged(tmp_path, damage):
+    """Half-made, it is begun anew; ready-made, it is refused by name."""
+    world = SmallWorld(tmp_path / "demo", "tiny", seed=3)
+    world.work.mkdir()
+    (world.work / "world.json").write_bytes(damage)
+    (world.work / "old").write_text("")
+    world.build()
+    assert not (tmp_path / "demo" / "old").exists()
+    (tmp_path / "demo" / "world.json").write_bytes(damage)
+    with pytest.raises(ValueError, match="demo holds something else; choose another --out"):
+        world.build()
+
+
+def test_two_builders_of_one_demo_world(tmp_path):
+    """They wrote into each other's files."""
+
+    def hold() -> None:
+        with claimed(tmp_path / "demo", "x"):
+            time.sleep(LONG)
+
+    holder = multiprocessing.get_context("fork").Process(target=hold)
+    holder.start()
+    lock = tmp_path / ".demo.lock"
+    while not (lock.is_file() and lock.read_bytes()):
+        assert holder.is_alive()
+    with pytest.raises(
+        ValueError, match=rf"demo is being written by process {holder.pid} on .*another --out"
+    ):
+        SmallWorld(tmp_path / "demo", "tiny", seed=3).build()
+    holder.kill()
+    holder.join(LONG)
+    SmallWorld(tmp_path / "demo", "tiny", seed=3).build()
+    assert (tmp_path / "demo" / "world.json").is_file()

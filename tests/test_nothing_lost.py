@@ -337,6 +337,23 @@ def test_the_weights_are_saved_before_the_best_ones(workplace, monkeypatch, caps
     assert read_description(workplace / "out" / "32_vlm_pretrain.pth")["step"] == 4
 
 
+def test_the_best_weights_are_there_after_a_kill_between_the_two(workplace, monkeypatch):
+    """The weights are saved, those of the lowest loss, the same ones, not yet."""
+    flags = ["--val_fraction=0.1", "--keep_best", "--save_interval=1", "--max_steps=6"]
+    train_here(workplace, *flags)
+    path = workplace / "out" / "32_vlm_pretrain.best.pth"
+    expected, described = read_state_dict(path), read_description(path)
+    for file in path.parent.glob("32_vlm_pretrain.*"):
+        file.unlink()
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(RunFiles, "save_best", lambda *_: (_ for _ in ()).throw(PowerCut))
+        train_here(workplace, *flags)
+    assert not path.exists()
+    train_here(workplace, *flags, "--resume")
+    check_same(read_state_dict(path), expected)
+    assert read_description(path)["val_loss"] == described["val_loss"]
+
+
 # ---- signals and names -------------------------------------------------------------------------------------
 
 

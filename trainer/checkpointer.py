@@ -72,7 +72,7 @@ class Checkpointer:
             measured = self.validation.measure(self.trainer) if validate else {}
         except Exception as error:
             problem = error
-        is_best = bool(measured) and self.files.is_best(measured["val_loss"])
+        is_best = bool(measured) and self.files.is_best(measured["val_loss"], self.step)
         if measured:
             self.log.write(step=self.step, **measured)
         state = {

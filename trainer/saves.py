@@ -73,7 +73,8 @@ class RunFiles:
         self.resume_path = weights_out.with_suffix(".resume")
         self.settings = settings
         self.description = description | {"settings": settings, "versions": versions()}
-        self.is_first, self.last_step, self.best_loss = True, 0, float("inf")
+        self.is_first, self.last_step = True, 0
+        self.best_loss, self.best_step = float("inf"), 0
 
     # ---- the start -----------------------------------------------------------------------------------------
 
@@ -90,7 +91,10 @@ class RunFiles:
         model.load_state_dict(state.pop("model"))
         if self.args.resume_weights_only:
             return None
-        self.is_first, self.last_step, self.best_loss = False, state["step"], state["best_loss"]
+        self.is_first, self.last_step = False, state["step"]
+        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+        if self.args.keep_best and self.run.is_main:
+            self.mend_best(model)
         return state
 
     def read_start(self, model: nn.Module) -> dict | None:
@@ -110,11 +114,18 @@ class RunFiles:
             )
         if not unfinished:
             return None
-        state = self.check_settings(read_resume_file(unfinished), unfinished)
-        best = self.path.with_suffix(".best.pth")
-        if self.args.keep_best and read_description(best).get("val_loss") != state["best_loss"]:
-            state["best_loss"] = float("inf")  # its weights were not saved
-        return state
+        return self.check_settings(read_resume_file(unfinished), unfinished)
+
+    def mend_best(self, model: nn.Module) -> None:
+        """The best weights are saved last: a run killed just before is resumed with them."""
+        path = self.path.with_suffix(".best.pth")
+        if read_description(path).get("step", 0) == self.best_step:
+            return
+        if self.best_step == self.last_step:
+            self.save_best(model, self.best_step, self.best_loss)
+        else:
+            self.run.print(f"{path} is not there any more: the best weights are searched for anew")
+            self.best_loss, self.best_step = float("inf"), 0
 
     def newest_resume_file(self) -> Path | None:
         return next((path for path in self.resume_files() if path.is_file()), None)
@@ -209,6 +220,7 @@ class RunFiles:
             "step": step,
             "settings": self.settings,
             "best_loss": self.best_loss,
+            "best_step": self.best_step,
             "model": model.state_dict(),
         }
 
@@ -227,10 +239,12 @@ class RunFiles:
             if source.is_file():
                 link_or_copy(source, self.older(number))
 
-    def is_best(self, val_loss: float) -> bool:
+    def is_best(self, val_loss: float, step: int) -> bool:
         """Had no save before a loss as low? Notes it."""
-        self.best_loss, before = min(self.best_loss, val_loss), self.best_loss
-        return self.best_loss < before
+        if val_loss >= self.best_loss:
+            return False
+        self.best_loss, self.best_step = val_loss, step
+        return True
 
     def save_best(self, model: nn.Module, step: int, val_loss: float) -> None:
         if self.args.keep_best and self.run.is_main:
