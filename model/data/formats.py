@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from model.data.parquet import Bound, read_parquet
 from model.files import describe_placeholder_file
 
 LINES, LIST, PARQUET = (".jsonl", ".ndjson"), ".json", ".parquet"
@@ -74,9 +75,10 @@ def rewrite(path: Path, form: Form, file: IO[bytes]) -> array | None:
     Rows keeps them). Raises ValueError, naming the file, if it cannot be read."""
     if form.kind == PARQUET:
         return write_parquet_rows(path, file)
-    decoder = codecs.getincrementaldecoder(form.encoding)()
+    decoder, bound = codecs.getincrementaldecoder(form.encoding)(), Bound(path)
     with unpacking(path), (gzip.open if form.is_gzip else open)(path, "rb") as source:
         while block := source.read(BLOCK):
+            bound.add(len(block))
             file.write(block if form.encoding.startswith("utf-8") else decoder.decode(block).encode())
         file.write(decoder.decode(b"", final=True).encode())
     return None
@@ -96,26 +98,8 @@ def unpacking(path: Path) -> Iterator[None]:
 def write_parquet_rows(path: Path, file: IO[bytes]) -> array:
     """Write the rows of a parquet file as jsonl; returns their spans."""
     spans, end = array("q"), 0
-    for row in read_parquet(path):
-        line = json.dumps(row, ensure_ascii=False, default=plain).encode()
+    for line in read_parquet(path):
         file.write(line + b"\n")
         spans.extend((end, end + len(line)))
         end += len(line) + 1
     return spans
-
-
-def read_parquet(path: Path) -> Iterator[dict]:
-    """Its rows, a batch at a time. Raises ValueError if it cannot be read."""
-    import pyarrow.parquet  # here, because json files need not wait for it
-
-    try:
-        with open(path, "rb") as file, pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=4096):
-                yield from batch.to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-
-def plain(value: object) -> str:
-    """What JSON has no form for: dates and the like as text; bytes are no text and no row needs them."""
-    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
