@@ -7,6 +7,7 @@ given out here: Gradio handles no file of a visitor.
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import re
 import secrets
@@ -235,9 +236,12 @@ class Guard:
         """From time to time: what belongs to visitors who have left goes."""
         while True:
             await asyncio.sleep(5)
-            for key in self.visitors.pop_gone():
+            gone = self.visitors.pop_gone()
+            for key in gone:
                 self.forget(key)
             self.images.drop_gone(self.visitors.is_here)
+            if gone:
+                return_memory()
 
 
 def check_site(scope, headers: Headers) -> None:
@@ -251,3 +255,9 @@ def check_site(scope, headers: Headers) -> None:
         "document",
     ):
         raise Refused(403, "Pages of other sites may not use this one.")
+
+
+def return_memory() -> None:
+    """What was freed goes back to the system; by itself, glibc keeps most of it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from serving.visitors import Visitors, answers_to
 
 MOST_WAITING = 100
 NEAR, NEAR_SECONDS, FAR_SECONDS = 10, 1, 4  # how often a place is told: to those in front oftener
+BETWEEN = 0.2  # seconds between two texts, where others wait
 ARRIVAL = 60  # seconds until a page that asked has opened the connection that brings the answer
 AWAY = 10  # seconds without that connection, after which a question is given up
 
@@ -52,12 +54,20 @@ class Line:
                 if not self.is_watched(place):
                     return
             loop, texts = asyncio.get_running_loop(), reply()
-            while (text := await loop.run_in_executor(self.model, next, texts, None)) is not None:
+            while (text := await loop.run_in_executor(self.model, self.pull, texts)) is not None:
                 yield text
         finally:
             if texts is not None:  # it may be at work still: then after that
                 self.model.submit(texts.close)
             self.leave(place)
+
+    def pull(self, texts: Iterator[str]) -> str | None:
+        """The next text. To show it takes longer than to make it: where others wait, not every one is."""
+        text = latest = next(texts, None)
+        end = time.monotonic() + BETWEEN
+        while latest is not None and len(self.places) > 1 and time.monotonic() < end:
+            text, latest = latest, next(texts, None)
+        return text if latest is None else latest
 
     def join(self, owner: str) -> Place:
         if any(place.owner == owner for place in self.places):

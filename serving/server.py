@@ -1,6 +1,7 @@
 """The page on a port of this computer, until it is interrupted."""
 
 import contextlib
+import ctypes
 import socket
 import sys
 
@@ -31,6 +32,7 @@ def serve(page: gr.Blocks, site: Site, host: str, port: int, allowed_hosts: list
     hosts = Hosts(host, port, allowed_hosts)
     app = guard_page(page, site, hosts)
     allow_many_files()
+    share_heap()
     config = uvicorn.Config(
         app,
         log_level="critical",  # the guard reports
@@ -145,3 +147,9 @@ def allow_many_files() -> None:
         wanted = 2 * MOST_CONNECTIONS
         if soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+
+
+def share_heap() -> None:
+    """All threads allocate from two heaps: with one each, many visitors at once would leave many behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX of glibc
