@@ -51,7 +51,7 @@ def test_an_index_whose_builder_is_killed(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(rows_module, "SMALL", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    rows, path = [{"id": number, "text": "行" * (number % 50)} for number in range(5000)], tmp_path / name
+    rows, path = [{"id": number, "text": "行" * (number % 50)} for number in range(1500)], tmp_path / name
     if name.endswith(".parquet"):
         pandas.DataFrame(rows).to_parquet(path)
     elif name.endswith(".jsonl"):
@@ -101,11 +101,13 @@ def test_a_feature_cache_whose_filling_is_killed(tmp_path):
 
 
 class SmallWorld(World):
-    """Those parts alone that are made within a second."""
+    """What is made within a second."""
+
+    def images(self, split: str) -> dict:
+        return dict(list(super().images(split).items())[:10])
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        every = super().parts()
-        return {name: every[name] for name in ("images", "sentences", "tokenizer")}
+        return {name: part for name, part in super().parts().items() if name in ("images", "tokenizer")}
 
 
 def test_a_demo_world_whose_builder_is_killed(tmp_path):
@@ -114,14 +116,14 @@ def test_a_demo_world_whose_builder_is_killed(tmp_path):
 
     long, draw = duration(world("whole").build), random.Random(2)
     for _ in range(NUM_KILLS):
-        killed(world("killed").build, draw.uniform(0, long / 2))
+        killed(world("killed").build, draw.uniform(0, long))
     world("killed").build()
     one, other = (contents(tmp_path / name) for name in ("whole", "killed"))
     del one["world.json"], other["world.json"]  # how long its parts took
     assert one == other and not (tmp_path / "killed.building").exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"[" * 100_000, b'{"seconds": 5}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"[" * 100_000, b"\xff\xfe"])
 def test_a_demo_world_whose_notes_are_damaged(tmp_path, damage):
     """Half-made, it is begun anew; ready-made, it is refused by name."""
     world = SmallWorld(tmp_path / "demo", "tiny", seed=3)

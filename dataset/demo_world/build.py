@@ -1,5 +1,6 @@
 """The parts of a demo world, and the order in which they are made; __main__.py lists what they come to."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from dataset.demo_world import encoder, scenes, sentences, videos
 from model.data.dataset import VLMDataset
 from model.data.spec import TEXT
 from model.files import atomic_write, write_text
+from model.locks import claimed
 from model.names import weights_path
 from model.prompt import Renderer
 from model.transformer import Transformer
@@ -67,12 +69,18 @@ class World:
         return np.random.default_rng([self.seed, *part.encode()])
 
     def build(self) -> None:
-        """Make what is missing. Raises ValueError if another world lies in the folder."""
-        if self.folder.exists():
-            self.check_identity()
-            return
+        """Make what is missing. Raises ValueError if another world lies in the folder, or another process is
+        at work there."""
+        if not self.folder.exists():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with claimed(self.folder, "wait until it is made, or choose another --out"):
+                if not self.folder.exists():
+                    self.make_parts()
+        self.check_identity()
+
+    def make_parts(self) -> None:
         state = read_json(self.work / "world.json")
-        if state.get("identity") != self.identity:
+        if state.get("identity") != self.identity or not isinstance(state.get("seconds"), dict):
             shutil.rmtree(self.work, ignore_errors=True)
             state = {"identity": self.identity, "seconds": {}}
         self.work.mkdir(parents=True, exist_ok=True)
@@ -80,6 +88,7 @@ class World:
             if name not in state["seconds"]:
                 started = time.perf_counter()
                 part()
+                sync()
                 state["seconds"][name] = round(time.perf_counter() - started, 1)
                 write_json(self.work / "world.json", state)
         os.rename(self.work, self.folder)
@@ -277,7 +286,17 @@ class World:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The object in a file; {} where there is none, or no whole one."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        values = json.loads(path.read_bytes())
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def sync() -> None:
+    """Have the system write out what it still holds: a part counts as made once it outlives a power cut."""
+    if hasattr(os, "sync"):  # Windows has none
+        os.sync()
 
 
 def write_json(path: Path, values: dict | list) -> None:
