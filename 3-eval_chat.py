@@ -22,7 +22,7 @@ from pathlib import Path
 
 from model.data.spec import SFT_MULTI
 from model.names import STAGES, find_recorded
-from trainer.inputs import check_report
+from trainer.inputs import check_report, claim_report
 from trainer.script import (
     SEED_LIMIT,
     Checked,
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     from trainer.distributed import start_run
     from trainer.scoring import check_question_files, score_questions
 
-    with start_run(args.device) as run:
+    with start_run(args.device) as run, claim_report(args.report, run.is_main):
         check_question_files(args.questions or [])
         chat = load_chat(
             weights,

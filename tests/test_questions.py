@@ -2,6 +2,7 @@
 mix."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from conftest import (
     make_question,
     run_clean,
     run_inside,
+    run_script,
     write_questions,
 )
 
+from model.locks import claimed
 from trainer.scoring import name_files
 
 
@@ -105,3 +108,14 @@ def test_scores_and_answers_do_not_mix(workplace, seeing):
     assert set(json.loads((workplace / "r-1.5").read_text())) == {"x"}
     found = {path.name: len(path.read_text().splitlines()) for path in workplace.glob("*.answers.jsonl")}
     assert found == {"r-1.0.answers.jsonl": 3, "r-1.5.answers.jsonl": 1, "r.answers.jsonl": 2}
+
+
+def test_two_evaluations_do_not_write_one_report(workplace, seeing, capsys):
+    """The second overwrote the first's answers, and the scores beside them were of either."""
+    path = write_questions(workplace / "questions.jsonl", make_question())
+    flags = [*seeing, "--questions", path, f"--report={workplace}/r.json"]
+    with claimed(workplace / "r.json", "x"):
+        second = run_script("3-eval_chat.py", *flags)  # a process of its own: a lock keeps out no other part
+    check_refused(second, f"{workplace}/r.json is being written by process {os.getpid()} on ", "--report")
+    assert run_clean(capsys, "3-eval_chat.py", *flags).returncode == 0
+    assert not list(workplace.glob("*.lock")) and not list(workplace.glob("*.tmp"))

@@ -1,6 +1,8 @@
 """What can be said of a stage before PyTorch is loaded: what it reads and writes, and whether it is there."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from model.files import (
     read_json,
 )
 from model.LMConfig import EXPERT_FIELDS, LMConfig
+from model.locks import claimed
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
 
 ABOUT = ("knows", "questions", "image_dir")  # what --about may say of the data
@@ -89,6 +92,17 @@ def check_report(report: Path) -> None:
             check_writable(path)
         except OSError as error:
             raise OSError(f"--report: {error}") from None
+
+
+@contextlib.contextmanager
+def claim_report(report: Path | None, is_main: bool) -> Iterator[None]:
+    """Keep other evaluations from a --report while this one works on it. Raises ValueError, naming the
+    process that has it."""
+    with contextlib.ExitStack() as stack:
+        if report and is_main:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(claimed(report, "wait for its end, or give another --report"))
+        yield
 
 
 def weights_cure(weights_in: str, use_moe: bool) -> str:

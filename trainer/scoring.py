@@ -27,7 +27,7 @@ from model.data.formats import kind_of
 from model.data.rows import Rows
 from model.data.sources import Embedded, file_names, find_file, locate
 from model.data.video import Frame, file_of, open_images
-from model.files import write_text
+from model.files import encode_text, write_together
 from model.generate import Sampling
 from model.images import check_is_file
 from model.printable import printable
@@ -329,6 +329,11 @@ def report_scores(records: list[dict], report_path: Path | None) -> None:
             control: round(float(score), 4) for control, score in values.dropna().items()
         }
     report_path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_text(answers_path(report_path), lines)
-    write_text(report_path, json.dumps(report, indent=1) + "\n")
+    answers = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    scores = json.dumps(report, indent=1) + "\n"
+    write_together(  # or a report could stand beside another's answers
+        {
+            answers_path(report_path): lambda file: file.write(encode_text(answers)),
+            report_path: lambda file: file.write(encode_text(scores)),
+        }
+    )
