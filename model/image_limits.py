@@ -8,7 +8,7 @@ that an image takes at most about 1.5 GB and, on one core, 15 seconds:
     WebP, AVIF, HEIF            64   their decoders hold an image several times
     JPEG                       256   from 128 on at half the size; some phones have 200
     JPEG in several scans      128   from 64 on at half the size: its decoder holds all of it
-    JPEG 2000                  256   from 32 on at a half, a quarter, ... of the size
+    JPEG 2000                  256   from 16 on at a half, a quarter, ... of the size
 """
 
 import io
@@ -23,7 +23,7 @@ MAX_PIXELS = 128_000_000
 MAX_SIDE = 1_000_000  # the memory of a resize grows with it
 FEWER_PIXELS = {"WEBP": 64_000_000, "AVIF": 64_000_000, "HEIF": 64_000_000}
 MAX_REDUCED = 256_000_000  # of a JPEG or JPEG 2000, which are decoded smaller
-MAX_JPEG2000 = 32_000_000  # what is decoded of one: 20 bytes and 0.2 microseconds a pixel
+MAX_JPEG2000 = 16_000_000  # what is decoded of one: 20 bytes and up to 0.8 microseconds a pixel
 MAX_BUFFERED = 64_000_000  # decoded in full of a JPEG in several scans
 MAX_FRAME_PIXELS = 36_000_000  # of a video, whose decoder holds a dozen: 8K has 33 million
 MAX_SCANNED = 2_500_000_000  # pixels x scans of a JPEG: 1 ns each; cameras and web pages use 10 to 18 scans

@@ -17,6 +17,7 @@ from model.vision_proj import CLOSE_ID, OPEN_ID, placeholder_ids
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
+MAX_VOCABULARY = 1_000_000
 MAX_TEXT = 500_000  # characters of a conversation: no context holds more, and a tokenizer takes seconds
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -160,6 +161,17 @@ def check_tokenizer(tokenizer, path: str | Path) -> None:
             f'the tokenizer at {path} gives "<" and ">" the ids {found}, but the image '
             f"placeholder is made of {OPEN_ID} and {CLOSE_ID} (MiniMind's); it cannot give "
             f"exactly 50 placeholder ids. {TOKENIZER_CURE}"
+        )
+    if not len(tokenizer) <= MAX_VOCABULARY:
+        raise ValueError(
+            f"the tokenizer at {path} has {len(tokenizer):,} tokens, at most {MAX_VOCABULARY:,} are read; "
+            f"{TOKENIZER_CURE}"
+        )
+    highest = max(tokenizer.backend_tokenizer.get_vocab().values(), default=0)
+    if highest >= len(tokenizer):
+        raise ValueError(
+            f"the tokenizer at {path} has {len(tokenizer):,} tokens, but one of number {highest:,}: numbers "
+            f"must have no gaps; {TOKENIZER_CURE}"
         )
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer at {path} names no bos_token or no eos_token; {TOKENIZER_CURE}")

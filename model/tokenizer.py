@@ -4,6 +4,9 @@ A tokenizer.json says all there is to say, so transformers, which takes two seco
 for folders without one, or where it would build on what that file says.
 """
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +14,40 @@ import tokenizers
 
 from model.files import read_json
 
+MAX_BYTES = 256 << 20  # of tokenizer.json and its like; those of 250,000 tokens have 35 MB
 # tokenizer_class in tokenizer_config.json: those that take tokenizer.json as it is; others rebuild it.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Those that transformers is asked for, with and without "Fast" behind them, and the model_type in config.json
+# that may take part in the choice. A folder must not choose what code reads it.
+CLASSES = (
+    "Llama",
+    "CodeLlama",
+    "GPT2",
+    "Qwen2",
+    "Gemma",
+    "GPTNeoX",
+    "CodeGen",
+    "Bloom",
+    "Cohere",
+    "T5",
+    "CLIP",
+)
+CLASSES += ("Bert", "Roberta", "XLMRoberta", "Siglip", "DebertaV2", "Albert", "PreTrained")
+MODEL_TYPES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+)
+# What it may see of the folder.
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
+FILES += ("special_tokens_map.json", "added_tokens.json")
 
 
 class Encoded(NamedTuple):
@@ -72,7 +107,17 @@ class Tokenizer:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """From a folder. Raises whatever the libraries raise where it cannot be read."""
-    return read_tokenizer_json(path) or ask_transformers(path)
+    for name in FILES:
+        if (path / name).is_file() and (size := (path / name).stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{name} has {size:,} bytes: at most {MAX_BYTES:,} are read")
+    try:
+        return read_tokenizer_json(path) or ask_transformers(path)
+    except Exception:
+        raise
+    except BaseException as error:  # a library in Rust raises one that is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"a library cannot read it: {error}") from None
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer | None:
@@ -103,10 +148,42 @@ def read_tokenizer_json(path: Path) -> Tokenizer | None:
 
 
 def ask_transformers(path: Path) -> Tokenizer:
+    """Of a copy of the folder that names no code, no kernels and no other files."""
+    config = read_json(path / "tokenizer_config.json")
+    kind = config.get("tokenizer_class")
+    known = {f"{name}Tokenizer{ending}" for name in CLASSES for ending in ("", "Fast")} | {
+        *PLAIN_CLASSES,
+        None,
+    }
+    if not isinstance(kind, str | None) or kind not in known or (kind is None and "auto_map" in config):
+        raise ValueError(
+            f"tokenizer_config.json: tokenizer_class is {str(kind)[:80]}, which is not read here"
+        )
+    config = {
+        name: value
+        for name, value in config.items()
+        if name not in ("auto_map", "name_or_path", "chat_template", "custom_generate")
+        and not name.startswith("_")
+        and not name.endswith(("_file", "_files"))
+    }
+    model_type = (
+        read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name in FILES:
+            if (path / name).is_file():
+                shutil.copyfile(path / name, Path(folder, name))
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config))
+        if model_type in MODEL_TYPES:
+            Path(folder, "config.json").write_text(json.dumps({"model_type": model_type}))
+        return load_copy(folder)
+
+
+def load_copy(folder: str) -> Tokenizer:
     from transformers import AutoTokenizer  # only here: it takes two seconds
 
     # Said, not left out: transformers would ask at the terminal whether to run the code of a folder.
-    found = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not getattr(found, "backend_tokenizer", None):
         raise ValueError(f"transformers has no fast tokenizer for {type(found).__name__}")
     return Tokenizer(found.backend_tokenizer, found.bos_token, found.eos_token, found.unk_token)
