@@ -6,6 +6,7 @@ LMConfig(vision_dim=0)               the language model alone, without eyes
 LMConfig(use_moe=True)                96 M, of which a token uses 62 M: a mixture of experts
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 EXPERT_FIELDS = (
@@ -16,6 +17,27 @@ EXPERT_FIELDS = (
     "aux_loss_alpha",
     "norm_topk_prob",
 )
+
+
+# The largest that makes sense. What is larger comes from a damaged file or a slip of the finger, and would
+# fill the memory before anybody is told.
+LARGEST = {
+    "dim": 65_536,
+    "n_layers": 1_000,
+    "n_heads": 4_096,
+    "n_kv_heads": 4_096,
+    "vocab_size": 1_000_000,
+    "hidden_dim": 1_000_000,
+    "multiple_of": 65_536,
+    "max_seq_len": 1_048_576,
+    "vision_dim": 65_536,
+    "num_image_tokens": 65_536,
+    "n_routed_experts": 1_024,
+    "num_experts_per_tok": 1_024,
+    "rope_theta": 1e12,
+    "aux_loss_alpha": 1e3,
+}
+MAX_PARAMETERS = 20_000_000_000  # 80 GB in float32
 
 
 @dataclass
@@ -46,8 +68,11 @@ class LMConfig:
     norm_topk_prob: bool = True  # the weights of a token's chosen experts add up to 1
 
     def __post_init__(self):
+        problems = self.wrong_types()
+        if problems:  # nothing can be computed of them
+            raise ValueError("model sizes do not fit: " + "; ".join(problems))
         if not self.hidden_dim and self.multiple_of > 0:
-            self.hidden_dim = self.multiple_of * -(-int(8 * self.dim / 3) // self.multiple_of)
+            self.hidden_dim = self.multiple_of * -(-(8 * self.dim // 3) // self.multiple_of)
         problems = [
             f"{name} must be at least 1, not {getattr(self, name)}"
             for name in (
@@ -66,8 +91,17 @@ class LMConfig:
         problems += [
             f"{name} must be 0 or more, not {getattr(self, name)}"
             for name in ("vision_dim", "aux_loss_alpha")
-            if not getattr(self, name) >= 0
+            if getattr(self, name) < 0
         ]
+        problems += [
+            f"{name} must be at most {most:,.0f}, not {str_of(getattr(self, name))}"
+            for name, most in LARGEST.items()
+            if getattr(self, name) > most
+        ]
+        if not 0 < self.norm_eps < 1:
+            problems.append(f"norm_eps must lie between 0 and 1, not {self.norm_eps}")
+        if not self.rope_theta >= 1:
+            problems.append(f"rope_theta must be at least 1, not {self.rope_theta}")
         if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             problems.append(
                 f"num_experts_per_tok must be 1 to n_routed_experts ({self.n_routed_experts}), "
@@ -82,8 +116,28 @@ class LMConfig:
                 problems.append(f"dim / n_heads = {self.head_dim} is odd, but rotary embeddings turn pairs")
             if self.n_heads % self.n_kv_heads:
                 problems.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+            if (number := self.num_parameters()) > MAX_PARAMETERS:
+                problems.append(f"that makes {number:,} parameters, at most {MAX_PARAMETERS:,} are read")
         if problems:
             raise ValueError("model sizes do not fit: " + "; ".join(problems))
+
+    def wrong_types(self) -> list[str]:
+        """What is no number of the kind that it must be: 512.5, "512", true, NaN."""
+        problems = []
+        for one in fields(self):
+            value, kind = getattr(self, one.name), type(one.default)
+            is_right = type(value) is kind or (kind is float and type(value) is int and value < 1 << 63)
+            if not is_right or (kind is float and not math.isfinite(value)):
+                words = {int: "a whole number", float: "a finite number", bool: "true or false"}
+                problems.append(f"{one.name} must be {words[kind]}, not {str_of(value)}")
+        return problems
+
+    def num_parameters(self) -> int:
+        """Roughly: the matrices."""
+        num_experts = self.n_routed_experts + self.n_shared_experts if self.use_moe else 1
+        attention = 2 * self.dim * (self.dim + self.n_kv_heads * self.head_dim)
+        block = attention + 3 * self.dim * self.hidden_dim * num_experts
+        return self.n_layers * block + self.dim * (self.vocab_size + self.vision_dim)
 
     @property
     def head_dim(self) -> int:
@@ -99,4 +153,15 @@ class LMConfig:
     def from_dict(cls, values: dict) -> "LMConfig":
         """Build from a dict, ignoring keys of other programs (a Hugging Face config.json holds many)."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known and value is not None})
+        values = {name: value for name, value in values.items() if name in known and value is not None}
+        if isinstance(values.get("n_shared_experts"), bool):  # as v1 wrote it
+            values["n_shared_experts"] = int(values["n_shared_experts"])
+        return cls(**values)
+
+
+def str_of(value: object) -> str:
+    """For a message, whatever a file holds in the place of a number."""
+    try:
+        return repr(value)[:40]
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list in a list in a list
+        return f"a {type(value).__name__}"

@@ -35,6 +35,7 @@ from model.seal import check_seal, seal_archive
 # Copies of the frozen CLIP that other programs save with the model: CLIP is read from its own folder.
 VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
 SET = (".pth", ".json", ".metrics.jsonl", ".png", ".best.pth", ".best.json")  # what a run leaves
+LAYER = re.compile(r"layers\.(\d{1,6})\.")
 V1_SIZES = {(512, 8, 6400), (768, 16, 6400)}  # width, layers, vocabulary: known without a description
 
 
@@ -137,9 +138,17 @@ def read_tensors(path: Path, cure: str) -> dict[str, Tensor]:
         )
     except Exception as error:  # torch raises a dozen different types here, all meaning the same to the user
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): {cure}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(map(is_plain, state.keys(), state.values())):
         raise ValueError(f"{path} holds no plain state dict of tensors: {cure}")
     return state
+
+
+def is_plain(name: object, value: object) -> bool:
+    """Is this a named tensor with numbers of its own? Others (sparse, quantised, without memory) would break
+    whatever computes with them."""
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
 
 
 def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,11 +171,9 @@ def rename_v1(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
     """The sizes that a state dict's names and shapes reveal; the number of heads is not among them, nor how
     many experts a token chooses."""
-    sizes = {
-        "n_layers": 1
-        + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")), default=-1)
-    }
-    if "tok_embeddings.weight" in state:
+    sizes = {"n_layers": 1 + max((int(match[1]) for match in map(LAYER.match, state) if match), default=-1)}
+    matrices = {name for name, tensor in state.items() if tensor.ndim == 2}
+    if "tok_embeddings.weight" in matrices:
         sizes["vocab_size"], sizes["dim"] = state["tok_embeddings.weight"].shape
     feed_forward = "layers.0.feed_forward."
     num_experts = sum(
@@ -179,9 +186,9 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
             "n_shared_experts": int(f"{feed_forward}shared_experts.w1.weight" in state),
         }
         feed_forward += "experts.0."
-    if f"{feed_forward}w1.weight" in state:
+    if f"{feed_forward}w1.weight" in matrices:
         sizes["hidden_dim"] = state[f"{feed_forward}w1.weight"].shape[0]
-    if "vision_proj.weight" in state:
+    if "vision_proj.weight" in matrices:
         sizes["vision_dim"] = state["vision_proj.weight"].shape[1]
     return sizes
 
@@ -207,6 +214,8 @@ def config_of(path: str | Path, state: dict[str, Tensor]) -> LMConfig:
     eyes = {"vision_dim": sizes.get("vision_dim", 0), "vision_proj_bias": "vision_proj.bias" in state}
     try:
         return LMConfig.from_dict(eyes | (described or sizes))
+    except ValueError as error:
+        raise ValueError(f"the config of {path}: {error}") from None
     except TypeError:  # a word where a number should be
         raise ValueError(f"the sizes in the config of {path} are no numbers: download it again") from None
 

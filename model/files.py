@@ -14,6 +14,7 @@ from typing import IO
 from model.names import CLIP_CURE, TOKENIZER_CURE
 
 READ_WHOLE = 1 << 30  # bytes
+MAX_JSON, MAX_LEVELS = 64 << 20, 100  # bytes and levels of a file of settings
 BLOCK, NUM_BLOCKS = 1 << 16, 4096
 
 
@@ -134,12 +135,21 @@ def find_cause(error: BaseException) -> str:
 def read_json(path: Path, cure: str = "download it again") -> dict:
     """The object in a JSON file, in UTF-8 or as Windows programs write it. Raises ValueError, naming the
     file, if it holds none."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, at most {MAX_JSON:,} are read: {cure}")
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not JSON, not even text, or nested without end
         raise ValueError(f"{path} is not valid JSON ({error}): {cure}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object, not a {type(values).__name__}: {cure}")
+    depth, level = 0, [values]
+    while level := [
+        inner for value in level for inner in (value.values() if isinstance(value, dict) else value)
+    ]:
+        depth, level = depth + 1, [value for value in level if isinstance(value, dict | list)]
+        if depth > MAX_LEVELS:  # what takes it apart, or compares it, could not
+            raise ValueError(f"{path} is nested more than {MAX_LEVELS} levels deep: {cure}")
     return values
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from model.files import read_json
+from model.LMConfig import str_of
 from model.names import CLIP_CURE
 from model.vision_tower import ACTIVATIONS
 
@@ -39,8 +40,17 @@ DEFAULTS = {
         "vision_use_head": False,
     },
 }
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
-SIZES += ("patch_size",)
+# Sizes, and the largest that makes sense: known towers are up to 6,144 wide and 48 deep. Larger ones would
+# fill the memory before a weight is compared.
+LARGEST = {
+    "hidden_size": 16_384,
+    "intermediate_size": 131_072,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 1_024,
+    "image_size": 4_096,
+    "patch_size": 4_096,
+}
+MAX_TOKENS = 16_384  # per image
 
 # Feature caches are named, and weights marked, by a fingerprint of what transformers' config object holds;
 # to_dict() says the same, so they stay valid. It holds these as well, whatever kind of model it describes:
@@ -83,20 +93,27 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2 + self.is_clip
 
     def problems(self) -> list[str]:
-        """What is asked for and not computed here, or no number at all."""
+        """What is asked for and not computed here, or makes no sense."""
         found = [
-            f"{name} is {self.values[name]!r}, not a number above 0"
-            for name in SIZES
-            if type(self.values[name]) is not int or self.values[name] < 1
+            f"{name} is {str_of(self.values[name])}, not a whole number from 1 to {most:,}"
+            for name, most in LARGEST.items()
+            if type(self.values[name]) is not int or not 1 <= self.values[name] <= most
         ]
-        if type(self.layer_norm_eps) not in (int, float):
-            found.append(f"layer_norm_eps is {self.layer_norm_eps!r}, not a number")
-        if self.num_channels != 3:
-            found.append(f"num_channels is {self.num_channels!r}, but images have 3")
-        if self.hidden_act not in list(ACTIVATIONS):  # a list, say, could not be looked up
-            found.append(f"hidden_act is {self.hidden_act!r}, none of {', '.join(ACTIVATIONS)}")
-        if not found and self.hidden_size % self.num_attention_heads:
+        epsilon = self.layer_norm_eps
+        if type(epsilon) not in (int, float) or not 0 < epsilon < 1:  # NaN is neither
+            found.append(f"layer_norm_eps is {str_of(epsilon)}, not a number between 0 and 1")
+        if type(self.num_channels) is not int or self.num_channels != 3:
+            found.append(f"num_channels is {str_of(self.num_channels)}, but images have 3")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            found.append(f"hidden_act is {str_of(self.hidden_act)}, none of {', '.join(ACTIVATIONS)}")
+        if found:
+            return found
+        if self.hidden_size % self.num_attention_heads:
             found.append(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        if self.patch_size > self.image_size:
+            found.append(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        elif self.num_tokens > MAX_TOKENS:
+            found.append(f"an image would have {self.num_tokens:,} tokens, at most {MAX_TOKENS:,} are read")
         return found
 
     def to_dict(self) -> dict:
@@ -116,7 +133,8 @@ class VisionConfig:
 def read_vision_config(path: Path) -> VisionConfig:
     """Of a folder with the whole CLIP or SigLIP, or with its vision tower alone. Raises ValueError."""
     values = read_json(path / "config.json")
-    kind = str(values.get("model_type", "clip"))
+    kind = values.get("model_type", "clip")
+    kind = kind if isinstance(kind, str) else str_of(kind)
     family = kind.removesuffix("_vision_model")
     if family not in DEFAULTS:
         raise ValueError(
@@ -127,7 +145,11 @@ def read_vision_config(path: Path) -> VisionConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{path}/config.json holds no vision_config: {CLIP_CURE}")
     config = VisionConfig(family, values)
-    if problems := config.problems():
+    problems = config.problems()
+    labels = values.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(label.isdecimal() and len(label) < 10 for label in labels):
+        problems.append("id2label does not name labels by number")
+    if problems:
         raise ValueError(
             f"cannot compute the CLIP at {path} (config.json: {'; '.join(problems)}): "
             f"{CLIP_CURE}, or name yours with --clip_path"

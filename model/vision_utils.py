@@ -17,7 +17,9 @@ from torch import Tensor
 from model.checkpoint import read_tensors, weight_files
 from model.device import without_memory
 from model.files import check_clip_folder, read_json
-from model.images import open_image, to_rgb
+from model.image_modes import to_rgb
+from model.images import open_image
+from model.LMConfig import str_of
 from model.names import CLIP_CURE
 from model.vision_config import read_vision_config
 from model.vision_tower import VisionTower
@@ -89,11 +91,27 @@ def read_image_processor(path: Path, size: int) -> ImageProcessor:
         if (path / name).is_file():
             values = read_json(path / name)
             values = values.get("image_processor", values)
-            if "image_mean" in values:
-                return ImageProcessor(size, tuple(values["image_mean"]), tuple(values["image_std"]))
+            if isinstance(values, dict) and "image_mean" in values:
+                mean = three_numbers(path / name, "image_mean", values, low=-10)
+                return ImageProcessor(size, mean, three_numbers(path / name, "image_std", values, low=1e-3))
     raise FileNotFoundError(
         f"{path} holds no preprocessor_config.json with image_mean and image_std: {CLIP_CURE}"
     )
+
+
+def three_numbers(path: Path, key: str, values: dict, low: float) -> tuple[float, float, float]:
+    """One for each colour, in shares of white. Raises ValueError for what would make every pixel NaN, or the
+    same."""
+    found = values.get(key)
+    if (
+        not isinstance(found, list)
+        or len(found) != 3
+        or not all(type(value) in (int, float) and low <= value <= 10 for value in found)
+    ):
+        raise ValueError(
+            f"{path}: {key} is {str_of(found)}, not a list of 3 numbers from {low:g} to 10: {CLIP_CURE}"
+        )
+    return tuple(found)
 
 
 def num_image_tokens(vision_model: VisionTower) -> int:
