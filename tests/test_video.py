@@ -149,7 +149,7 @@ def test_what_is_no_video_says_why(tmp_path, monkeypatch):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             read_frames(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value), name
-    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 63)
+    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 64 * 63)
     with pytest.raises(ValueError, match="good.mp4: its frames have 64 x 64 pixels; at most 4,032"):
         read_frames(good)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MILLISECOND = Fraction(1, 1000)
+MAX_PACKETS = 3_000_000  # of all streams: ten hours of images and sound; 3 microseconds and 200 bytes each
 DEFAULT_RATE = 25  # frames per second of a stream that tells neither times nor rate
 # Containers, by FFmpeg's names. Those whose header says how long they last:
 MP4, MATROSKA, AVI, ASF = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "asf"
@@ -88,7 +89,9 @@ def read_timeline(container, stream, path: str | Path) -> Timeline:
 def demux(container, *streams) -> Iterator:
     """PyAV's packets, without those that are empty."""
     with contextlib.suppress(IndexError):  # at the end, PyAV stumbles over streams that appear late
-        for packet in container.demux(*streams):
+        for number, packet in enumerate(container.demux(*streams)):
+            if number > MAX_PACKETS:
+                raise ValueError(f"it holds more than {MAX_PACKETS:,} packets: cut it into parts")
             if packet.size:
                 yield packet
 

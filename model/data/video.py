@@ -14,19 +14,21 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
 from model.data.timeline import Timeline, demux, read_timeline
-from model.images import check_is_file, explain_damage, open_image, to_rgb
+from model.image_limits import MAX_FRAME_PIXELS
+from model.image_modes import to_rgb
+from model.images import check_is_file, explain_damage, open_image
 from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, expand_marks, find_marks, normalise_turns
 from model.vision_utils import ImageProcessor, get_img_process, load_pixels
 
 VERSION = 2  # of the way from a video to its frames; see feature_store.VERSION
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a frame; 89 millions, where Pillow begins to fear a bomb
+MAX_DECODED = 400_000_000_000  # pixels for the frames of one video: two hours of 1080p without an entry
 MICRO = 1_000_000  # microseconds per second
 SEEK_GAP = 2 * MICRO  # a shorter way to the next moment is decoded, of a longer one the end at most
 # What may be found in a video's file, whatever its name: no play lists, which would open other files.
@@ -158,13 +160,15 @@ def find_stream(container):
         )
     stream = streams[0]
     check_size(stream.codec_context.width, stream.codec_context.height)
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the file may say less than it holds
+    stream.codec_context.options = {
+        "max_pixels": str(MAX_FRAME_PIXELS)
+    }  # the file may say less than it holds
     return stream
 
 
 def check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"its frames have {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
+    if width * height > MAX_FRAME_PIXELS:
+        raise ValueError(f"its frames have {width} x {height} pixels; at most {MAX_FRAME_PIXELS:,} are read")
 
 
 def decode_frames(wanted: list[Frame]) -> Iterator[Image.Image]:
@@ -172,10 +176,10 @@ def decode_frames(wanted: list[Frame]) -> Iterator[Image.Image]:
     path = wanted[0].video
     with open_video(path) as (container, stream):
         timeline = read_timeline(container, stream, path)
-    done = back = 0
+    done, back, budget = 0, 0, Budget(MAX_DECODED)
     while done < len(wanted):
         with open_video(path) as (container, stream):
-            reader = Reader(container, stream, timeline)
+            reader = Reader(container, stream, timeline, budget)
             for moment in [frame.moment for frame in wanted[done:]]:
                 frame = reader.show(moment, back)
                 if frame is None:
@@ -185,11 +189,26 @@ def decode_frames(wanted: list[Frame]) -> Iterator[Image.Image]:
                 done += 1
 
 
+class Budget:
+    """How many pixels may still be decoded: a small file can hold hours of large frames that are alike."""
+
+    def __init__(self, num_pixels: int):
+        self.most = self.left = num_pixels
+
+    def take(self, num_pixels: int) -> None:
+        self.left -= num_pixels
+        if self.left < 0:
+            raise ValueError(
+                f"more than {self.most:,} pixels would have to be decoded: cut it, scale it down, or save it "
+                "with more key frames"
+            )
+
+
 class Reader:
     """Decodes a video forwards, and passes over what is not needed."""
 
-    def __init__(self, container, stream, timeline: Timeline):
-        self.timeline, self.decoder = timeline, find_decoder(stream)
+    def __init__(self, container, stream, timeline: Timeline, budget: Budget):
+        self.timeline, self.decoder, self.budget = timeline, find_decoder(stream), budget
         self.packets = demux(container, stream)
         self.taken = 0  # packets that were decoded or passed over
         self.pass_over(timeline.first)
@@ -245,10 +264,11 @@ class Reader:
         self.taken += sum(1 for _ in islice(self.packets, number - self.taken))
 
     def decode(self) -> Iterator:
-        for packet in self.packets:
-            self.taken += 1
-            yield from self.decoder.decode(packet)
-        yield from self.decoder.decode(None)  # what it still holds
+        for packet in chain(self.packets, [None]):  # None: what it still holds
+            self.taken += packet is not None
+            for frame in self.decoder.decode(packet):
+                self.budget.take(frame.width * frame.height)
+                yield frame
 
     def moment(self, time: int) -> int:
         """Microseconds from the first frame."""
