@@ -115,7 +115,7 @@ def send(
             connection.endheaders(body)
         answer = connection.getresponse()
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-    except (ConnectionError, http.client.HTTPException):
+    except (ConnectionError, http.client.HTTPException, AttributeError):  # the latter: closed long ago
         return 0, {}, b""
     finally:
         connection.close()
@@ -225,4 +225,4 @@ def memory_of(pid: int) -> int:
 
 
 def files_in(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if not path.is_dir()]
+    return [path for path in folder.rglob("*") if path.is_file()]  # the sockets of processes are none
