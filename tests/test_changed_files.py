@@ -13,6 +13,7 @@ from model.data import rows as rows_module
 from model.data import steady
 from model.data.steady import LostFile, SteadyFile
 from model.description import read_description
+from trainer.loader import Loader, WorkerDied
 from trainer.loop import Trainer
 
 SCRIPT = "1-pretrain_vlm.py"
@@ -22,6 +23,7 @@ import os, runpy, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from model.data import rows
+from trainer.loader import Loader, WorkerDied
 from trainer.loop import Trainer
 rows.SMALL, step, taken = 0, Trainer.step, []
 def harmed(self, *arguments):
@@ -183,3 +185,15 @@ def test_a_steady_file_that_cannot_be_read_says_why(opened, monkeypatch):
     monkeypatch.setattr(opened, "read_piece", fail)
     with pytest.raises(LostFile, match="a cannot be read any more: Input/output error"):
         opened[3:5]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_batch_that_does_not_fit_into_memory_is_one_line(workers, error):
+    def collate(*_, **__):
+        raise error
+
+    loader = Loader([1, 2], [[0], [1]], workers)
+    loader.loader.collate_fn = collate
+    with pytest.raises(WorkerDied, match="^there is no memory left to load a batch: lower --num_workers or"):
+        next(iter(loader))

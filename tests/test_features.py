@@ -33,8 +33,9 @@ from conftest import (
 from model import files
 from model.data.batch import BadSample, collate
 from model.data.dataset import VLMDataset
-from model.data.feature_store import FeatureStore, image_key, store_name
+from model.data.feature_store import FeatureStore, features_of, image_key, store_name
 from model.data.spec import PRETRAIN, SFT_MULTI
+from model.data.steady import LostFile
 from model.vision_utils import ImageProcessor, get_img_embedding, get_vision_model, load_pixels
 from trainer import features
 from trainer.args import training_parser
@@ -207,6 +208,59 @@ def test_a_second_run_waits_and_takes_what_the_first_has_encoded(place, monkeypa
         go_on.set()
         assert len(first.result()) == len(second.result()) == 6
     assert sum(encoded) == 6
+
+
+def test_what_is_damaged_is_encoded_anew(place, encoded, monkeypatch, capsys):
+    """Reported by name, removed, and not even looked at again."""
+    monkeypatch.setattr(features, "SEGMENT", 2)
+    store = fill(place)
+    expected = [read(store, place.path / f"{number}.png") for number in range(6)]
+    victim, other, third = sorted(store.folder.glob("*.keys.npy"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    features_of(other).unlink()
+    with open(features_of(third), "ab") as file:
+        file.write(b"x")
+    again = fill(place)
+    told = capsys.readouterr().out
+    assert all(f"{path} is not what was written" in told for path in (victim, other, third))
+    assert sum(encoded) == 12 and not again.damaged
+    for number in range(6):
+        assert torch.equal(read(again, place.path / f"{number}.png"), expected[number])
+    assert fill(place) and "not what was written" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            7e4,
+            "CLIP's features of .*png reach 7e.04, but float16 ends at 65504: give --feature_dtype float32",
+        ),
+        (float("nan"), "CLIP's features of .*png are not finite"),
+    ],
+)
+def test_features_that_the_cache_cannot_hold_are_refused_by_name(place, monkeypatch, value, message):
+    """7e4 became infinity in a float16 cache, in silence."""
+    place.args = read_flags(place.path, "float16")
+    encode = get_img_embedding
+
+    def spoiled(pixels, vision_model):
+        return torch.cat([encode(pixels, vision_model)[:-1], torch.full((1, 50, 24), value)])
+
+    monkeypatch.setattr(features, "get_img_embedding", spoiled)
+    with pytest.raises(AgreedError, match=message):
+        fill(place)
+    if value == 7e4:
+        place.args = read_flags(place.path, "float32")
+        assert len(fill(place)) == 6
+
+
+def test_a_worker_that_finds_a_cache_changed_says_so(place):
+    """Spawned workers open it themselves."""
+    sent = pickle.dumps(fill(place))
+    next((place.path / "cache").glob("*/*.keys.npy")).unlink()
+    with pytest.raises(LostFile, match="cache.* was changed while it was in use"):
+        read(pickle.loads(sent), place.path / "3.png")
 
 
 def test_half_precision_is_close(place):

@@ -45,7 +45,8 @@ def fitting_workers(
 
 
 class WorkerDied(ValueError):
-    """A process that loads samples is gone; the message names the sample that it held."""
+    """A process that loads samples is gone, or has no memory; the message says what it held, or what
+    helps."""
 
 
 class Watched(Dataset):
@@ -123,8 +124,8 @@ class Loader:
                 batch = next(batches)
             except StopIteration:
                 return
-            except (RuntimeError, OSError, EOFError) as error:  # the last two: in the middle of a message
-                raise explain_death(self.watched, batches) or error from None
+            except (RuntimeError, MemoryError, OSError, EOFError) as error:  # the last two: within a message
+                raise explain_death(self.watched, batches) or explain_memory(error) or error from None
             yield batch
 
 
@@ -176,4 +177,11 @@ def explain_death(watched: Watched, batches: Iterator) -> WorkerDied | None:
                 "if memory ran out, fewer --num_workers need less "
                 "(in a container, see also its limit and its /dev/shm)"
             )
+    return None
+
+
+def explain_memory(error: Exception) -> WorkerDied | None:
+    """The message about a batch that did not fit into memory, if that is what the error says."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return WorkerDied("there is no memory left to load a batch: lower --num_workers or --batch_size")
     return None
