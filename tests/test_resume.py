@@ -166,7 +166,7 @@ def start(workplace: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("number", "processes", "workers", "status"),
     [
-        (signal.SIGTERM, 1, 0, 143),
+        (signal.SIGHUP, 1, 0, 129),
         (signal.SIGINT, 1, 0, 130),
         (signal.SIGTERM, 1, 2, 143),
         (signal.SIGTERM, 2, 0, 0),
