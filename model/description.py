@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from model.files import read_json
+from model.files import MAX_JSON, read_json
 
 DESCRIPTION = "minimind_description.json"  # in the archive
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # of weight files
@@ -68,7 +68,18 @@ def check_kinds(words: dict, path: Path) -> dict:
     for name, kind in KINDS.items():
         if name in words and (not isinstance(words[name], kind) or words[name] is True):
             raise ValueError(f"{path}: its {name} is {str(words[name])[:80]!r}: mend it, or remove it")
+    check_about(words.get("about", {}), path)
     return words
+
+
+def check_about(about: dict, path: str | Path) -> None:
+    """Raise ValueError unless all that is known of the data is of the kind that chat and page take it for."""
+    for name, value in about.items():
+        is_list = name == "questions"
+        if is_list and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            raise ValueError(f"{path}: {name} must be a list of texts, not {str(value)[:80]!r}: mend it")
+        if name in ("knows", "image_dir") and not isinstance(value, str):
+            raise ValueError(f"{path}: {name} must be a text, not {str(value)[:80]!r}: mend it")
 
 
 def beside_weights(path: Path) -> Path:
@@ -78,11 +89,13 @@ def beside_weights(path: Path) -> Path:
 
 def read_description_inside(path: Path) -> dict:
     """The description in a weight file; empty where it holds none, or cannot be read at all, which is
-    reported when it is loaded."""
+    reported when it is loaded. Raises ValueError for one that no program of ours wrote."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(f"/{DESCRIPTION}")]
+            if names and archive.getinfo(names[0]).file_size > MAX_JSON:
+                return {}
             description = json.loads(archive.read(names[0])) if names else {}
-            return description if isinstance(description, dict) else {}
     except (OSError, ValueError, RecursionError, zipfile.BadZipFile, zlib.error, EOFError):
         return {}
+    return check_kinds(description, path) if isinstance(description, dict) else {}

@@ -170,7 +170,7 @@ def fingerprint_file(path: Path) -> str:
 def check_weight_file(path: str | Path, cure: str) -> None:
     """Raise FileNotFoundError or ValueError if there is no binary file at `path`."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # also for a name that no file system can hold
         raise FileNotFoundError(f"{path} not found: {cure}")
     if placeholder := describe_placeholder_file(path):
         raise ValueError(f"{path} {placeholder}: {cure}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.data.spec import DatasetSpec
+from model.description import check_about
 from model.files import (
     check_clip_folder,
     check_data_file,
@@ -76,6 +77,7 @@ def read_about(path: str | None) -> dict:
     about = read_json(Path(path), "mend it")
     if unknown := [name for name in about if name not in ABOUT]:
         raise ValueError(f"{path}: {unknown[0]} is not among what --about may say: {', '.join(ABOUT)}")
+    check_about(about, path)
     return about
 
 

@@ -20,6 +20,8 @@ from model.transformer import Transformer
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
 
+ABSURD = 1.0  # a learning rate from which on nothing has ever been learnt
+
 
 class MetricsLog:
     """Writes on rank 0 only; other ranks may call everything too. Whatever fails here costs the record, never
@@ -249,4 +251,6 @@ def describe_run(
     )
     if val_set:
         text += f"\n{len(val_set)} samples for the validation loss, at every save"
+    if args.learning_rate >= ABSURD:
+        text += f"\n--learning_rate {args.learning_rate:g} destroys what weights know; 1e-3 is much"
     return text

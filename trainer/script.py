@@ -27,6 +27,7 @@ from model.printable import one_line, printable
 
 WORD = re.compile(r"""\s*(\#.*|(?:"[^"]*"|'[^']*'|[^\s"'])+)""", re.ASCII)  # of a recipe, or a comment
 QUOTED = re.compile(r""""([^"]*)"|'([^']*)'""")
+NO_MEMORY = re.compile("can't allocate memory|not enough memory")  # of PyTorch, on a CPU
 MOST_SHOWN = 4000  # characters of an error
 SEED_LIMIT = 2**63  # PyTorch's generators take no more
 
@@ -292,7 +293,11 @@ def clean_exit(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("MINIMIND_DEBUG"):
+            raise
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+            print_and_exit("the memory does not suffice: choose a smaller --batch_size, or a smaller model")
         if not re.search(r"gloo|nccl|connection (closed|reset)|timed? ?out", str(error), re.IGNORECASE):
             raise
         print_and_exit(
