@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import tempfile
+from pathlib import Path
 
 from model.names import find_recorded
 from model.printable import printable
@@ -26,6 +27,12 @@ from serving.hosts import is_host
 from trainer.script import Checked, Parser, add_loading_flags, at_least, choose_weights, clean_exit
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+# Nobody is told what people do here, and nothing is kept for it.
+GRADIO_SETTINGS = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",
+}
 STAGES = ("vlm_sft_multi", "vlm_sft", "vlm_pretrain")  # the furthest that has weights is served
 
 
@@ -76,10 +83,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     weights = choose_weights(args, STAGES)
 
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # The page needs no network, and Gradio asks its own address whether it is up: no proxy may come between.
+    os.environ |= GRADIO_SETTINGS
+    # The page needs no network: no proxy may come between.
     for name in [name for name in os.environ if name.lower() in PROXIES]:
         del os.environ[name]
+    # So that what was started and made is removed then too, undisturbed by a second signal.
+    signal.signal(signal.SIGTERM, lambda number, _: (signal.signal(number, signal.SIG_IGN), sys.exit(0)))
+    with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # else it makes /tmp/gradio, as soon as it is imported
+        run(args, weights, folder)
+
+
+def run(args: argparse.Namespace, weights: Path, folder: str) -> None:
+    """Load the weights and serve the page; folder: for what Gradio keeps in files."""
     from model.chat import load_chat  # only now: loading PyTorch and Gradio takes seconds
     from model.device import choose_device, choose_dtype
     from serving.page import build_page
@@ -100,12 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         args.max_rounds = chat.max_rounds
     if not args.image_dir:
         args.image_dir = find_recorded(chat.about.get("image_dir", "dataset/eval_images"), weights)
-    # So that the processes of the page are ended then too, undisturbed by a second signal.
-    signal.signal(signal.SIGTERM, lambda number, _: (signal.signal(number, signal.SIG_IGN), sys.exit(0)))
-    with tempfile.TemporaryDirectory(prefix="minimind_v_") as folder:  # /tmp/gradio is shared
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        site = make_site(folder, chat.image_processor.size)
-        serve(build_page(chat, weights, args, site), site, args.host, args.port, args.allow_host)
+    site = make_site(folder, chat.image_processor.size)
+    serve(build_page(chat, weights, args, site), site, args.host, args.port, args.allow_host)
 
 
 if __name__ == "__main__":

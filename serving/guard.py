@@ -77,7 +77,8 @@ def find_route(method: str, path: str) -> tuple[str, re.Match] | None:
 class Guard:
     """An ASGI application around Gradio's.
 
-    quick, events  the numbers of the page's events that are answered at once, and of all
+    quick, events  of the page's events that are answered at once, and of all: their numbers, and how many
+                   values each has
     forget         told the keys of visitors who have left
     """
 
@@ -86,8 +87,8 @@ class Guard:
         app: Callable,
         hosts: Hosts,
         site: Site,
-        quick: set[int],
-        events: set[int],
+        quick: dict[int, int],
+        events: dict[int, int],
         forget: Callable[[str], None],
     ):
         self.app, self.hosts, self.quick, self.events, self.forget = app, hosts, quick, events, forget

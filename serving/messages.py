@@ -28,18 +28,18 @@ def read_fields(body: bytes) -> dict:
     return fields
 
 
-def clean_event(body: bytes, allowed: set[int], images: Images) -> dict:
-    """An event of the page; allowed: their numbers. Raises ValueError."""
+def clean_event(body: bytes, allowed: dict[int, int], images: Images) -> dict:
+    """An event of the page; allowed: how many values each has, by its number. Raises ValueError."""
     fields = read_fields(body)
     data, event, trigger = (fields.get(name) for name in ("data", "event_data", "trigger_id"))
     if fields["fn_index"] not in allowed:
         raise ValueError("The page has no such event.")
-    if not isinstance(data, list) or len(data) > 16:
-        raise ValueError("data is no list of a few values.")
+    if not isinstance(data, list) or len(data) != allowed[fields["fn_index"]]:
+        raise ValueError("The page has other values.")
     index = event.get("index") if isinstance(event, dict) else None
     return {
         "data": [clean_value(value, images) for value in data],
-        "event_data": {"index": index, "value": None} if is_number(index) else None,
+        "event_data": {"index": index if is_number(index) else -1, "value": None},  # which example
         "fn_index": int(fields["fn_index"]),
         "session_hash": fields["session_hash"],
         "trigger_id": trigger if is_number(trigger) and isinstance(trigger, int) else None,

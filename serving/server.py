@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import socket
 import sys
 
@@ -33,6 +34,7 @@ def serve(page: gr.Blocks, site: Site, host: str, port: int, allowed_hosts: list
     app = guard_page(page, site, hosts)
     allow_many_files()
     share_heap()
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # damaged forms are visitors' business
     config = uvicorn.Config(
         app,
         log_level="critical",  # the guard reports
@@ -74,8 +76,8 @@ def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:
         server_name="",
     )
     page.has_launched = True  # else Gradio checks no path
-    events = page.fns
-    quick = {number for number, event in events.items() if not event.queue}
+    events = {number: len(event.inputs) for number, event in page.fns.items()}
+    quick = {number: events[number] for number, event in page.fns.items() if not event.queue}
 
     def forget(session: str) -> None:
         """What Gradio keeps of a session, for hours."""
@@ -87,7 +89,7 @@ def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:
         for block in page.blocks.values():
             getattr(block, "temp_files", set()).clear()
 
-    return Guard(app, hosts, site, quick, set(events), forget)
+    return Guard(app, hosts, site, quick, events, forget)
 
 
 class Announcing(uvicorn.Server):

@@ -41,7 +41,7 @@ from web_pages import (
 from model.chat import load_chat
 from model.generate import Sampling
 from model.images import open_image
-from serving.conversation import BAD_IMAGE, GONE, IN_LINE, LINE_FULL, TOO_MANY_IMAGES
+from serving.conversation import BAD_IMAGE, GONE, IN_LINE, LINE_FULL, NO_ANSWER, TOO_MANY_IMAGES
 
 IS_LONG = bool(os.environ.get("MINIMIND_HOSTILE"))
 SECRET = b"this file is nobody's business"
@@ -68,6 +68,8 @@ def page(folder):
         Visitor(page.address).ask("hello", noise(0))  # whatever is loaded once
         yield page
     assert list((folder / "temporary").iterdir()) == [], "it has ended"
+    printed = page.stdout.read().decode()
+    assert "Traceback" not in printed, printed[printed.index("Traceback") :][:9000]
 
 
 def noise(seed: int, side: int = 40, form: str = "PNG", **options) -> bytes:
@@ -102,21 +104,18 @@ def jpeg_of_scans(number: int, side: int) -> bytes:
 
 
 def foreign_routes(page) -> list:
-    """What is not the page's."""
-    calls = []
+    """What is not the page's, and the same from another site's page."""
+    requests = [(method, "/", None, {}) for method in ("OPTIONS", "PUT", "DELETE", "PATCH", "TRACE")]
     for route in sorted(refused_routes()):
         method, path = route.split(" ", 1)
-        body = b'{"data": []}' if method == "POST" else None
         path = path.replace("{path_or_url:path}", f"{page.folder}/secret.txt").replace(":path}", "}")
         path = path.replace("{url_path}", "http://127.0.0.1:9/x").replace("{", "").replace("}", "")
-        calls.append(partial(send, page.address, method, path, body))
+        requests.append((method, path, b'{"data": []}' if method == "POST" else None, {}))
     playlist = f"#EXTM3U\n#EXTINF:9,\nfile://{page.folder}/secret.mp4\n#EXT-X-ENDLIST\n".encode()
-    body, headers = form_of(("a.m3u8", playlist))
-    calls.append(partial(send, page.address, "POST", "/gradio_api/process_recording", body, headers))
-    calls += [
-        partial(send, page.address, method, "/") for method in ("OPTIONS", "PUT", "DELETE", "PATCH", "TRACE")
-    ]
-    return calls
+    requests.append(("POST", "/gradio_api/process_recording", *form_of(("a.m3u8", playlist))))
+    elsewhere = {"Origin": EVIL, "Host": page.address.removeprefix("http://")}
+    requests += [(*most, headers | elsewhere) for *most, headers in requests]
+    return [partial(send, page.address, *request) for request in requests]
 
 
 def foreign_names(page) -> list:
@@ -369,7 +368,7 @@ def test_all_visitors_at_once_are_answered_or_told(page, number):
         expected = "".join(
             chat.stream(turns, [open_image(page.folder / "asked")], Sampling(max_new_tokens=40))
         )
-        assert told[-1] == expected, at
+        assert told[-1] == (expected if expected.strip() else NO_ANSWER), at
         right += 1
     waits = [[text for text in told if text.startswith(IN_LINE.split("{")[0])] for told in texts]
     places = [[int("".join(filter(str.isdigit, text.splitlines()[0]))) for text in told] for told in waits]
