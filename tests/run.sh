@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Set up and run the whole test suite: bash tests/run.sh [pytest arguments]
+# LOCKED=1 sets up with the very files that requirements.lock names, and no other; torch, which is not in it, comes first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ -n "${LOCKED:-}" ] && [ ! -x .venv/bin/python ]; then
+    python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(sed -n 's/^\(torch[^ ]*\).*/\1/p' requirements.txt)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+fi
 bash quickstart.sh --setup
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 # The browser test wants a browser and a font with Chinese characters; where they cannot be had it says so and is skipped.
