@@ -24,7 +24,6 @@ LINE_FULL = (
     "现在提问的人太多，请过一两分钟再问。\nMany people are asking: please ask again in a minute or two."
 )
 STILL_WAITING = "您的上一个问题还在排队。\nYour question before this one is still in line."
-FAILED = "出错了，请再试一次。\nSomething went wrong: please try again."
 NOTICES = tuple(  # what the page says, not the model
     text.split("{")[0]
     for text in (

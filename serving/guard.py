@@ -39,6 +39,7 @@ ROUTES = {  # (method, pattern of the path): who answers
     ("POST", r"/gradio_api/queue/join"): "event",
     ("POST", r"/gradio_api/run/predict"): "event",
     ("POST", r"/gradio_api/cancel"): "cancel",
+    ("POST", r"/gradio_api/reset"): "reset",
     ("POST", r"/gradio_api/upload"): "upload",
     ("GET", r"/gradio_api/file=(?P<name>/.*)"): "image",
 }
@@ -198,6 +199,12 @@ class Guard:
 
     async def answer_cancel(self, scope, receive, send, match, caller: Caller) -> None:
         await self.pass_json(scope, receive, send, caller, clean_cancel)
+
+    async def answer_reset(self, scope, receive, send, match, caller: Caller) -> None:
+        """What a browser sends after "cancel"; Gradio does nothing then."""
+        async for _ in read_body(scope, receive, MOST_JSON):
+            pass
+        await JSONResponse({"success": True}, headers=ADDED)(scope, receive, send)
 
     async def pass_json(self, scope, receive, send, caller: Caller, clean: Callable[[bytes], dict]) -> None:
         """Hand on a body, rebuilt from the fields that are expected in it."""

@@ -15,7 +15,6 @@ from model.generate import Sampling
 from model.images import check_is_file, find_images
 from serving.conversation import (
     DEFAULT_QUESTION,
-    FAILED,
     IN_LINE,
     LINE_FULL,
     STILL_WAITING,
@@ -208,8 +207,8 @@ def connect(
         except (AlreadyWaiting, LineFull) as error:
             yield shown(grow(LINE_FULL if isinstance(error, LineFull) else STILL_WAITING)), messages
 
-    async def fail(messages: list[dict]):
-        return shown([*messages, {"role": "assistant", "content": [FAILED]}]), ready()
+    async def stop(messages: list[dict]):  # what is said of the line goes
+        return shown(messages), ready()
 
     here = [chatbot, messages, box]
     # As the browser sends it: the guard has looked through it already.
@@ -233,8 +232,8 @@ def connect(
     for event in answering:
         event.then(ready, None, box, api_visibility="private", **quick)
         # The browser takes no further step after an error but this one: the box once stayed locked.
-        event.failure(fail, messages, [chatbot, box], api_visibility="private", **quick)
-    box.stop(ready, None, box, cancels=answering, api_visibility="private", **quick)
+        event.failure(ready, None, box, api_visibility="private", **quick)
+    box.stop(stop, messages, [chatbot, box], cancels=answering, api_visibility="private", **quick)
     # First stop, then empty: at the same time, an answer under way would bring the conversation back.
     chatbot.clear(None, cancels=answering, api_visibility="private").then(
         lambda: ([], [], ready()), None, here, api_visibility="private", **quick

@@ -52,7 +52,7 @@ HEAD /gradio_api/file={path_or_url:path}
 POST /gradio_api/api/{api_name} /gradio_api/api/{api_name}/ /gradio_api/call/v2/{api_name}
 POST /gradio_api/call/v2/{api_name}/ /gradio_api/call/{api_name} /gradio_api/call/{api_name}/
 POST /gradio_api/component_server /gradio_api/component_server/ /gradio_api/process_recording
-POST /gradio_api/reset /gradio_api/reset/ /gradio_api/run-history/connect
+POST /gradio_api/reset/ /gradio_api/run-history/connect
 POST /gradio_api/run/{api_name}/ /gradio_api/stream/{event_id} /gradio_api/stream/{event_id}/close
 POST /gradio_api/undo-vibe-edit /gradio_api/undo-vibe-edit/ /gradio_api/vibe-code /gradio_api/vibe-code/
 POST /gradio_api/vibe-edit /gradio_api/vibe-edit/ /gradio_api/vibe-starter-queries
@@ -63,7 +63,7 @@ ALLOWED = {  # of Gradio's routes; a body or a file is looked through first
     *("GET /favicon.ico", "GET /config", "GET /gradio_api/info", "GET /gradio_api/queue/data"),
     *("GET /gradio_api/heartbeat/{session_hash}", "GET /gradio_api/file={path_or_url:path}"),
     *("POST /gradio_api/queue/join", "POST /gradio_api/run/{api_name}", "POST /gradio_api/cancel"),
-    "POST /gradio_api/upload",
+    *("POST /gradio_api/reset", "POST /gradio_api/upload"),
 }
 
 

@@ -6,100 +6,34 @@ vanished. And v1's page shared one image among all its visitors.
 
 import html
 import itertools
-import os
 import re
-import select
 import shutil
-import subprocess
-import sys
-import time
+import socket
+from collections.abc import Iterator
 
 import pytest
-import torch
-from conftest import LONG, ROOT, SIZES, check_refused, run_script, save_image
+from conftest import LONG, ROOT, check_refused, run_script
+from web_pages import Visitor, make_folder, serve_page
 
 from model.chat import Round, load_chat
-from model.checkpoint import save_weights
 from model.generate import Sampling
 from model.images import open_image
-from model.LMConfig import LMConfig
-from model.transformer import Transformer
 
 TYPED = "Describe <b>this</b> <s>image</s>.\n  <<< <image> &lt; <!-- x --> <img src=x onerror=alert(1)> \"'"
 QUESTION = "图形是什么颜色？"
 
 
-def read_until(process: subprocess.Popen, pattern: str, seconds: float = LONG) -> str:
-    """What the process printed until a line matched; never waits for ever, however silent the process is."""
-    printed, end = "", time.monotonic() + seconds
-    while not re.search(pattern, printed):
-        ready, _, _ = select.select([process.stdout], [], [], max(0, end - time.monotonic()))
-        assert ready, f"nothing like {pattern!r} within {seconds} s:\n{printed}"
-        piece = os.read(process.stdout.fileno(), 65536).decode()
-        assert piece, f"ended early, status {process.wait(10)}:\n{printed}"
-        printed += piece
-    return printed
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, tokenizer, tokenizer_path, clip_path):
+    """Two images, a broken one, a folder of examples, and random weights that speak at length."""
+    return make_folder(tmp_path_factory.mktemp("web"), tokenizer, tokenizer_path, clip_path)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Two images, a broken one, and a folder of examples."""
-    folder = tmp_path_factory.mktemp("web")
-    (folder / "examples").mkdir()
-    for number, name in enumerate(("first.png", "second.png", "examples/a.png")):
-        save_image(folder / name, number)
-    (folder / "broken.png").write_bytes((folder / "first.png").read_bytes()[:60])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(images, tokenizer, tokenizer_path, clip_path):
-    """The address of a running web_server.py whose random weights speak at length."""
-    torch.manual_seed(3)
-    config = LMConfig(**SIZES, vocab_size=len(tokenizer), vision_dim=24, max_seq_len=512)
-    weights = images / "32_vlm_sft.pth"
-    model = Transformer(config)
-    for name, weight in model.named_parameters():  # fresh weights would only repeat the last token
-        if "vision_proj" in name or name.endswith(("wo.weight", "w2.weight")):
-            weight.data *= 60
-    model.tok_embeddings.weight.data[tokenizer.eos_token_id] = 0  # hardly likely: long answers
-    save_weights(
-        model, weights, stage="vlm_sft", tokenizer_path=str(tokenizer_path), clip_path=str(clip_path)
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    # A proxy, as many people have: Gradio once asked it whether the page was up, and gave up.
-    environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
-    environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "web_server.py",
-            "--load_from",
-            str(weights),
-            "--image_dir",
-            str(images / "examples"),
-            "--port",
-            "0",
-            "--device",
-            "cpu",
-            "--max_new_tokens",
-            "40",
-        ],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        yield re.search(r"http://127\.0\.0\.1:\d+", read_until(process, r"http://\S+  \(")).group()
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(60)
-            raise
+def server(images):
+    """The address of a running web_server.py."""
+    with serve_page(images) as page:
+        yield page.address
 
 
 @pytest.fixture
@@ -198,6 +132,13 @@ def test_html_arrives_as_typed(visitor, images):
 
 def test_a_wrong_start_is_one_line(images):
     check_refused(run_script("web_server.py", "--load", str(images / "none.pth")), "none.pth")
+    weights = str(images / "32_vlm_sft.pth")
+    wrong = run_script("web_server.py", "--load", weights, "--allow_host", "http://chat.example.org")
+    check_refused(wrong, "--allow_host", "NAME:PORT")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        check_refused(run_script("web_server.py", "--load", weights, "--port", port), "--port", port)
     assert "0.0.0.0" not in (ROOT / "web_server.py").read_text(), "people copy what they see"
 
 
@@ -257,3 +198,61 @@ def test_the_page_in_a_browser(browser, server, images):
     assert page.get_by_label("Share").locator("visible=true").count() == 0  # it would upload the image
     context.close()
     assert not trouble
+
+
+SLOW_AND_SHORT = """
+import time
+from serving import line
+pull, line.BETWEEN, line.Line.__init__.__defaults__ = line.Line.pull, 0, (2,)
+line.Line.pull = lambda self, texts: (time.sleep(1), pull(self, texts))[1]
+"""
+
+
+def test_a_full_line_and_an_error_leave_the_page_usable(browser, images):
+    """After "please try again" the box stayed disabled for ever. Here two may wait, and a word takes a
+    second."""
+    page = browser.new_page()
+    page.set_default_timeout(1000 * LONG)
+
+    def ask(notice: str) -> None:
+        page.fill("textarea", "and now?")
+        page.press("textarea", "Enter")
+        page.locator("#chat").get_by_text(notice).last.wait_for()
+
+    def check_usable() -> None:
+        page.locator('[data-testid="submit-button"]').wait_for()
+        page.wait_for_function("!document.querySelector('textarea').disabled")
+
+    with serve_page(images, change=SLOW_AND_SHORT) as served:
+        image = (images / "first.png").read_bytes()
+
+        def join() -> None:
+            """Another visitor, whose answer takes minutes."""
+            visitor = Visitor(served.address, [0, 0, 1, 1, 400, 0])
+            assert visitor.put("hello", image)
+            others.append(visitor.listen())
+            next(others[-1])
+
+        others: list[Iterator[str]] = []
+        join()
+        page.goto(served.address)
+        page.locator("#chat .example").wait_for()
+        ask("You are number 1")
+        page.locator(".stop-button").click()
+        check_usable()
+        page.locator("#chat").get_by_text("You are number").wait_for(state="hidden")
+        join()
+        ask("You are number 2")
+        page.locator(".stop-button").click()
+        check_usable()
+        join()
+        ask("Many people are asking")
+        check_usable()
+        page.route("**/queue/join*", lambda route: route.fulfill(status=503, json={"detail": "full"}))
+        ask("and now?")
+        page.get_by_text("Please try again").wait_for()
+        check_usable()
+        page.unroute("**/queue/join*")
+        ask("Many people are asking")
+        check_usable()
+        page.close()

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -55,13 +55,19 @@ def read_until(process: subprocess.Popen, pattern: str, seconds: float = LONG) -
 
 
 @contextlib.contextmanager
-def serve_page(folder: Path, *flags: str, **variables: str) -> Iterator[subprocess.Popen]:
-    """web_server.py as a process; its address is in .address. variables: of its environment."""
+def serve_page(folder: Path, *flags: str, change: str = "", **variables: str) -> Iterator[subprocess.Popen]:
+    """web_server.py as a process; its address is in .address.
+
+    change     code that runs before it
+    variables  of its environment
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     # A proxy, as many people have: Gradio once asked it whether the page was up, and gave up.
     environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "") | variables
-    command = [sys.executable, "web_server.py", "--load_from", folder / "32_vlm_sft.pth"]
+    start = f"import runpy; {change}\nrunpy.run_path('web_server.py', run_name='__main__')"
+    command = [sys.executable, *(["-c", start] if change else ["web_server.py"])]
+    command += ["--load_from", folder / "32_vlm_sft.pth"]
     command += ["--image_dir", folder / "examples", "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
         [*map(str, command), "--max_new_tokens", "40", *flags],
@@ -158,26 +164,29 @@ def question(text: str, *names: str) -> dict:
 class Visitor:
     """One who asks as the page does."""
 
-    def __init__(self, server: str):
-        self.server, self.session = server, secrets.token_hex(6)
+    def __init__(self, server: str, settings: Sequence[float] = SETTINGS):
+        self.server, self.session, self.settings = server, secrets.token_hex(6), settings
         self.refusals: list[int] = []  # statuses of what was not answered
 
     def ask(self, text: str, *images: bytes) -> list[str]:
         """What the page said meanwhile, the answer last; [] if it was refused."""
+        return list(self.listen()) if self.put(text, *images) else []
+
+    def put(self, text: str, *images: bytes) -> bool:
         names = [name for image in images for name in upload(self.server, ("a.png", image))[1]]
         if len(names) < len(images):
             self.refusals.append(-1)
-            return []
+            return False
         asked = event(0, self.session, question(text, *names), None)
         for path, fields in (
             ("/gradio_api/run/predict", asked),
-            ("/gradio_api/queue/join", event(2, self.session, None, *SETTINGS)),
+            ("/gradio_api/queue/join", event(2, self.session, None, *self.settings)),
         ):
             status, _, _ = post(self.server, path, fields)
             if status != 200:
                 self.refusals.append(status)
-                return []
-        return list(self.listen())
+                return False
+        return True
 
     def listen(self) -> Iterator[str]:
         """The texts of the last message of the chat, as they change."""
