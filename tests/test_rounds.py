@@ -16,6 +16,7 @@ from model.checkpoint import save_weights
 from model.data.dataset import VLMDataset
 from model.generate import Sampling
 from model.images import open_image
+from model.printable import printable
 from model.vision_utils import ImageProcessor
 
 
@@ -119,7 +120,8 @@ def test_the_terminal_chat_remembers(workplace, speaker):
         answer = chat.stream(turns, [open_image(workplace / "images" / "0.png")], Sampling(max_new_tokens=9))
         expected.append("".join(answer))
         turns.append({"from": "gpt", "value": expected[-1]})
-    assert "\n> ".join(["", *expected]) in result.stdout.replace("ends the chat.\n>", "ends the chat.\n\n>")
+    shown = "\n> ".join(["", *map(printable, expected)])
+    assert shown in result.stdout.replace("ends the chat.\n>", "ends the chat.\n\n>")
 
 
 def test_a_chat_leaves_room_for_the_answer_and_refuses_a_question_too_long(workplace, speaker):
