@@ -27,7 +27,7 @@ def well_formed(dataset: VLMDataset, number: int) -> list[list[dict]]:
     """The conversations of some rows."""
     found = []
     for position in spread(len(dataset), number):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError, MemoryError):
             found.append(dataset.check(dataset.rows[position])[1])
     return found
 
