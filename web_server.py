@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help="other names under which people reach the page, through a reverse proxy or a tunnel: NAME (any "
-        "port) or NAME:PORT",
+        "port) or NAME:PORT (default: none)",
     )
     add(
         "--max_rounds",
