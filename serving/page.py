@@ -13,6 +13,7 @@ from model.chat import Chat
 from model.description import read_description
 from model.generate import Sampling
 from model.images import check_is_file, find_images
+from model.printable import one_line
 from serving.conversation import (
     DEFAULT_QUESTION,
     IN_LINE,
@@ -54,7 +55,7 @@ def keep_examples(site: Site, examples: list[dict]) -> list[dict]:
         try:
             reduced = [site.reducer.reduce_now(read_file(path)) for path in example["files"]]
         except (OSError, ValueError) as error:
-            print(f"no example: {', '.join(example['files'])}: {error}", flush=True)
+            print(one_line(f"no example: {', '.join(example['files'])}: {error}"), flush=True)
             continue
         names = [site.images.add("", image) for image in reduced]
         files = [{"path": name, "url": address_of(name), "mime_type": "image/jpeg"} | META for name in names]
