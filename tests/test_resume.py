@@ -156,6 +156,7 @@ def start(workplace: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the suite may run under nohup
     )
     metrics = workplace / "out" / "32_vlm_pretrain.metrics.jsonl"
     wait_until(lambda: process.poll() is not None or metrics.is_file() and len(read_metrics(metrics)) >= 3)
