@@ -27,8 +27,10 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup lets the run outlive its terminal
-                self.previous[number] = signal.signal(number, self.note)
+            self.previous[number] = signal.signal(number, self.note)
+            # nohup lets a run outlive its terminal. (That scripts start programs deaf to SIGINT means nothing.)
+            if self.previous[number] is signal.SIG_IGN and number not in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_) -> None:
