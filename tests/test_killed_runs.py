@@ -32,7 +32,7 @@ MODES = {
     "a rank": [],
     "the agent": [],
 }
-SHORT = ("a cache is filled", "accumulation in 16 bits", "a rank")
+SHORT = ("a cache is filled", "accumulation in 16 bits")
 
 
 class Killing:

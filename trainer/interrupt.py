@@ -28,7 +28,7 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
             self.previous[number] = signal.signal(number, self.note)
-            # nohup lets a run outlive its terminal. (Scripts start programs deaf to SIGINT, and mean nothing.)
+            # nohup lets a run outlive its terminal. (Scripts start programs deaf to SIGINT, meaning nothing.)
             if self.previous[number] is signal.SIG_IGN and number not in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         return self
