@@ -1,6 +1,6 @@
 """Runs that are killed (SIGKILL) at any moment and resumed end in the same bits.
 
-    MINIMIND_KILLS=15 MINIMIND_KILL_SEED=1    the long form: so many kills of each of seven kinds, ten minutes
+MINIMIND_KILLS=15 MINIMIND_KILL_SEED=1    the long form: so many kills of each of seven kinds, ten minutes
 """
 
 import os
