@@ -32,11 +32,13 @@ class Limits:
     at_once: int
 
 
-# Photographs are read side by side. What is larger waits for its turn, so that memory stays bounded.
-QUICK = Limits(pixels=16_000_000, memory=512 << 20, seconds=5, at_once=4)
+# Photographs are read side by side, in half a second. What takes longer begins anew when its turn has come:
+# it holds up no photograph, and memory stays bounded.
+QUICK = Limits(pixels=16_000_000, memory=512 << 20, seconds=1, at_once=4)
 SLOW = Limits(pixels=1 << 62, memory=1536 << 20, seconds=20, at_once=1)
-MOST_WAITING = 8  # for a slow one
+MOST_WAITING = 48  # for a slow one; fewer than uploads.MOST_AT_ONCE, so that photographs still come in
 PATIENCE = 3  # seconds on the clock for one of the processor, then the process is ended
+START = 10  # seconds on the clock for its start
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def answer_with(sender, data: bytes, side: int, limits: Limits) -> None:
     try:
         sender.send_bytes(reduce_image(data, side, limits.pixels))
     except MemoryError:
-        sender.send_bytes(REFUSED + TOO_SLOW.encode())
+        sender.send_bytes(TOO_LARGE)
     except Exception as error:  # on damaged files the decoders raise anything
         reason = str(error).removeprefix("cannot read image the file: ")
         sender.send_bytes(REFUSED + reason.encode(errors="replace")[:500])
@@ -155,7 +157,7 @@ class Reducer:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
     def reduce_now(self, data: bytes, limits: Limits = SLOW) -> Reduced | None:
-        """None: too large for these limits. Raises ValueError."""
+        """None: not to be had within QUICK. Raises ValueError."""
         receiver, sender = self.context.Pipe(duplex=False)
         process = self.context.Process(
             target=answer_with, args=(sender, data, self.side, limits), daemon=True
@@ -167,19 +169,21 @@ class Reducer:
                 process.start()
                 self.running.add(process)
             sender.close()  # so that its end is seen here
-            answer = receiver.recv_bytes() if receiver.poll(PATIENCE * limits.seconds) else b""
+            answer = receiver.recv_bytes() if receiver.poll(START + PATIENCE * limits.seconds) else b""
         except (EOFError, OSError):
             answer = b""  # ended by a limit
         finally:
             receiver.close()
             self.end(process)
         kind, content = answer[:1], answer[1:]
-        if kind == TOO_LARGE:
-            return None
         size = 3 * self.side**2
-        if kind != READ or len(content) <= size:
-            raise ValueError(content.decode(errors="replace") if kind == REFUSED else TOO_SLOW)
-        return Reduced(content[:size], content[size:])
+        if kind == READ and len(content) > size:
+            return Reduced(content[:size], content[size:])
+        if kind == REFUSED:
+            raise ValueError(content.decode(errors="replace"))
+        if limits == QUICK:
+            return None
+        raise ValueError(TOO_SLOW)
 
     def end(self, process) -> None:
         with self.lock:

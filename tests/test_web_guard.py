@@ -398,8 +398,11 @@ def test_decoding_is_bounded_in_memory_and_time(reducer, monkeypatch):
         reducer.reduce_now(large, small)
     assert reducer.reduce_now(large, decoding.SLOW)
     monkeypatch.setattr(decoding, "PATIENCE", 0.001)
+    monkeypatch.setattr(decoding, "START", 0)
     with pytest.raises(ValueError, match="time"):
         reducer.reduce_now(large, decoding.SLOW)
+    quick = encode(Image.new("L", (2000, 2000)))
+    assert reducer.reduce_now(quick, decoding.QUICK) is None, "a slow one begins anew when its turn has come"
     assert not reducer.running
 
 
