@@ -35,6 +35,7 @@ from model.seal import check_seal, seal_archive
 # Copies of the frozen CLIP that other programs save with the model: CLIP is read from its own folder.
 VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
 SET = (".pth", ".json", ".metrics.jsonl", ".png", ".best.pth", ".best.json")  # what a run leaves
+NOT_REPLACED = (".png", ".best.pth", ".best.json")  # by every run that comes after
 LAYER = re.compile(r"layers\.(\d{1,6})\.")
 V1_SIZES = {(512, 8, 6400), (768, 16, 6400)}  # width, layers, vocabulary: known without a description
 
@@ -68,22 +69,26 @@ def weight_files_of(
 
 def set_aside(path: str | Path) -> Path | None:
     """Keep what another run finished (or somebody downloaded): its weights, description, record and curve,
-    also those of its best step. The weights stay in their place besides, until a save replaces them.
+    also those of its best step. Weights and description stay in their place besides, until a save replaces
+    them, and the record until another begins.
 
     returns  where they lie now: 512_vlm_sft.previous.pth; None if there were none, none that were finished,
              or if they lie there already, since a run that began after them ended before its first save
     """
     path = Path(path)
     kept = path.with_name(f"{path.stem}.previous.pth")
-    if not is_finished(path) or (kept.is_file() and filecmp.cmp(path, kept, False)):
+    if not is_finished(path):
         return None
-    for ending in reversed(SET):  # the weights last: once they are there, so is all else
+    is_kept = kept.is_file() and filecmp.cmp(path, kept, False)
+    for ending in () if is_kept else reversed(SET):  # the weights last: once they are there, all else is
         source, target = path.with_name(path.stem + ending), kept.with_name(f"{path.stem}.previous{ending}")
         if source.is_file():
             link_or_copy(source, target)
         else:
             target.unlink(missing_ok=True)
-    return kept
+    for ending in NOT_REPLACED:  # else they would stand beside weights of another run
+        path.with_name(path.stem + ending).unlink(missing_ok=True)
+    return None if is_kept else kept
 
 
 def is_finished(path: str | Path) -> bool:

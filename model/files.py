@@ -64,9 +64,10 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def remove_leftovers(path: Path) -> None:
-    """What killed processes left of writing a file. For whoever holds it against all others."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+def remove_leftovers(folder: Path, stem: str) -> None:
+    """What killed processes left of writing STEM.*, also of files that never came to be. For whoever holds
+    these against all others."""
+    for leftover in folder.glob(f".{glob.escape(stem)}.*.{'[0-9a-f]' * 8}.tmp"):
         leftover.unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ from typing import IO
 import PIL
 from PIL import Image
 
+from model.bounds import bound_memory
 from model.data.sources import Embedded
 from model.images import identify, open_image
 
@@ -103,14 +104,10 @@ def restrict(limits: Limits) -> None:
         import resource
     except ImportError:  # Windows
         return
-    bounds = {"RLIMIT_CPU": limits.seconds, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}
-    with contextlib.suppress(OSError):
-        with open("/proc/self/statm") as file:
-            now = int(file.read().split()[0]) * resource.getpagesize()
-        bounds["RLIMIT_AS"] = now + limits.memory
-    for name, bound in bounds.items():
+    for name, bound in {"RLIMIT_CPU": limits.seconds, "RLIMIT_FSIZE": 0}.items():
         with contextlib.suppress(AttributeError, OSError, ValueError):
             resource.setrlimit(getattr(resource, name), (bound, bound))
+    bound_memory(limits.memory)
 
 
 # ---- in the server -----------------------------------------------------------------------------------------

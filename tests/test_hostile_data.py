@@ -78,7 +78,7 @@ def test_a_library_that_crashes_is_one_line(tmp_path, monkeypatch):
     pq.write_table(pa.Table.from_pylist(make_rows(50)), tmp_path / "a.parquet")
     monkeypatch.setattr(parquet, "ROOT", tmp_path)  # another program in the place of ours
     (tmp_path / "model" / "data").mkdir(parents=True)
-    program = "def main():\n    import os, signal\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    program = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
     (tmp_path / "model" / "data" / "parquet.py").write_text(program)
     with pytest.raises(ValueError, match="cannot read .*a.parquet: it is damaged, or needs too much memory"):
         Rows(tmp_path / "a.parquet")
@@ -87,7 +87,7 @@ def test_a_library_that_crashes_is_one_line(tmp_path, monkeypatch):
 def test_memory_has_a_bound_while_a_parquet_file_is_read(tmp_path):
     """A value of 4.5 GB, which a file of few kB can hold."""
     pytest.importorskip("resource")
-    code = "from model.data import parquet; parquet.restrict_memory(); bytes(4_500_000_000)"
+    code = "from model.data import parquet as p; p.bound_memory(p.MAX_MEMORY); bytes(4_500_000_000)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "MemoryError" in result.stderr
 

@@ -103,6 +103,16 @@ def test_no_damaged_resume_file_is_used(workplace, monkeypatch):
     train_here(workplace, "--resume")
 
 
+def test_damaged_weights_are_not_taken_for_a_finished_run(workplace):
+    train_here(workplace)
+    path = workplace / "out" / "32_vlm_pretrain.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="32_vlm_pretrain.pth is damaged .*: remove it"):
+        train_here(workplace, "--resume")
+
+
 def test_weights_that_carry_no_seal_are_held_against_the_zip_format(tmp_path):
     """v1's own files: as torch.save wrote them."""
     path = tmp_path / "v1.pth"
@@ -162,11 +172,14 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     path = tmp_path / "32_vlm_sft.pth"
     path.write_bytes(b"whole")
     (tmp_path / ".32_vlm_sft.pth.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / ".32_vlm_sft.resume.4567cdef.tmp").write_bytes(b"half of the first one")
+    (tmp_path / ".32_vlm_sft_multi.pth.0123abcd.tmp").write_bytes(b"another's")
     (tmp_path / ".32_llm.pth.0123abcd.tmp").write_bytes(b"another's")
     with claim_outputs(path):
         assert sorted(file.name for file in tmp_path.iterdir()) == [
             ".32_llm.pth.0123abcd.tmp",
             ".32_vlm_sft.pth.lock",
+            ".32_vlm_sft_multi.pth.0123abcd.tmp",
             "32_vlm_sft.pth",
         ]
 
@@ -200,8 +213,10 @@ def test_weights_description_record_and_curve_of_a_run_are_kept_together(workpla
             train_here(workplace, f"--learning_rate={learning_rate}")  # has no best.pth
     assert set_of(workplace / "out")["32_vlm_pretrain.pth"] != first["32_vlm_pretrain.pth"]
     second = set_of(workplace / "out")
+    assert not [name for name in second if ".best." in name and "previous" not in name]
     train_here(workplace)
     third = set_of(workplace / "out")
+    assert not [name for name in third if ".best." in name]  # those of the first run are of no use now
     for ending in ("pth", "json", "metrics.jsonl", "png"):
         assert third[f"32_vlm_pretrain.previous.{ending}"] == second[f"32_vlm_pretrain.{ending}"]
 
@@ -210,10 +225,11 @@ def test_where_files_cannot_have_two_names_they_are_copied(workplace, monkeypatc
     train_here(workplace)
     path = workplace / "out" / "32_vlm_pretrain.pth"
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
+    before = set_of(path.parent)
     assert set_aside(path) == path.with_name("32_vlm_pretrain.previous.pth")
     for ending in ("pth", "json", "metrics.jsonl", "png"):
         kept = path.with_name(f"32_vlm_pretrain.previous.{ending}")
-        assert kept.read_bytes() == path.with_name(f"32_vlm_pretrain.{ending}").read_bytes()
+        assert kept.read_bytes() == before[f"32_vlm_pretrain.{ending}"]
     assert set_aside(path) is None  # they lie there already
 
 

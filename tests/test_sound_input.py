@@ -244,6 +244,8 @@ def test_a_log_on_a_full_disk_costs_the_log(monkeypatch):
     run = Run(0, 1, torch.device("cpu"))
     with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="No space"):
+            print("lost")
         run.print("lost")
         with contextlib.suppress(OSError):
             full.close()

@@ -43,8 +43,7 @@ def claim_outputs(weights_out: Path) -> Iterator[None]:
     and OSError for a folder that cannot be written."""
     check_folder(weights_out.parent)
     with claimed(weights_out, "wait for its end, or name another folder with --out_dir"):
-        for path in weights_out.parent.glob(f"{weights_out.stem}.*"):
-            remove_leftovers(path)
+        remove_leftovers(weights_out.parent, weights_out.stem)
         yield
 
 
@@ -143,7 +142,10 @@ class RunFiles:
         """With --resume: is the whole run there already? Raises ValueError if it is another one."""
 
         def ask() -> bool:
-            described = read_description(self.path) if self.path.is_file() else {}
+            described = {}
+            if self.path.is_file():
+                check_seal(self.path, "remove it, and the run begins anew")
+                described = read_description(self.path)
             finished = described.get("step", 0) >= described.get("total_steps", 1)
             if self.args.resume and finished and "settings" in described and not self.newest_resume_file():
                 self.check_settings(described, self.path)

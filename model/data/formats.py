@@ -1,6 +1,6 @@
 """What a data file is, and its rows as UTF-8 text where it is anything else.
 
-A json or jsonl file in UTF-8 is mapped as it lies. One that is compressed by gzip, in UTF-16 or UTF-32 (as
+A json or jsonl file in UTF-8 is read as it lies. One that is compressed by gzip, in UTF-16 or UTF-32 (as
 Windows likes to write it), or a parquet file is rewritten, once: see Rows.
 """
 
@@ -39,7 +39,7 @@ class Form:
 
     @property
     def is_plain(self) -> bool:
-        """Can the file be mapped as it lies?"""
+        """Can the file be read as it lies?"""
         return self.kind != PARQUET and not self.is_gzip and self.encoding.startswith("utf-8")
 
 

@@ -7,7 +7,6 @@ becomes of it, the caller goes on.
 Imports nothing heavy, for the process itself loads this file.
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -16,16 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from model.bounds import bound_memory
+from model.names import ROOT
+
 # A file that unpacks to more than that many times its size was not written by people, but to fill a disk.
 MOST_PACKED, SURELY_FITS = 200, 64 << 20
 MAX_FOOTER, MAX_COLUMNS = 64 << 20, 1000  # bytes of a file's description, and columns there
-BATCH, BATCH_BYTES = (
-    4096,
-    512 << 20,
-)  # rows read at a time; fewer where all may hold the longest value
+BATCH, BATCH_BYTES = 4096, 512 << 20  # rows read at a time, fewer where all may hold the longest value
 MAX_MEMORY = 4 << 30  # of the process, beyond what it has at its start
 FAILED = b"!"  # what begins its last line, if it says what is wrong
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Bound:
@@ -47,9 +45,9 @@ class Bound:
 def read_parquet(path: Path) -> Iterator[bytes]:
     """Its rows, each as a line of JSON. Raises ValueError if it cannot be read, or unpacks to too much."""
     bound = Bound(path)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model.data.parquet import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, os.fspath(path)],
+        [sys.executable, "-m", __name__, os.path.abspath(path)],
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -77,7 +75,7 @@ def main() -> None:
         import pyarrow.parquet
 
         pyarrow.set_cpu_count(1)
-        restrict_memory()
+        bound_memory(MAX_MEMORY)
         with open(path, "rb") as file:
             write_rows(pyarrow.parquet, file, Bound(path), output)
     except BrokenPipeError:  # nobody wants more
@@ -89,16 +87,6 @@ def main() -> None:
         output.write(FAILED + " ".join(reason.split())[:1000].encode(errors="replace") + b"\n")
     output.flush()
     os._exit(0)  # a library that has read damage need not clean up
-
-
-def restrict_memory() -> None:
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource  # not on Windows
-
-        with open("/proc/self/statm") as file:
-            bound = int(file.read().split()[0]) * resource.getpagesize() + MAX_MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def write_rows(library, file: IO[bytes], bound: Bound, output: IO[bytes]) -> None:
@@ -139,3 +127,7 @@ def batch_size_of(metadata, bound: Bound) -> int:
 def plain(value: object) -> str:
     """What JSON has no form for: dates and the like as text; bytes are no text and no row needs them."""
     return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+
+
+if __name__ == "__main__":
+    main()
