@@ -15,5 +15,5 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
     (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium fonts-noto-cjk) >/dev/null 2>&1 \
         || echo "tests/run.sh: chromium could not be installed; the browser test will be skipped"
 fi
-# Three test files at a time, for two cores: some only wait. The threads of their processes must not spin meanwhile.
-GOMP_SPINCOUNT=10000 exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# Three test files at a time, for two cores: some only wait. One thread each, or they would wait for each other's.
+OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
