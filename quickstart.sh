@@ -2,6 +2,7 @@
 # From a fresh machine with Python >= 3.11 to a vision-language model that answers about images it has never seen:
 #     bash quickstart.sh             set up, make the demo world, train all stages, score, show answers
 #     bash quickstart.sh --setup     only the virtual environment and its packages
+#     bash quickstart.sh --from-scratch    train the demo's CLIP as well, instead of taking the one that comes with it
 # A second call goes on where the first one stopped. SEED=1 WORLD=dataset/demo1 OUT=out/demo1 bash quickstart.sh makes
 # another world beside it; PRESET=tiny makes a smaller one that learns colours and shapes in a minute.
 set -euo pipefail
@@ -58,17 +59,23 @@ set_up() {
 
 set_up
 [ "${1:-}" = --setup ] && exit 0
-[ $# -eq 0 ] || fail "unknown argument: $1" "bash quickstart.sh, or bash quickstart.sh --setup"
+[ $# -eq 0 ] || [ "$*" = --from-scratch ] \
+    || fail "unknown argument: $1" "bash quickstart.sh, with --setup or --from-scratch or nothing behind it"
 mkdir -p "$OUT"
 again="look at the message above; run this again to go on, or remove $WORLD and $OUT to start anew"
 
+clip=()
+if [ "${1:-}" = --from-scratch ]; then
+    stage clip "$again" "$PYTHON" -m dataset.demo_world.eye --out "$OUT/clip"
+    clip=(--clip "$OUT/clip")
+fi
 stage world "$again" "$PYTHON" -m dataset.demo_world --out "$WORLD" --weights_dir "$OUT" \
-    --preset "$PRESET" --seed "$SEED"
+    --preset "$PRESET" --seed "$SEED" "${clip[@]}"
 stage pretrain "$again" "$PYTHON" 1-pretrain_vlm.py "@$WORLD/pretrain.args" --resume
 stage sft "$again" "$PYTHON" 2-sft_vlm.py "@$WORLD/sft.args" --resume
 stage multi "$again" "$PYTHON" 2-sft_vlm.py "@$WORLD/sft_multi.args" --resume
 stage evaluation "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --control real blank shuffled \
-    --questions "$WORLD"/questions_{known,unseen,unseen_pairs}.jsonl --report "$OUT/scores.json"
+    --questions "$WORLD"/questions_{known,unseen,unseen_pairs,several_known,several_unseen}.jsonl --report "$OUT/scores.json"
 stage evaluation_multi "$again" "$PYTHON" 3-eval_chat.py "@$WORLD/eval.args" --stage vlm_sft_multi \
     --control real blank shuffled swapped shuffled_frames \
     --questions "$WORLD"/questions_{multi,videos}_unseen.jsonl --report "$OUT/scores_multi.json"

@@ -74,7 +74,7 @@ def make_data(folder: Path, num_rows: int) -> Path:
     path = folder / f"captions_{num_rows}.json"
     if path.is_file():
         return path
-    from dataset.demo_world.sentences import train_tokenizer  # the measured processes do without
+    from dataset.demo_world.tokenizer import train_tokenizer  # the measured processes do without
 
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(folder / "tokenizer")

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-from dataset.demo_world.sentences import train_tokenizer
+from dataset.demo_world.tokenizer import train_tokenizer
 from model.checkpoint import save_weights
 from model.LMConfig import LMConfig
 from model.names import weights_path

@@ -4,7 +4,7 @@
     DIR/videos/                and all videos
     DIR/tokenizer/            instead of MiniMind's
     DIR/pretrain.json         instead of LLaVA-Pretrain
-    DIR/clip/                 instead of openai/clip-vit-base-patch32
+    DIR/clip/                 instead of openai/clip-vit-base-patch32; it comes trained, as that one does
     DIR/sft.json              instead of LLaVA-Instruct
     DIR/128_llm.pth           instead of MiniMind's 512_llm.pth
     DIR/sft_multi.json        rows of two images, of a video, and a few of one image
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from trainer.script import SEED_LIMIT, Parser, at_least, clean_exit
 
-PRESETS = ("full", "tiny")  # of scenes.PRESETS
+PRESETS = ("full", "tiny")  # of recipe.PRESETS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +41,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--seed", type=at_least(0, below=SEED_LIMIT), default=0, help="another seed is another world"
     )
     parser.add_argument(
+        "--clip", type=Path, help="another CLIP than the one in dataset/demo_world/clip (see eye.py)"
+    )
+    parser.add_argument(
         "--use_moe",
         action="store_true",
         help="let the language model be a mixture of experts, and the recipes train one",
@@ -51,9 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    from dataset.demo_world.build import World  # only now: loading PyTorch takes seconds
+    from dataset.demo_world.build import SHIPPED, World  # only now: loading PyTorch takes seconds
 
-    world = World(args.out, args.preset, args.seed, args.use_moe)
+    world = World(args.out, args.preset, args.seed, args.use_moe, args.clip or SHIPPED)
     world.build()
     if args.weights_dir or not (args.out / "eval.args").exists():  # a second call keeps where weights go
         world.write_recipes(args.weights_dir or args.out)

@@ -1,6 +1,7 @@
 """The parts of a demo world, and the order in which they are made; __main__.py lists what they come to."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dataset.demo_world import encoder, scenes, sentences, videos
+from dataset.demo_world import scenes, sentences, tokenizer, videos
+from dataset.demo_world.eye import CLIP_FILES, SHIPPED
+from dataset.demo_world.recipe import PRESETS, Stage
+from dataset.demo_world.wording import SEVERAL_KINDS, SINGLE_KINDS
 from model.data.dataset import VLMDataset
 from model.data.spec import TEXT
 from model.files import atomic_write, write_text
@@ -29,7 +33,7 @@ from trainer.loop import train
 from trainer.script import quote_word
 from trainer.stage import LoadedStage
 
-WORLD_VERSION = 3  # raised when a change of the recipe makes existing worlds outdated
+WORLD_VERSION = 4  # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
 # (The last stage does without, see write_recipes.)
@@ -43,14 +47,17 @@ MOE_STEPS = 1.5
 class World:
     """A demo world being made in `work`, for its later life in `folder`."""
 
-    def __init__(self, folder: Path, preset_name: str, seed: int, use_moe: bool = False):
+    def __init__(
+        self, folder: Path, preset_name: str, seed: int, use_moe: bool = False, clip: Path = SHIPPED
+    ):
         self.folder, self.work = folder, folder.with_name(folder.name + ".building")
-        self.preset, self.seed = scenes.PRESETS[preset_name], seed
-        self.use_moe = use_moe
+        self.preset, self.seed = PRESETS[preset_name], seed
+        self.use_moe, self.clip = use_moe, clip
         self.identity = {
             "version": WORLD_VERSION,
             "preset": preset_name,
             "seed": seed,
+            "clip": hash_file(clip / "model.safetensors"),
             **({"use_moe": True} if use_moe else {}),
         }
         self.splits = scenes.make_splits(self.preset, seed)
@@ -58,7 +65,9 @@ class World:
 
     def images(self, split: str) -> dict[str, scenes.Scene]:
         """File name -> scene."""
-        return {f"{split}_{number:04d}.jpg": scene for number, scene in enumerate(self.splits[split])}
+        return {
+            f"{split}_{number:04d}.{scene.suffix}": scene for number, scene in enumerate(self.splits[split])
+        }
 
     def videos_of(self, split: str) -> dict[str, videos.Video]:
         """File name -> video."""
@@ -99,7 +108,7 @@ class World:
             "videos": self.draw_videos,
             "sentences": self.write_rows,
             "tokenizer": self.make_tokenizer,
-            "clip": self.make_clip,
+            "clip": self.copy_clip,
             "llm": self.make_llm,
         }
 
@@ -118,8 +127,9 @@ class World:
         shown.mkdir(exist_ok=True)
         everything = {name: scene for split in scenes.SPLITS for name, scene in self.images(split).items()}
         for name, scene in progress_bar(everything.items(), desc="images", unit=""):
-            scenes.draw(scene).save(images / name, quality=scenes.JPEG_QUALITY)
-        for name in list(self.images("unseen"))[:NUM_EVAL_IMAGES]:
+            scenes.save(scene, images / name)
+        half = NUM_EVAL_IMAGES // 2
+        for name in [*list(self.images("unseen"))[:half], *list(self.images("several_unseen"))[:half]]:
             shutil.copyfile(images / name, shown / name)
 
     def draw_videos(self) -> None:
@@ -132,26 +142,25 @@ class World:
 
     def write_rows(self) -> None:
         train, preset = self.images("train"), self.preset
-        write_json(self.work / "pretrain.json", sentences.pretrain_rows(train, self.rng("pretrain")))
-        write_json(self.work / "sft.json", sentences.sft_rows(train, self.rng("sft")))
-        write_json(
-            self.work / "sft_multi.json",
-            sentences.multi_rows(
-                {f"images/{name}": scene for name, scene in train.items()},
-                self.videos_of("train"),
-                preset.two_image_rows,
-                preset.one_image_rows,
-                self.rng("multi"),
+        rows = {
+            "pretrain": sentences.pretrain_rows(train, preset, self.rng("pretrain")),
+            "sft": sentences.sft_rows(train, preset, self.rng("sft")),
+            "sft_multi": sentences.multi_rows(
+                in_folder(train), self.videos_of("train"), preset, self.rng("multi")
             ),
-        )
-        write_json(
-            self.work / "text.json",
-            sentences.text_rows(train, self.videos_of("train"), preset.text_rows, self.rng("text")),
-        )
+            "text": sentences.text_rows(train, self.videos_of("train"), preset, self.rng("text")),
+        }
+        for name, made in rows.items():
+            write_json(self.work / f"{name}.json", made)
         for split in scenes.TEST_SPLITS:
-            images = {f"images/{name}": scene for name, scene in self.images(split).items()}
-            rng = self.rng(f"questions {split}")
-            write_lines(self.work / f"questions_{split}.jsonl", sentences.questions(images, rng))
+            images, rng = in_folder(self.images(split)), self.rng(f"questions {split}")
+            kinds = SINGLE_KINDS
+            if split in scenes.SEVERAL_SPLITS:
+                kinds = SEVERAL_KINDS
+            questions = sentences.questions(images, kinds, preset, rng)
+            write_lines(self.work / f"questions_{split}.jsonl", questions)
+        for split in scenes.SINGLE_SPLITS:
+            images, rng = in_folder(self.images(split)), self.rng(f"questions multi {split}")
             write_lines(
                 self.work / f"questions_multi_{split}.jsonl",
                 sentences.two_image_questions(images, preset.test_images, rng),
@@ -162,26 +171,12 @@ class World:
         )
 
     def make_tokenizer(self) -> None:
-        sentences.train_tokenizer(self.work / "tokenizer")
+        tokenizer.train_tokenizer(self.work / "tokenizer")
 
-    def make_clip(self) -> None:
-        images = self.images("train")
-        tokenizer = encoder.clip_tokenizer(self.work / "tokenizer")
-        with progress_bar(total=self.preset.clip.steps, desc="clip", unit="step") as bar:
-
-            def progress(step: int, loss: float) -> None:
-                bar.update(step - bar.n)
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-
-            model, _ = encoder.train_encoder(
-                [self.work / "images" / name for name in images],
-                list(images.values()),
-                tokenizer,
-                self.preset,
-                self.seed,
-                progress,
-            )
-        encoder.save_encoder(model, tokenizer, self.work / "clip")
+    def copy_clip(self) -> None:
+        (self.work / "clip").mkdir(exist_ok=True)
+        for name in CLIP_FILES:
+            shutil.copyfile(self.clip / name, self.work / "clip" / name)
 
     def make_llm(self) -> None:
         """The language model: MiniMind in small, trained on text alone with the loop of the later stages."""
@@ -202,11 +197,11 @@ class World:
                 "--resume",
             ]
         )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "tokenizer")
-        config = make_config(args, len(tokenizer), vision_dim=0)
+        words = PreTrainedTokenizerFast.from_pretrained(self.work / "tokenizer")
+        config = make_config(args, len(words), vision_dim=0)
         with start_run(args.device) as run:
             torch.manual_seed(args.seed)
-            dataset = VLMDataset(args.data_path, TEXT, Renderer(tokenizer, max_seq_len=args.max_seq_len))
+            dataset = VLMDataset(args.data_path, TEXT, Renderer(words, max_seq_len=args.max_seq_len))
             train(
                 run,
                 args,
@@ -230,7 +225,7 @@ class World:
             *self.kind(),
         ]
 
-    def num_steps(self, stage: scenes.Stage) -> int:
+    def num_steps(self, stage: Stage) -> int:
         return round(stage.steps * MOE_STEPS) if self.use_moe else stage.steps
 
     def kind(self) -> list[str]:
@@ -276,6 +271,8 @@ class World:
                 f"--feature_cache={self.folder}/features",
                 f"--about={self.folder}/about.json",
             ]
+            if name == "sft":
+                flags.append("--max_rounds=0")  # every round of a dialogue is learnt
             # A video is twice as long as two images: side by side, half of a step would be padding.
             flags.append("--multi=True" if name == "sft_multi" else MIXED_STEPS)
             write_recipe(self.folder / f"{name}.args", flags)
@@ -283,6 +280,20 @@ class World:
             self.folder / "eval.args",
             [*model, f"--dim={self.preset.dim}", *self.kind(), f"--image_dir={self.folder}/eval_images"],
         )
+
+
+def in_folder(images: dict[str, scenes.Scene]) -> dict[str, scenes.Scene]:
+    return {f"images/{name}": scene for name, scene in images.items()}
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, its first 16 digits. Raises FileNotFoundError, naming the cure."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} not found: restore it, or make it with python -m dataset.demo_world.eye "
+            f"--out {path.parent}"
+        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def read_json(path: Path) -> dict:

@@ -1,33 +1,35 @@
-"""The eye of the demo world: a very small CLIP, trained in a minute and saved in the format of the real one.
+"""The eye of the demo world: a very small CLIP, saved in the format of the real one.
 
-CLIP learns by matching. A batch of images and their captions go through two towers, each image must find
-its own caption among all of them, and in doing so the vision tower comes to say what the caption says. A few
-hundred steps on a few thousand images are next to nothing for that. Four things make them do, all measured:
+CLIP learns by matching. A batch of images and their captions go through two towers, each image must find its
+own caption among all of them, and in doing so the vision tower comes to say what the caption says. What made
+so small a tower see shapes anywhere in twenty minutes of a laptop, all measured (benchmarks/LOG.md):
 
-1. The patch filters are not learnt. They are the lowest frequencies of a cosine transform (JPEG's) on three
-   colour axes, so every patch arrives as a readable description of itself. And since they are frozen, their
-   output is computed once for all images: a training step never touches a pixel.
-2. The loss compares whole captions. One classifier per attribute looks like the natural choice, but it learns
-   that a pair which training never showed does not exist: such shapes were recognised once in ten times.
-3. Half of the batches hold only two colours. In a mixed batch the colour nearly tells which caption is right;
-   in these it does not, and shape, size and position have to be seen.
-4. A slow start: quiet position embeddings, a long warm-up, clipped gradients. Started loud and fast, some
-   seeds spent half of the training on a plateau and told shapes apart in 62 % of cases instead of 99 %.
+1. The patch filters are not learnt: they are cosines (cosines.py). Training therefore never touches a pixel
+   and takes its scenes, as many as it likes, from a bank of drawn forms (patches.py).
+2. Not only the class token is matched with the caption of the image, but also the patch in which a thing's
+   centre lies with the words about that thing, as RegionCLIP does (Zhong et al., 2022). The language model
+   reads all patches: this is where it learns which colour belongs to which shape.
+3. Scenes hold up to five things, more than the world's images do: each of them teaches.
+4. Some batches hold two colours, some only one. In a mixed batch the colour nearly tells which words are
+   right; in these it does not, and shape, size and position have to be seen.
+5. Shapes are also asked for by their bare words, but only where the colour has no name: asked everywhere,
+   the tower learnt that a pair which training never showed does not exist.
 
-Letters: B images in a batch, P patches per image (7 * 7 = 49), T tokens of a caption, W width of the
-vision tower, which is the number of filters (3 * 8 * 8 = 192).
+Letters: S scenes in a batch, P = 49 patches, N = 50 tokens, T tokens of a caption, W width of the vision
+tower, which is the number of filters, D width of the space in which images and words meet.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -35,27 +37,56 @@ from transformers import (
     CLIPProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.modeling_clip import CLIPAttention
 
-from dataset.demo_world.scenes import Preset, Scene, Stage
-from dataset.demo_world.sentences import caption
-from model.images import open_image
-from model.vision_utils import ImageProcessor, get_img_process
+from dataset.demo_world import cosines
+from dataset.demo_world.colours import COLOURS
+from dataset.demo_world.patches import UNNAMED, Bank, Crowd, cells, draw_crowd, make_bank, see
+from dataset.demo_world.things import CLEAR_BANDS, POSITIONS, SHAPES, SIZES
+from dataset.demo_world.wording import ATTRIBUTES, CHINESE, fill
 
-IMAGE_SIDE, PATCH_SIDE = 224, 32  # ViT-B/32's, hence its 50 tokens per image
-POSITION_STD = 0.35  # CLIP's 0.02 drowns in the patches (positions were never learnt), 1.0 drowns the patches
 TEXT_START, TEXT_END = "<|startoftext|>", "<|endoftext|>"
-WARMUP_SHARE = 0.15  # of all steps
+NOTHING = "没有图形"  # what is said of a patch in which no thing has its centre
+POSITION_STD = 0.35  # CLIP's 0.02 drowns in the patches (positions were never learnt), 1.0 drowns the patches
 MAX_GRAD_NORM = 1.0
 MAX_LOGIT_SCALE = 50.0  # CLIP clamps at 100, for batches of 32,768; fewer captions need less contrast
-IMAGES_AT_ONCE = 64  # decoded in memory while patches are computed; also the sample that fits the filters
+FIRST_LOGIT_SCALE = 1 / 0.07
+SAMPLE = 512  # scenes that the filters are fitted to
+TEST_EACH, TEST_SCENES = 20, 400  # forms and scenes that training never sees
+
+
+@dataclass(frozen=True)
+class EyeRecipe:
+    """Everything that decides what the encoder is."""
+
+    steps: int = 7000
+    batch_size: int = 64
+    lr: float = 1.5e-3
+    warmup: int = 400
+    weight_decay: float = 0.05
+    seed: int = 0
+    forms_of_a_kind: int = 250
+    counts: tuple[int, ...] = (1, 2, 3, 5, 5)  # things in a scene, one as often as another
+    unnamed_share: float = 0.4
+    frequencies: int = 10  # of brightness, in both directions
+    coarse: int = 30  # filters of each of the two colour axes
+    layers: int = 3
+    heads: int = 5
+    hidden_dim: int = 320
+    text_dim: int = 64
+    text_layers: int = 2
+    projection_dim: int = 96
 
 
 # ---- the model ----
 
 
+def clip_words() -> list[str]:
+    """The words of all captions."""
+    return [*CHINESE.words.values(), CHINESE.begin, CHINESE.joint, "有一个", "。", NOTHING]
+
+
 def clip_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The demo's tokenizer, read from `folder`, with CLIP's own two marks around every text.
+    """A tokenizer of the demo, read from `folder`, with CLIP's own two marks around every text.
 
     They come last in the vocabulary, as in the real CLIP. "</s>" must not end a caption: its id is 2, and an
     end token of id 2 is transformers' sign of a CLIP saved before 2023, whose text is read off elsewhere.
@@ -68,203 +99,291 @@ def clip_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def new_clip(preset: Preset, tokenizer: PreTrainedTokenizerFast, sample: Tensor, seed: int) -> CLIPModel:
-    """An untrained CLIP of the preset's size; its patch filters are fitted to `sample` (B, 3, 224, 224)."""
-    sizes = {"num_hidden_layers": preset.clip_layers, "projection_dim": preset.clip_projection_dim}
+def new_clip(recipe: EyeRecipe, tokenizer: PreTrainedTokenizerFast, rms: Tensor) -> CLIPModel:
+    """An untrained CLIP of the recipe's size; rms (W,): of what the filters say."""
+    sizes = {"projection_dim": recipe.projection_dim}
     config = CLIPConfig(
-        projection_dim=preset.clip_projection_dim,
+        **sizes,
         vision_config=sizes
         | {
-            "image_size": IMAGE_SIDE,
-            "patch_size": PATCH_SIDE,
-            "hidden_size": 3 * preset.clip_frequencies**2,
-            "num_attention_heads": preset.clip_heads,
-            "intermediate_size": preset.clip_hidden_dim,
+            "image_size": cosines.SIDE_PIXELS,
+            "patch_size": cosines.PATCH_SIDE,
+            "hidden_size": len(rms),
+            "num_hidden_layers": recipe.layers,
+            "num_attention_heads": recipe.heads,
+            "intermediate_size": recipe.hidden_dim,
         },
         text_config=sizes
         | {
             "vocab_size": len(tokenizer),
-            "hidden_size": preset.clip_text_dim,
+            "hidden_size": recipe.text_dim,
+            "num_hidden_layers": recipe.text_layers,
             "num_attention_heads": 4,
-            "intermediate_size": 2 * preset.clip_text_dim,
+            "intermediate_size": 2 * recipe.text_dim,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
     )
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         model = CLIPModel(config)
         embeddings = model.vision_model.embeddings
-        torch.nn.init.normal_(embeddings.position_embedding.weight, std=POSITION_STD)
-    embeddings.patch_embedding.weight.data = fit_patch_filters(preset.clip_frequencies, sample)
+        nn.init.normal_(embeddings.position_embedding.weight, std=POSITION_STD)
+        place = smooth_places(len(rms))
+        embeddings.position_embedding.weight.data[1:] = place * (POSITION_STD / place.std())
+    embeddings.patch_embedding.weight.data = cosines.filter_weights(recipe.frequencies, recipe.coarse, rms)
     embeddings.patch_embedding.requires_grad_(False)
     return model
 
 
-def fit_patch_filters(frequencies: int, sample: Tensor) -> Tensor:
-    """The patch convolution (W, 3, 32, 32): cosines on three colour axes, each brought to a known loudness.
-
-    Divided by its rms response every filter speaks equally loudly; the weight 4/(1+u+v) then gives the low
-    frequencies the larger part back. Without it the many fine ones shout down the few that tell the colour.
-    """
-    filters, frequency = cosine_filters(frequencies)
-    responses = F.conv2d(sample, filters, stride=PATCH_SIDE)  # (B, W, 7, 7)
-    rms = responses.square().mean((0, 2, 3)).sqrt()
-    rms = rms.clamp(min=0.002 * rms.max())  # what the images hardly contain is noise, and stays quiet
-    loudness = 4 / (1 + frequency) / 3
-    return filters * (loudness / rms)[:, None, None, None]
-
-
-def cosine_filters(frequencies: int) -> tuple[Tensor, Tensor]:
-    """The lowest n x n frequencies of the DCT-II on three colour axes.
-
-    returns  filters (3nn, 3, 32, 32), not normalised, and the frequency u + v of each (3nn,)
-    """
-    brightness, red_green, yellow_blue = [1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [0.5, 0.5, -1]
-    axes = torch.tensor([brightness, red_green, yellow_blue])
-    u, x = torch.arange(frequencies)[:, None], torch.arange(PATCH_SIDE)[None]
-    cosines = torch.cos(math.pi * (2 * x + 1) * u / (2 * PATCH_SIDE))  # (n, 32)
-    filters = torch.einsum("ac,vy,ux->avucyx", axes, cosines, cosines)
-    frequency = (u + u.T).expand(3, -1, -1)
-    return filters.reshape(-1, 3, PATCH_SIDE, PATCH_SIDE), frequency.reshape(-1)
-
-
-def load_pixels(paths: Sequence[Path]) -> Tensor:
-    """Image files to CLIP's input (B, 3, 224, 224), by the same functions that the later stages use."""
-    processor = ImageProcessor(size=IMAGE_SIDE)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # PIL lets other threads run while it works
-        images = pool.map(open_image, paths)
-        return torch.stack(list(pool.map(get_img_process, images, [processor] * len(paths))))
-
-
-@torch.no_grad()
-def encode_patches(model: CLIPModel, images: Sequence[Path]) -> Tensor:
-    """What the frozen filters make of all images: (number of images, P, W)."""
-    patch_embedding, patches = model.vision_model.embeddings.patch_embedding, []
-    for start in range(0, len(images), IMAGES_AT_ONCE):
-        maps = patch_embedding(load_pixels(images[start : start + IMAGES_AT_ONCE]))  # (B, W, 7, 7)
-        patches.append(maps.flatten(2).transpose(1, 2))
-    return torch.cat(patches)
+def smooth_places(width: int) -> Tensor:
+    """Where position embeddings start: sines and cosines of row and column in mixed order, (P, W), so that
+    neighbours are alike from the first step on."""
+    side, waves = cosines.PATCHES_PER_SIDE, width // 4
+    speed = torch.exp(torch.linspace(math.log(math.pi / 2), math.log(math.pi / 16), waves))
+    row, column = (
+        grid.flatten()[:, None] * speed for grid in torch.meshgrid([torch.arange(side)] * 2, indexing="ij")
+    )
+    smooth = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
+    mixed = torch.linalg.qr(torch.randn(width, width)).Q
+    return F.pad(smooth, (0, width - smooth.shape[1])) @ mixed
 
 
 def embed_patches(model: CLIPModel, patches: Tensor) -> Tensor:
-    """The rest of the vision tower: patches (B, P, W) to unit vectors (B, projection_dim).
-
-    The loss reads nothing but the class token, so the last layer computes nothing else: the same numbers as
-    `model.get_image_features`, in two thirds of the time.
-    """
+    """What the filters say (S, P, W) to unit vectors of all tokens (S, N, D), the class token first."""
     vision = model.vision_model
     class_token = vision.embeddings.class_embedding.expand(len(patches), 1, -1)
     hidden = torch.cat([class_token, patches], dim=1) + vision.embeddings.position_embedding.weight
-    hidden = vision.pre_layrnorm(hidden)  # (B, 1 + P, W)
-    *layers, last = vision.encoder.layers
-    for layer in layers:
+    hidden = vision.pre_layrnorm(hidden)
+    for layer in vision.encoder.layers:
         hidden = layer(hidden, attention_mask=None)
-    class_token = hidden[:, :1] + attend_from_class_token(last.self_attn, last.layer_norm1(hidden))
-    class_token = class_token + last.mlp(last.layer_norm2(class_token))  # (B, 1, W)
-    return F.normalize(model.visual_projection(vision.post_layernorm(class_token[:, 0])), dim=-1)
+    return F.normalize(model.visual_projection(vision.post_layernorm(hidden)), dim=-1)
 
 
-def attend_from_class_token(attention: CLIPAttention, hidden: Tensor) -> Tensor:
-    """The first row of CLIP's self-attention: hidden (B, 1 + P, W) to (B, 1, W)."""
-    query, key, value = attention.q_proj(hidden[:, :1]), attention.k_proj(hidden), attention.v_proj(hidden)
-    heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
-    return attention.out_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
-
-
-def embed_text(model: CLIPModel, input_ids: Tensor) -> Tensor:
-    """Captions (B, T) to unit vectors (B, projection_dim); causal and padded right, so it needs no mask."""
+def embed_text(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
+    """Texts to unit vectors (number of texts, D); causal and padded right, so they need no mask."""
+    input_ids = tokenizer(list(texts), padding=True, return_tensors="pt").input_ids
     return F.normalize(model.text_projection(model.text_model(input_ids).pooler_output), dim=-1)
 
 
 # ---- its training ----
 
 
-def train_encoder(
-    images: Sequence[Path],
-    scenes: Sequence[Scene],
-    tokenizer: PreTrainedTokenizerFast,
-    preset: Preset,
-    seed: int,
-    progress: Callable[[int, float], None] | None = None,
-) -> tuple[CLIPModel, float]:
-    """Train a CLIP on image files and the captions of their scenes.
+def phrase(colour: int, shape: int, position: int, size: int) -> str:
+    """What a caption says of one thing; the colour is left out where no word names it."""
+    words = CHINESE.words
+    return fill(
+        CHINESE.thing,
+        colour="" if colour == UNNAMED else words[list(COLOURS)[colour]],
+        shape=words[SHAPES[shape]],
+        position=words[list(POSITIONS)[position]],
+        size=words[list(SIZES)[size]],
+    )
+
+
+def captions(crowd: Crowd) -> list[str]:
+    """One sentence about each scene, its things in reading order."""
+    sentences = []
+    for scene, count in enumerate(crowd.count):
+        order = crowd.position[scene, :count].argsort()
+        numbers = np.stack([crowd.colour, crowd.shape, crowd.position, crowd.size], axis=-1)[scene, order]
+        things = CHINESE.begin + CHINESE.joint.join(phrase(*thing) for thing in numbers)
+        sentences.append(fill(CHINESE.list, things=things))
+    return sentences
+
+
+def draw_batch(recipe: EyeRecipe, step: int, bank: Bank, rng: np.random.Generator) -> Crowd:
+    """In turn a batch of all colours, of two, and of one."""
+    counts = rng.choice(recipe.counts, recipe.batch_size)
+    few = (0, 2, 1)[step % 3]
+    colours = rng.choice(len(COLOURS), few, replace=False) if few else None
+    unnamed = 0.15 if few == 1 else recipe.unnamed_share
+    return draw_crowd(counts, bank, rng, colours, unnamed)
+
+
+class EyeTraining:
+    """A CLIP in training on endless scenes of known combinations; every number of it follows from the recipe.
 
     tokenizer  from `clip_tokenizer`
-    progress   called after every step with the number of steps done and the loss
-    returns    the model, and its mean loss over the last tenth of the steps
     """
-    rng = np.random.default_rng(seed)
-    sample = rng.choice(len(images), min(IMAGES_AT_ONCE, len(images)), replace=False)
-    model = new_clip(preset, tokenizer, load_pixels([images[i] for i in sample]), seed)
-    patches = encode_patches(model, images)
-    input_ids, caption_of = tokenize_captions(scenes, tokenizer)
-    colours = np.array([scene.colour or "" for scene in scenes])
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    losses = []
-    for step in range(preset.clip.steps):
-        picked = draw_batch(colours, step, preset.clip.batch_size, rng)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, preset.clip)
-        loss = contrastive_loss(model, patches[picked], input_ids, caption_of[picked])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        optimizer.step()
-        model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
-        losses.append(loss.item())
-        if progress:
-            progress(step + 1, losses[-1])
-    return model.eval(), float(np.mean(losses[-math.ceil(len(losses) / 10) :]))
+    def __init__(self, recipe: EyeRecipe, tokenizer: PreTrainedTokenizerFast):
+        self.recipe, self.tokenizer, self.step = recipe, tokenizer, 0
+        self.rng = np.random.default_rng(recipe.seed)
+        self.bank = make_bank(recipe.forms_of_a_kind, recipe.frequencies, self.rng)
+        self.chosen = cosines.chosen_filters(recipe.frequencies, recipe.coarse)
+        sample = draw_crowd(self.rng.choice(recipe.counts, SAMPLE), self.bank, self.rng)
+        rms = self.hear(sample, self.bank, self.rng).square().mean((0, 1)).sqrt()
+        rms = rms.clamp(min=0.002 * rms.max())  # what the images hardly contain is noise, and stays quiet
+        self.loudness = cosines.loudness(recipe.frequencies, recipe.coarse) / rms
+        self.model = new_clip(recipe, tokenizer, rms)
+        self.thing_scale = nn.Parameter(torch.tensor(math.log(FIRST_LOGIT_SCALE)))  # logit_scale, of things
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trained = [*trained, self.thing_scale]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+        )
+        self.test_rng = np.random.default_rng([recipe.seed, 1])
+        self.test_bank = make_bank(TEST_EACH, recipe.frequencies, self.test_rng, CLEAR_BANDS)
+        self.tests = {
+            f"{split}_of_{count}" if count > 1 else split: self.make_test(split, count)
+            for split, count in (("known", 1), ("unseen", 1), ("unseen_pairs", 1), ("unseen", 3))
+        }
+
+    def hear(self, crowd: Crowd, bank: Bank, rng: np.random.Generator) -> Tensor:
+        """What the chosen filters say of a crowd, before each is brought to its loudness: (S, P, W)."""
+        return see(crowd, bank, self.recipe.frequencies, rng).flatten(2)[..., self.chosen]
+
+    def make_test(self, split: str, count: int) -> tuple[Crowd, Tensor]:
+        """Scenes of forms that training never sees."""
+        crowd = draw_crowd(np.full(TEST_SCENES, count), self.test_bank, self.test_rng, split=split)
+        return crowd, self.hear(crowd, self.test_bank, self.test_rng) * self.loudness
+
+    def take_step(self) -> dict[str, float]:
+        crowd = draw_batch(self.recipe, self.step, self.bank, self.rng)
+        patches = self.hear(crowd, self.bank, self.rng) * self.loudness
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.recipe)
+        losses = matching_losses(
+            self.model, self.tokenizer, self.thing_scale, patches, crowd, self.bank, self.rng
+        )
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
+        self.optimizer.step()
+        for scale in (self.model.logit_scale, self.thing_scale):
+            scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        self.step += 1
+        return {name: round(loss.item(), 4) for name, loss in losses.items()}
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "rng": self.rng.bit_generator.state,
+            "model": self.model.state_dict(),
+            "thing_scale": self.thing_scale.detach(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        self.rng.bit_generator.state = state["rng"]
+        self.model.load_state_dict(state["model"])
+        self.thing_scale.data.copy_(state["thing_scale"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def score(self) -> dict[str, dict[str, float]]:
+        """Split -> the share of scenes in which colour, shape, position and size of the first thing are told
+        right, by the phrase that is nearest to the patch; "image": all four at once by the caption nearest to
+        the class token."""
+        sizes = (len(COLOURS), len(SHAPES), len(POSITIONS), len(SIZES))
+        numbers = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, 4)
+        phrases = [phrase(*thing) for thing in numbers]
+        sentences = [fill(CHINESE.list, things=CHINESE.begin + text) for text in phrases]
+        by_phrase, by_sentence = (
+            embed_text(self.model, self.tokenizer, texts) for texts in (phrases, sentences)
+        )
+        scores: dict[str, dict[str, float]] = {}
+        for name, (crowd, patches) in self.tests.items():
+            tokens = embed_patches(self.model, patches)
+            first = np.arange(len(patches)), np.zeros(len(patches), int)
+            at = tokens[first[0], 1 + cells(crowd, self.test_bank, *first)]
+            right = np.stack([crowd.colour, crowd.shape, crowd.position, crowd.size], -1)[:, 0]
+            told = numbers[(at @ by_phrase.T).argmax(1).numpy()]
+            scores[name] = dict(zip(ATTRIBUTES, (told == right).mean(0).round(4).tolist(), strict=True))
+            if crowd.count.max() == 1:
+                told = numbers[(tokens[:, 0] @ by_sentence.T).argmax(1).numpy()]
+                scores[name]["image"] = round(float((told == right).all(1).mean()), 4)
+        return scores
 
 
-def tokenize_captions(scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """The different captions as ids (number of captions, T), and which of them each scene has (N,)."""
-    captions = [caption(scene) for scene in scenes]
-    number = {text: n for n, text in enumerate(sorted(set(captions)))}
-    input_ids = tokenizer(list(number), padding=True, return_tensors="pt").input_ids
-    return input_ids, torch.tensor([number[text] for text in captions])
-
-
-def draw_batch(colours: np.ndarray, step: int, size: int, rng: np.random.Generator) -> Tensor:
-    """Indices of a batch: any images at even steps, those of two named colours at odd ones; none twice."""
-    pool = np.arange(len(colours))
-    if step % 2:
-        two = rng.choice(np.unique(colours[colours != ""]), 2, replace=False)
-        pool = np.flatnonzero(np.isin(colours, two))
-    return torch.from_numpy(rng.choice(pool, min(size, len(pool)), replace=False))
-
-
-def learning_rate(step: int, stage: Stage) -> float:
+def learning_rate(step: int, recipe: EyeRecipe) -> float:
     """A straight rise, then a cosine down to a tenth."""
-    cosine = (1 + math.cos(math.pi * step / stage.steps)) / 2
-    warmth = min(1.0, (step + 1) / (WARMUP_SHARE * stage.steps))
-    return stage.lr * warmth * (0.1 + 0.9 * cosine)
+    cosine = (1 + math.cos(math.pi * step / recipe.steps)) / 2
+    return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * (0.1 + 0.9 * cosine)
 
 
-def contrastive_loss(model: CLIPModel, patches: Tensor, input_ids: Tensor, caption_of: Tensor) -> Tensor:
-    """InfoNCE (van den Oord et al., 2018) as in CLIP, from image to caption and back.
+def matching_losses(
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerFast,
+    thing_scale: Tensor,
+    patches: Tensor,
+    crowd: Crowd,
+    bank: Bank,
+    rng: np.random.Generator,
+) -> dict[str, Tensor]:
+    """How badly images find their captions, and patches what is said of their things, in full or a word."""
+    tokens = embed_patches(model, patches)  # (S, N, D)
+    of_image, image_texts = number_texts(captions(crowd))
+    scene, k = crowd.things()
+    things = [array[scene, k] for array in (crowd.colour, crowd.shape, crowd.position, crowd.size)]
+    of_thing, thing_texts = number_texts([phrase(*thing) for thing in zip(*things, strict=True)])
 
-    patches (B, P, W); input_ids of all captions; caption_of (B,), rows of input_ids.
-    Images with the same caption share the target: nothing but noise could tell them apart.
-    """
-    similarity = embed_patches(model, patches) @ embed_text(model, input_ids[caption_of]).T  # (B, B)
-    logits = similarity * model.logit_scale.exp()
-    same = (caption_of[:, None] == caption_of[None]).float()
-    target = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    centres = cells(crowd, bank, scene, k)
+    thing_tokens = tokens[scene, 1 + centres]
+    empty = rng.random(patches.shape[:2])  # one patch of each scene without a thing's centre
+    empty[scene, centres] = -1
+    empty_tokens = tokens[np.arange(len(tokens)), 1 + empty.argmax(1)]
+
+    words = [CHINESE.words[name] for name in (*SHAPES, *COLOURS)]
+    texts = embed_text(model, tokenizer, [*image_texts, *thing_texts, NOTHING, *words])
+    image_texts, thing_texts, nothing, shapes, colours = texts.split(
+        [len(image_texts), len(thing_texts), 1, len(SHAPES), len(COLOURS)]
+    )
+    scale = thing_scale.exp()
+    unnamed = torch.from_numpy(things[0] == UNNAMED)
+    shape, colour = (torch.from_numpy(numbers) for numbers in (things[1], things[0]))
+    nowhere = torch.full((len(empty_tokens),), len(thing_texts))
+    found = torch.cat([thing_tokens, empty_tokens]) @ torch.cat([thing_texts, nothing]).T * scale
+    return {
+        "image_loss": match(tokens[:, 0] @ image_texts.T * model.logit_scale.exp(), of_image) / 2,
+        "thing_loss": (
+            F.cross_entropy(found, torch.cat([of_thing, nowhere]))
+            + F.cross_entropy(found[: len(of_thing), :-1].T, shares(of_thing, len(thing_texts)).T)
+        )
+        / 2,
+        "word_loss": mean_loss(thing_tokens[unnamed] @ shapes.T * scale, shape[unnamed])
+        + mean_loss(thing_tokens[~unnamed] @ colours.T * scale, colour[~unnamed]),
+    }
+
+
+def number_texts(texts: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Which of the different texts each one is, and these. Whatever has the same words shares the target:
+    nothing but noise could tell it apart."""
+    different = sorted(set(texts))
+    number = {text: n for n, text in enumerate(different)}
+    return torch.tensor([number[text] for text in texts]), different
+
+
+def shares(of: Tensor, count: int) -> Tensor:
+    """(n, count): each column's target, spread over those that have this text."""
+    same = F.one_hot(of, count).float()
+    return same / same.sum(0)
+
+
+def match(logits: Tensor, of: Tensor) -> Tensor:
+    """InfoNCE (van den Oord et al., 2018) as in CLIP, from image to text and back; logits (n, texts)."""
+    back = F.cross_entropy(logits.T, shares(of, logits.shape[1]).T)
+    return (F.cross_entropy(logits, of) + back) / 2
+
+
+def mean_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy, 0 where there is nothing to ask."""
+    return F.cross_entropy(logits, target, reduction="sum") / max(1, len(target))
 
 
 def save_encoder(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write what the folder of openai/clip-vit-base-patch32 holds: model, tokenizer, image processor.
 
+    The weights take half of their room, in float16; config.json says float32, which is what they are read as.
     The newest transformers keep the image processor inside processor_config.json; everything older reads
     preprocessor_config.json, so both are there. Images are squashed to a square, not cropped.
     """
-    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    side = {"height": cosines.SIDE_PIXELS, "width": cosines.SIDE_PIXELS}
     image_processor = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
     model.save_pretrained(folder)
+    halves = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
     CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
     image_processor.save_pretrained(folder)

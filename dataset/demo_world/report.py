@@ -7,6 +7,7 @@ writes   OUT/report.json, OUT/answers.png
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pandas
@@ -15,9 +16,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dataset.demo_world.build import read_json, write_json
-from dataset.demo_world.scenes import COLOURS, SHAPES
-from dataset.demo_world.sentences import CHINESE, ENGLISH, LANGUAGES, TWO_IMAGES, spoken
-from dataset.demo_world.videos import COLOUR_CHANGE, MOVEMENT, SECONDS
+from dataset.demo_world.colours import COLOURS
+from dataset.demo_world.sentences import spoken
+from dataset.demo_world.things import SHAPES, SIDE
+from dataset.demo_world.videos import SECONDS
+from dataset.demo_world.wording import CHINESE, COLOUR_CHANGE, ENGLISH, LANGUAGES, MOVEMENT, TWO_IMAGES
 from model.data.video import read_frames
 from model.images import open_image
 from trainer.script import Parser, clean_exit
@@ -29,32 +32,65 @@ CHINESE_FONTS = re.compile(
     r"NotoSansCJK|NotoSansSC|SourceHanSans|wqy-|WenQuanYi|DroidSansFallback|"
     r"msyh|simhei|PingFang|STHeiti"
 )
-SHEET_KINDS = ("description", "colour", "shape", "position", "size", "description")
+SHEET_KINDS = (  # of single images, in the order of the sheet
+    "description",
+    "colour_of",
+    "count",
+    "description_of_two",
+    "where",
+    "shape",
+    "presence",
+    "description_of_three",
+    "shape_of",
+    "left_of",
+    "colour",
+    "description_of_two",
+)
+LINE = 26  # Chinese characters of an answer that stand in a line; twice as many Latin ones
 WIDE_KINDS = (f"{TWO_IMAGES}_zh", f"{TWO_IMAGES}_en", MOVEMENT, COLOUR_CHANGE)
-COLUMNS, ROWS = 4, 3  # of single images; below them two videos or pairs in a row
+COLUMNS, ROWS = 4, len(SHEET_KINDS) // 4  # of single images; below them two videos or pairs in a row
 WIDE_ROWS = len(WIDE_KINDS) // 2
 
 
 def read_records(out: Path) -> list[dict]:
-    """All answers about combinations that were never trained on, whatever was shown."""
+    """All answers, whatever was shown."""
     lines = [
         line
         for path in sorted(out.glob("scores*.answers.jsonl"))
         for line in path.read_text(encoding="utf-8").split("\n")  # splitlines() also cuts within answers
         if line
     ]
-    return [record for record in map(json.loads, lines) if record["split"].endswith("unseen")]
+    return list(map(json.loads, lines))
+
+
+def were_never_shown(record: dict) -> bool:
+    """Whether it is about a combination that was never trained on."""
+    return record["split"].endswith("unseen")
 
 
 def gather_scores(out: Path, records: list[dict]) -> dict:
     """scores.json, and from the last stage's scores {"two_images": {"zh", "en", "colour", "shape"}} and
-    {"videos": kinds}; colour and shape: the share of answers that name those of both images, in order."""
+    {"videos": kinds}; colour and shape: the share of answers that name those of both images, in order. And
+    "said_yes", split -> control -> the share of answers to "is there ...?" that say yes."""
     multi = read_json(out / "scores_multi.json")
     two = {name: multi["multi_unseen"][f"{TWO_IMAGES}_{name}"] for name in LANGUAGES}
     pairs = [record for record in records if record["split"] == "multi_unseen"]
     return read_json(out / "scores.json") | {
         TWO_IMAGES: two | {"colour": score_words(pairs, COLOURS), "shape": score_words(pairs, SHAPES)},
         "videos": multi["videos_unseen"],
+        "said_yes": count_yes(records),
+    }
+
+
+def count_yes(records: list[dict]) -> dict[str, dict[str, float]]:
+    said: dict[str, dict[str, list[bool]]] = {}
+    for record in records:
+        if record["kind"] == "presence":
+            answers = said.setdefault(record["split"], {}).setdefault(record["control"], [])
+            answers.append(record["given"] in (CHINESE.yes, ENGLISH.yes))
+    return {
+        split: {control: round(sum(yes) / len(yes), 4) for control, yes in controls.items()}
+        for split, controls in said.items()
     }
 
 
@@ -77,7 +113,7 @@ def chinese_font() -> font_manager.FontProperties | None:
 def choose_records(records: list[dict], with_chinese: bool) -> list[dict]:
     """The first records of every kind in turn, each about other images, every fourth in English (of the
     wide ones every second); whether they are right plays no part."""
-    wanted = [(SHEET_KINDS[n % len(SHEET_KINDS)], n % 4 == 3) for n in range(COLUMNS * ROWS)]
+    wanted = [(kind, n % 4 == 3) for n, kind in enumerate(SHEET_KINDS)]
     wanted += [(kind, n % 2 == 1) for n, kind in enumerate(WIDE_KINDS)]
     chosen: list[dict] = []
     for kind, english in wanted:
@@ -103,26 +139,33 @@ def show(record: dict) -> Image.Image:
         images = read_frames(record["video"][0], SECONDS)
     else:
         images = [open_image(path) for path in record["image"]]
-    side, gap = images[0].width, 8
-    sheet = Image.new("RGB", (len(images) * (side + gap) - gap, images[0].height), "white")
-    for number, image in enumerate(images):
-        sheet.paste(image, (number * (side + gap), 0))
+    gap = 8
+    images = [image.resize((image.width * SIDE // image.height, SIDE)) for image in images]
+    sheet = Image.new("RGB", (sum(image.width + gap for image in images) - gap, SIDE), "white")
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width + gap
     return sheet
+
+
+def break_lines(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 2 * LINE if text.isascii() else LINE)) or " "
 
 
 def draw_answers(records: list[dict], path: Path) -> None:
     """A sheet of images never seen, each with its question, the right answer and the model's."""
     font = chinese_font()
-    figure = Figure(figsize=(4 * COLUMNS, 4.2 * ROWS + 3.2 * WIDE_ROWS))
+    figure = Figure(figsize=(4 * COLUMNS, 4.6 * ROWS + 3.2 * WIDE_ROWS))
     grid = figure.add_gridspec(
         ROWS + WIDE_ROWS,
         COLUMNS,
-        height_ratios=[4.2] * ROWS + [2.7] * WIDE_ROWS,
+        height_ratios=[4.6] * ROWS + [2.7] * WIDE_ROWS,
         left=0.02,
         right=0.98,
         top=0.93,
         bottom=0.04,
-        hspace=0.4,
+        hspace=0.5,
         wspace=0.14,
     )
     cells = [grid[row, column] for row in range(ROWS) for column in range(COLUMNS)]
@@ -148,12 +191,13 @@ def draw_answers(records: list[dict], path: Path) -> None:
         question = re.sub(r"<image>|<video>", "", record["question"]).strip()
         mark, colour = ("\u2713", "#1a7f37") if record["right"] else ("\u2717", "#c62828")
         axes.set_title(question, fontproperties=font, fontsize=15)
-        axes.set_xlabel(f"{record['answer']}\n", fontproperties=font, fontsize=14)
+        answer, given = break_lines(record["answer"]), break_lines(record["given"])
+        axes.set_xlabel(answer, fontproperties=font, fontsize=14)
         beside = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour}
         axes.annotate(
-            record["given"],
+            given,
             (0.5, 0),
-            (0, -24),
+            (0, -24 - 21 * answer.count("\n")),
             **beside,
             ha="center",
             va="top",
@@ -165,7 +209,9 @@ def draw_answers(records: list[dict], path: Path) -> None:
 
 
 def closing_text(world: Path, out: Path, scores: dict, seconds: dict) -> str:
-    rows = {(split, kind): values for split, kinds in scores.items() for kind, values in kinds.items()}
+    splits = {split: kinds for split, kinds in scores.items() if split != "said_yes"}
+    rows = {(split, kind): values for split, kinds in splits.items() for kind, values in kinds.items()}
+    yes = ", ".join(f"{split}: {said['real']:.2f} said yes" for split, said in scores["said_yes"].items())
     table = pandas.DataFrame.from_dict(rows, orient="index")
     table = table.to_string(float_format="{:.2f}".format, na_rep="")
     return f"""
@@ -176,7 +222,9 @@ another image, so these columns say what guessing gives):
 {table}
 
 known: new images of combinations seen in training; unseen: colour + shape + position never seen together;
-unseen_pairs: colour + shape never seen together. two_images and videos: of unseen, after the third stage;
+unseen_pairs: colour + shape never seen together; several_unseen: things never seen side by side.
+presence: is there a ...? Half of the right answers are yes; {yes}.
+two_images and videos: of unseen, after the third stage;
 swapped: the two images in reversed order; swapped_follows: answers that are right for that order;
 shuffled_frames: the frames of a video in another order.
 
@@ -207,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
         for part, value in read_json(args.world / "world.json").get("seconds", {}).items()
     }
     write_json(args.out / "report.json", scores | {"seconds": {**seconds, **details}})
-    draw_answers([record for record in records if record["control"] == "real"], args.out / "answers.png")
+    seen = [record for record in records if record["control"] == "real" and were_never_shown(record)]
+    draw_answers(seen, args.out / "answers.png")
     print(closing_text(args.world, args.out, scores, seconds))
 
 

@@ -1,4 +1,4 @@
-"""All that is said about the demo world, in Chinese and English, and the tokenizer that reads it.
+"""All questions that are asked about the demo world, and their answers, as rows and as test questions.
 
 Every question has exactly ONE right answer, word for word: the wording of the question fixes the wording of
 the answer, so that a scorer need only compare strings. Rows come in the formats of the real data,
@@ -6,209 +6,186 @@ the answer, so that a scorer need only compare strings. Rows come in the formats
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."},
                                                     {"from": "gpt", "value": "..."}]}
 
-with "a.jpg, b.jpg" for two images, "video": "a.mp4" and <video> for a video, and neither for the text-only
-rows of the language model.
+with several rounds where much is asked about one image, "a.jpg, b.jpg" for two images, "video": "a.mp4" and
+<video> for a video, and neither for the text-only rows of the language model.
 
-Objects in a colour that no word names are special. The language stages ask for their shape, position and
+Things in a colour that no word names are special. The language stages ask for their shape, position and
 size, but never describe them: a model that has read descriptions without a colour word leaves the colour out
 elsewhere as well (measured: exact descriptions fall from 1.00 to .92). Only the encoder reads their captions.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from dataset.demo_world.scenes import Scene
-from dataset.demo_world.videos import CHANGES, COLOUR_CHANGE, MOVEMENT, Video, change_of
+from dataset.demo_world.recipe import Preset
+from dataset.demo_world.scenes import HELD_OUT_PAIRS, Scene
+from dataset.demo_world.things import POSITIONS, Thing
+from dataset.demo_world.videos import CHANGES, Video, change_of
+from dataset.demo_world.wording import (
+    ATTRIBUTES,
+    CHINESE,
+    COLOUR_CHANGE,
+    DESCRIPTION,
+    ENGLISH,
+    LANGUAGES,
+    MOVEMENT,
+    TWO_IMAGES,
+    Language,
+    describe,
+    fill,
+    name_attributes,
+)
 from model.prompt import IMAGE_MARK, VIDEO_MARK
 
-ATTRIBUTES = ("colour", "shape", "position", "size")
-KINDS = (*ATTRIBUTES, "description")  # what is asked about one image
-TWO_IMAGES = "two_images"  # what is asked about two
 ASKED_PER_VIDEO = 3  # times that training asks what happens in each
-DESCRIPTIONS_PER_IMAGE = 3  # a description holds all four attributes, so it is asked three times as often
 ENGLISH_SHARE = 0.15
 ENGLISH_SHARE_MULTI = 0.5  # the last stage is short, and its English sentences are long and new
-
-
-# ---- the two languages ----
-
-
-@dataclass(frozen=True)
-class Language:
-    """Words and sentence patterns. {field} is filled in; a bar marks a word boundary that is not written.
-
-    The words of English keep the space in front of them: " red" is what the tokenizer sees as one word.
-    """
-
-    words: dict[str, str]
-    questions: dict[str, tuple[str, ...]]  # kind -> wordings that all ask for the same answer
-    answers: dict[str, str]  # kind -> the one right answer
-    object: str  # one of the two objects in the answer about two images
-    numbered: str  # a third way to place two images, besides before and behind the question
-
-
-CHINESE = Language(
-    words={
-        "red": "红色",
-        "yellow": "黄色",
-        "green": "绿色",
-        "blue": "蓝色",
-        "purple": "紫色",
-        "orange": "橙色",
-        "pink": "粉色",
-        "cyan": "青色",
-        "circle": "圆形",
-        "square": "方形",
-        "triangle": "三角形",
-        "star": "星形",
-        "diamond": "菱形",
-        "cross": "十字形",
-        "large": "大的",
-        "small": "小的",
-        "top_left": "左上角",
-        "top": "上方",
-        "top_right": "右上角",
-        "left": "左侧",
-        "middle": "中间",
-        "right": "右侧",
-        "bottom_left": "左下角",
-        "bottom": "下方",
-        "bottom_right": "右下角",
-    },
-    questions={
-        "colour": ("图形|是|什么|颜色？", "图片|里的|图形|是|什么|颜色？"),
-        "shape": ("图形|是|什么|形状？", "图片|里的|图形|是|什么|形状？"),
-        "position": ("图形|在|哪里？", "图形|在|图片|的|什么|位置？"),
-        "size": ("图形|是|大的|还是|小的？", "图形|有|多大？"),
-        "description": (
-            "这个|图片|描述|的|是|什么|内容？",
-            "描述|这张|图片。",
-            "图片|里|有|什么？",
-            "请|简要|描述|图片|的|内容。",
-        ),
-        TWO_IMAGES: ("这|两张|图片|有|什么|不同？", "说说|这|两张|图片|的|不同。"),
-        MOVEMENT: ("图形|去了|哪里？", "图形|从|哪里|去了|哪里？"),
-        COLOUR_CHANGE: ("图形|的|颜色|怎么|变？", "颜色|有|什么|变化？"),
-    },
-    answers={
-        "colour": "它|是{colour}。",
-        "shape": "它|是{shape}。",
-        "position": "它|在{position}。",
-        "size": "它|是{size}。",
-        "description": "图片{position}有一个{size}{colour}{shape}。",
-        TWO_IMAGES: "图一|是{first}，图二|是{second}。",
-        MOVEMENT: "它|从{start}去了{end}。",
-        COLOUR_CHANGE: "它|从{start}变成{end}。",
-    },
-    object="{size}{colour}{shape}",
-    numbered="图一<image>\n图二<image>\n{question}",
-)
-
-ENGLISH = Language(
-    words={
-        "red": " red",
-        "yellow": " yellow",
-        "green": " green",
-        "blue": " blue",
-        "purple": " purple",
-        "orange": " orange",
-        "pink": " pink",
-        "cyan": " cyan",
-        "circle": " circle",
-        "square": " square",
-        "triangle": " triangle",
-        "star": " star",
-        "diamond": " diamond",
-        "cross": " cross",
-        "large": " large",
-        "small": " small",
-        "top_left": " at the top left",
-        "top": " at the top",
-        "top_right": " at the top right",
-        "left": " on the left",
-        "middle": " in the middle",
-        "right": " on the right",
-        "bottom_left": " at the bottom left",
-        "bottom": " at the bottom",
-        "bottom_right": " at the bottom right",
-    },
-    questions={
-        "colour": ("What colour is the shape?", "Which colour do you see?"),
-        "shape": ("What shape is it?", "Which shape do you see?"),
-        "position": ("Where is the shape?", "Where in the picture is it?"),
-        "size": ("Is the shape large or small?", "How large is the shape?"),
-        "description": ("Describe this picture.", "What does the picture show?"),
-        TWO_IMAGES: ("How do these two pictures differ?", "Say how these two pictures differ."),
-        MOVEMENT: ("Where does it go?", "Where does the shape go?"),
-        COLOUR_CHANGE: ("What happens to its colour?", "How does the colour change?"),
-    },
-    answers={
-        "colour": "It is{colour}.",
-        "shape": "It is a{shape}.",
-        "position": "It is{position}.",
-        "size": "It is{size}.",
-        "description": "A{size}{colour}{shape}{position}.",
-        TWO_IMAGES: "Picture one is{first}, picture two is{second}.",
-        MOVEMENT: "It goes from{start} to{end}.",
-        COLOUR_CHANGE: "It turns from{start} to{end}.",
-    },
-    object=" a{size}{colour}{shape}",
-    numbered="<image> and <image>\n{question}",
-)
-
-LANGUAGES = {"zh": CHINESE, "en": ENGLISH}
-
-
-def fill(pattern: str, **fields: str) -> str:
-    return pattern.replace("|", "").format(**fields)
+# How often training asks each kind about an image of one thing, and of several.
+SINGLE_WEIGHTS = {
+    **dict.fromkeys(ATTRIBUTES, 1),
+    DESCRIPTION: 3,
+    **dict.fromkeys(("count", "presence", "colour_of", "shape_of", "where"), 1),
+}
+SEVERAL_WEIGHTS = {
+    DESCRIPTION: 3,
+    **dict.fromkeys(("colour_of", "shape_of", "where", "presence"), 2),
+    **dict.fromkeys(("count", "left_of"), 1),
+}
+UNNAMED_KINDS = ("shape", "position", "size", "count")
 
 
 def about() -> dict:
     """What a model of this world says of itself: see --about of the stage scripts."""
+    asked = ((DESCRIPTION, CHINESE), (DESCRIPTION, ENGLISH), ("count", CHINESE), ("colour", ENGLISH))
     return {
         "knows": "演示模型，只认识彩色图形。A demo model: it knows coloured shapes, nothing else.",
-        "questions": [
-            fill(language.questions[kind][0])
-            for kind, language in zip(
-                ("description", "description", "colour", "shape"),
-                (CHINESE, ENGLISH, CHINESE, ENGLISH),
-                strict=True,
-            )
-        ],
+        "questions": [fill(language.questions[kind][0]) for kind, language in asked],
     }
 
 
-def name_attributes(scene: Scene, language: Language) -> dict[str, str]:
-    """What colour, shape, position and size of a scene are called; an unnamed colour is called nothing."""
-    return {attribute: language.words.get(getattr(scene, attribute), "") for attribute in ATTRIBUTES}
+# ---- one question ----
 
 
-def caption(scene: Scene) -> str:
-    """The sentence that the encoder learns from; the colour is left out where no word names it."""
-    return fill(CHINESE.answers["description"], **name_attributes(scene, CHINESE))
+@dataclass(frozen=True)
+class Asked:
+    """A question with its answer, before it becomes a row.
+
+    question  without marks of images
+    """
+
+    kind: str
+    question: str
+    answer: str
 
 
-def answer_one(kind: str, scene: Scene, language: Language) -> str:
-    if scene.colour is None and kind in ("colour", "description"):
-        raise ValueError(f"the colour of this {scene.shape} has no name, so its {kind} has no right answer")
-    return fill(language.answers[kind], **name_attributes(scene, language))
+def pick(options: Sequence, rng: np.random.Generator):
+    return options[int(rng.integers(len(options)))]
+
+
+def pick_language(english_share: float, rng: np.random.Generator) -> Language:
+    return ENGLISH if rng.random() < english_share else CHINESE
+
+
+def ask(
+    kind: str, scene: Scene, language: Language, preset: Preset, rng: np.random.Generator
+) -> Asked | None:
+    """A question of this kind about a scene; None if it has no single right answer here.
+
+    Raises ValueError where a colour without a name would have to be told.
+    """
+    if kind in ("colour", DESCRIPTION) and any(thing.colour is None for thing in scene.things):
+        raise ValueError(f"a colour of this image has no name, so its {kind} has no right answer")
+    if kind == "presence":
+        return ask_presence(scene, language, preset, rng)
+    chosen = choose_things(kind, scene, rng)
+    if not chosen:
+        return None
+    asked_for, told = (name_attributes(thing, language) for thing in chosen)
+    if kind == DESCRIPTION:
+        answer = describe(scene, language)
+    else:
+        number = language.numbers[len(scene.things) - 1]
+        answer = fill(language.answers[kind], **told, number=number)
+    return Asked(kind, fill(pick(language.questions[kind], rng), **asked_for), answer)
+
+
+def choose_things(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[Thing, Thing] | None:
+    """The thing that a question names, and the thing that its answer tells of; None if neither is clear."""
+    things = scene.things
+    shapes, colours = (Counter(getattr(thing, name) for thing in things) for name in ("shape", "colour"))
+    clear = [(thing, thing) for thing in things]
+    if kind in ATTRIBUTES and len(things) > 1:
+        clear = []  # "the shape" is none of them
+    elif kind == "colour_of":
+        clear = [(thing, thing) for thing in things if shapes[thing.shape] == 1]
+    elif kind == "shape_of":
+        clear = [(thing, thing) for thing in things if colours[thing.colour] == 1]
+    elif kind == "left_of":
+        lefts = {thing: [other for other in things if column(other) < column(thing)] for thing in things}
+        clear = [(thing, left[0]) for thing, left in lefts.items() if len(left) == 1 == shapes[thing.shape]]
+    return pick(clear, rng) if clear else None
+
+
+def column(thing: Thing) -> int:
+    return POSITIONS[thing.position][0]
+
+
+def ask_presence(scene: Scene, language: Language, preset: Preset, rng: np.random.Generator) -> Asked:
+    """Is there such a thing? Half of the answers are no, and most of those are near misses: the colour of one
+    thing with the shape of another, or one word wrong."""
+    here = {(thing.colour, thing.shape) for thing in scene.things}
+    present = bool(rng.random() < 0.5)
+    colour, shape = pick(sorted(here), rng)
+    while not present and ((colour, shape) in here or (colour, shape) in HELD_OUT_PAIRS):
+        colour, shape = pick(sorted(here), rng)
+        miss = rng.random()
+        if miss < 0.35:
+            shape = pick(sorted(here), rng)[1]
+        elif miss < 0.6:
+            shape = pick(preset.shapes, rng)
+        else:
+            colour = pick(preset.colours, rng)
+    words = {"colour": language.words[colour], "shape": language.words[shape]}
+    question = fill(pick(language.questions["presence"], rng), **words)
+    return Asked("presence", question, language.yes if present else language.no)
+
+
+def place_image(question: str, rng: np.random.Generator, mark: str = IMAGE_MARK) -> str:
+    """The image before or after the words."""
+    return pick((f"{mark}\n{question}", f"{question}\n{mark}"), rng)
+
+
+def ask_two(first: Scene, second: Scene, language: Language, rng: np.random.Generator) -> Asked:
+    """A question about two images of one thing each, with their marks before, behind or among the words."""
+    words = fill(pick(language.questions[TWO_IMAGES], rng))
+    marks = f"{IMAGE_MARK}\n{IMAGE_MARK}"
+    place = pick((f"{marks}\n{{question}}", f"{{question}}\n{marks}", language.numbered), rng)
+    return Asked(TWO_IMAGES, place.format(question=words), answer_two(first, second, language))
 
 
 def answer_two(first: Scene, second: Scene, language: Language) -> str:
-    objects = [fill(language.object, **name_attributes(scene, language)) for scene in (first, second)]
+    objects = [
+        fill(language.object, **name_attributes(scene.things[0], language)) for scene in (first, second)
+    ]
     return fill(language.answers[TWO_IMAGES], first=objects[0], second=objects[1])
+
+
+def ask_video(video: Video, language: Language, rng: np.random.Generator) -> Asked:
+    """A question about the change that there is in a video, with its mark before or behind the words."""
+    change = change_of(video)
+    words = fill(pick(language.questions[change], rng))
+    return Asked(change, place_image(words, rng, VIDEO_MARK), answer_video(video, language))
 
 
 def answer_video(video: Video, language: Language) -> str:
     change = change_of(video)
     attribute = {MOVEMENT: "position", COLOUR_CHANGE: "colour"}[change]
-    first, last = (name_attributes(scene, language) for scene in (video[0], video[-1]))
+    first, last = (name_attributes(scene.things[0], language) for scene in (video[0], video[-1]))
     # "at the top" is where it is, but it goes "from the top"
     start, end = (re.sub("^ (at|on|in) ", " ", words[attribute]) for words in (first, last))
     return fill(language.answers[change], start=start, end=end)
@@ -221,57 +198,94 @@ def spoken(text: str, names: Iterable[str], language: Language) -> list[str]:
     return [name_of[match.group()] for match in found]
 
 
-# ---- questions and answers ----
+# ---- rows for training; images are given as {file name: scene} ----
 
 
-def pick(options: Sequence[str], rng: np.random.Generator) -> str:
-    return options[int(rng.integers(len(options)))]
+@dataclass(frozen=True)
+class Dialogue:
+    """Questions about the same images or video, before they become a row.
+
+    shown   the row's "image" or "video"
+    scenes  what its images or frames show, in order
+    """
+
+    shown: dict[str, str]
+    scenes: tuple[Scene, ...]
+    language: Language
+    rounds: tuple[Asked, ...]  # the first question has the marks
+
+    def row(self, number: int) -> dict:
+        return {"id": f"{number:06d}", **self.shown, "conversations": turns(self.rounds)}
+
+    def text_row(self, number: int, rng: np.random.Generator) -> dict:
+        """The same with words in the place of the images, for a model that cannot see yet."""
+        first, *others = self.rounds
+        words = [put_in_words(scene, self.language, rng) for scene in self.scenes]
+        question = first.question.replace(VIDEO_MARK, IMAGE_MARK * len(words))
+        for word in words:
+            question = question.replace(IMAGE_MARK, word, 1)
+        rounds = (Asked(first.kind, question, first.answer), *others)
+        return {"id": f"{number:06d}", "conversations": turns(rounds)}
 
 
-def pick_language(english_share: float, rng: np.random.Generator) -> Language:
-    return ENGLISH if rng.random() < english_share else CHINESE
-
-
-def ask_one(kind: str, scene: Scene, language: Language, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about one image, which stands before or after the words, and its answer."""
-    question = fill(pick(language.questions[kind], rng))
-    place = pick((f"{IMAGE_MARK}\n{{question}}", f"{{question}}\n{IMAGE_MARK}"), rng)
-    return place.format(question=question), answer_one(kind, scene, language)
+def turns(rounds: Iterable[Asked]) -> list[dict[str, str]]:
+    said = []
+    for asked in rounds:
+        said += [{"from": "human", "value": asked.question}, {"from": "gpt", "value": asked.answer}]
+    return said
 
 
 def put_in_words(scene: Scene, language: Language, rng: np.random.Generator) -> str:
-    """The words of the description in any order: what there is to see, but not yet a sentence."""
-    words = [word for word in name_attributes(scene, language).values() if word]
-    return "[" + "".join(words[i] for i in rng.permutation(len(words))) + "]"
+    """The words of each thing's description in any order: what there is to see, but not yet a sentence."""
+    things = []
+    for thing in scene.things:
+        words = [word for word in name_attributes(thing, language).values() if word]
+        things.append("".join(words[i] for i in rng.permutation(len(words))))
+    return "[" + "][".join(things) + "]"
 
 
-def ask_two(first: Scene, second: Scene, language: Language, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about two images, which stand before, behind or numbered before the words, and its
-    answer."""
-    question = fill(pick(language.questions[TWO_IMAGES], rng))
-    marks = f"{IMAGE_MARK}\n{IMAGE_MARK}"
-    place = pick((f"{marks}\n{{question}}", f"{{question}}\n{marks}", language.numbered), rng)
-    return place.format(question=question), answer_two(first, second, language)
+def weights_of_kinds(scene: Scene) -> dict[str, int]:
+    """What training asks about a scene, and how often."""
+    if any(thing.colour is None for thing in scene.things):
+        return dict.fromkeys(UNNAMED_KINDS, 1)
+    return SEVERAL_WEIGHTS if len(scene.things) > 1 else SINGLE_WEIGHTS
 
 
-def ask_video(video: Video, language: Language, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about the change that there is in a video, and its answer."""
-    question = fill(pick(language.questions[change_of(video)], rng))
-    place = pick((f"{VIDEO_MARK}\n{{question}}", f"{{question}}\n{VIDEO_MARK}"), rng)
-    return place.format(question=question), answer_video(video, language)
+def talk_about(
+    image: str, scene: Scene, kinds: Mapping[str, int], rounds: int, preset: Preset, rng: np.random.Generator
+) -> Dialogue:
+    """Up to `rounds` different questions of these kinds (and how often each) about one image."""
+    language = pick_language(ENGLISH_SHARE, rng)
+    names, shares = list(kinds), np.array(list(kinds.values())) / sum(kinds.values())
+    told: list[Asked] = []
+    said: dict[str, set[str]] = {}  # kind -> answers: asked in other words, it would only be copied
+    for kind in rng.choice(names, 3 * rounds, p=shares):
+        asked = ask(str(kind), scene, language, preset, rng)
+        if asked and len(told) < rounds and asked.answer not in said.setdefault(asked.kind, set()):
+            said[asked.kind].add(asked.answer)
+            told.append(asked)
+    first = told[0]
+    told[0] = Asked(first.kind, place_image(first.question, rng), first.answer)
+    return Dialogue({"image": image}, (scene,), language, tuple(told))
 
 
-def trained_kinds(scene: Scene) -> tuple[str, ...]:
-    """The kinds of question that training asks about a scene."""
-    if scene.colour is None:
-        return ("shape", "position", "size")
-    return (*ATTRIBUTES, *["description"] * DESCRIPTIONS_PER_IMAGE)
+def all_dialogues(images: Mapping[str, Scene], preset: Preset, rng: np.random.Generator) -> list[Dialogue]:
+    """What instruction tuning asks: every image's dialogues, in mixed order."""
+    dialogues = [
+        talk_about(image, scene, weights_of_kinds(scene), preset.rounds, preset, rng)
+        for image, scene in images.items()
+        for _ in range(preset.dialogues_per_image)
+    ]
+    return [dialogues[i] for i in rng.permutation(len(dialogues))]
 
 
 def choose_pairs(images: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Pairs of images that differ in what is said about them, and whose colours have names."""
-    named = {image: scene for image, scene in images.items() if scene.colour is not None}
-    said = {image: (scene.size, scene.colour, scene.shape) for image, scene in named.items()}
+    """Pairs of images of one thing that differ in what is said about it, and whose colours have names."""
+    said = {
+        image: (scene.things[0].size, scene.things[0].colour, scene.things[0].shape)
+        for image, scene in images.items()
+        if len(scene.things) == 1 and scene.things[0].colour is not None
+    }
     names, pairs = list(said), []
     while len(pairs) < count:
         first, second = (names[i] for i in rng.integers(len(names), size=2))
@@ -280,126 +294,96 @@ def choose_pairs(images: Mapping[str, Scene], count: int, rng: np.random.Generat
     return pairs
 
 
-# ---- rows for training; images are given as {file name: scene} ----
-
-
-def turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question with its answer, before it becomes a row; scenes: what its images or frames show, in
-    order."""
-
-    shown: dict[str, str]  # the row's "image" or "video"
-    scenes: tuple[Scene, ...]
-    language: Language
-    question: str
-    answer: str
-
-    def row(self, number: int) -> dict:
-        return {"id": f"{number:06d}", **self.shown, "conversations": turns(self.question, self.answer)}
-
-    def text_row(self, number: int, rng: np.random.Generator) -> dict:
-        """The same with words in the place of the images, for a model that cannot see yet."""
-        words = [put_in_words(scene, self.language, rng) for scene in self.scenes]
-        question = self.question.replace(VIDEO_MARK, IMAGE_MARK * len(words))
-        for word in words:
-            question = question.replace(IMAGE_MARK, word, 1)
-        return {"id": f"{number:06d}", "conversations": turns(question, self.answer)}
-
-
-def ask_images(
-    images: Mapping[str, Scene], kinds: Callable[[Scene], Sequence[str]], rng: np.random.Generator
-) -> list[Asked]:
-    """All kinds of questions about every image."""
-    asked = []
-    for image, scene in images.items():
-        for kind in kinds(scene):
-            language = pick_language(ENGLISH_SHARE, rng)
-            asked.append(Asked({"image": image}, (scene,), language, *ask_one(kind, scene, language, rng)))
-    return asked
-
-
-def ask_pairs(images: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[Asked]:
+def talk_about_pairs(images: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[Dialogue]:
     """`count` times: say how two images differ."""
-    asked = []
+    dialogues = []
     for names in choose_pairs(images, count, rng):
         pair = tuple(images[name] for name in names)
         language = pick_language(ENGLISH_SHARE_MULTI, rng)
-        asked.append(Asked({"image": ", ".join(names)}, pair, language, *ask_two(*pair, language, rng)))
-    return asked
+        shown = {"image": ", ".join(names)}
+        dialogues.append(Dialogue(shown, pair, language, (ask_two(*pair, language, rng),)))
+    return dialogues
 
 
-def ask_videos(videos: Mapping[str, Video], rng: np.random.Generator) -> list[Asked]:
+def talk_about_videos(videos: Mapping[str, Video], rng: np.random.Generator) -> list[Dialogue]:
     """What happens in every video."""
-    asked = []
+    dialogues = []
     for name, video in videos.items():
         for _ in range(ASKED_PER_VIDEO):
             language = pick_language(ENGLISH_SHARE_MULTI, rng)
-            asked.append(Asked({"video": name}, video, language, *ask_video(video, language, rng)))
-    return asked
+            dialogues.append(Dialogue({"video": name}, video, language, (ask_video(video, language, rng),)))
+    return dialogues
 
 
-def number_rows(asked: Sequence[Asked]) -> list[dict]:
-    return [one.row(number) for number, one in enumerate(asked)]
+def number_rows(dialogues: Sequence[Dialogue]) -> list[dict]:
+    return [dialogue.row(number) for number, dialogue in enumerate(dialogues)]
 
 
-def pretrain_rows(images: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
-    """One description of every image whose colour has a name."""
-    named = {image: scene for image, scene in images.items() if scene.colour is not None}
-    return number_rows(ask_images(named, lambda scene: ("description",), rng))
+def pretrain_rows(images: Mapping[str, Scene], preset: Preset, rng: np.random.Generator) -> list[dict]:
+    """One description of every image whose colours have names."""
+    named = {
+        image: scene
+        for image, scene in images.items()
+        if all(thing.colour is not None for thing in scene.things)
+    }
+    return number_rows(
+        [talk_about(image, scene, {DESCRIPTION: 1}, 1, preset, rng) for image, scene in named.items()]
+    )
 
 
-def sft_rows(images: Mapping[str, Scene], rng: np.random.Generator) -> list[dict]:
-    """All kinds of questions about every image."""
-    return number_rows(ask_images(images, trained_kinds, rng))
+def sft_rows(images: Mapping[str, Scene], preset: Preset, rng: np.random.Generator) -> list[dict]:
+    """Dialogues about every image."""
+    return number_rows(all_dialogues(images, preset, rng))
 
 
 def multi_rows(
-    images: Mapping[str, Scene], videos: Mapping[str, Video], two: int, one: int, rng: np.random.Generator
+    images: Mapping[str, Scene], videos: Mapping[str, Video], preset: Preset, rng: np.random.Generator
 ) -> list[dict]:
-    """The last stage: `two` pairs of images, all videos, and `one` images, so that one is not unlearnt."""
-    single = ask_images(images, trained_kinds, rng)
+    """The last stage: pairs of images, all videos, and some single images, so that one is not unlearnt."""
     return number_rows(
-        ask_pairs(images, two, rng)
-        + ask_videos(videos, rng)
-        + [single[i] for i in rng.permutation(len(single))[:one]]
+        talk_about_pairs(images, preset.two_image_rows, rng)
+        + talk_about_videos(videos, rng)
+        + all_dialogues(images, preset, rng)[: preset.one_image_rows]
     )
 
 
 def text_rows(
-    images: Mapping[str, Scene], videos: Mapping[str, Video], count: int, rng: np.random.Generator
+    images: Mapping[str, Scene], videos: Mapping[str, Video], preset: Preset, rng: np.random.Generator
 ) -> list[dict]:
-    """The questions of all stages with words in the place of the images: `count` images' and half as many
-    pairs'. The language model is raised on them; later, images only have to be read as the same words."""
-    single = ask_images(images, trained_kinds, rng)
-    asked = [single[i] for i in rng.permutation(len(single))[:count]]
-    asked += ask_pairs(images, count // 2, rng) + ask_videos(videos, rng)
-    return [one.text_row(number, rng) for number, one in enumerate(asked)]
+    """The questions of all stages with words in the place of the images. The language model is raised on
+    them; later, images only have to be read as the same words."""
+    dialogues = all_dialogues(images, preset, rng)[: preset.text_rows]
+    dialogues += talk_about_pairs(images, preset.text_rows // 2, rng) + talk_about_videos(videos, rng)
+    return [dialogue.text_row(number, rng) for number, dialogue in enumerate(dialogues)]
 
 
 # ---- questions for the test: {"id", "image", "kind", "question", "answer"}, marks as in the rows ----
 
 
 def questions(
-    images: Mapping[str, Scene], rng: np.random.Generator, kinds: Sequence[str] = KINDS
+    images: Mapping[str, Scene], kinds: Sequence[str], preset: Preset, rng: np.random.Generator
 ) -> list[dict[str, str]]:
-    """One question of every kind about every image.
+    """One question of every kind about every image in which it has an answer.
 
+    Of several things, the descriptions of two and of three are kinds of their own.
     Raises ValueError where a colour without a name would be asked for.
     """
-    asked = [(kind, image, scene) for kind in kinds for image, scene in images.items()]
-    return [
-        make_question(
-            f"{kind}-{Path(image).stem}",
-            image,
-            kind,
-            ask_one(kind, scene, pick_language(ENGLISH_SHARE, rng), rng),
-        )
-        for kind, image, scene in asked
-    ]
+    rows = []
+    for kind in kinds:
+        for image, scene in images.items():
+            asked = ask(kind, scene, pick_language(ENGLISH_SHARE, rng), preset, rng)
+            if asked:
+                several = kind == DESCRIPTION and len(scene.things) > 1
+                name = (
+                    f"{DESCRIPTION}_of_{('one', 'two', 'three')[len(scene.things) - 1]}" if several else kind
+                )
+                question = place_image(asked.question, rng)
+                rows.append(make_question(name, Path(image).stem, {"image": image}, question, asked.answer))
+    return rows
+
+
+def make_question(kind: str, name: str, shown: dict[str, str], question: str, answer: str) -> dict[str, str]:
+    return {"id": f"{kind}-{name}", **shown, "kind": kind, "question": question, "answer": answer}
 
 
 def two_image_questions(
@@ -407,81 +391,26 @@ def two_image_questions(
 ) -> list[dict[str, str]]:
     """`count` questions in each language, of kind "two_images_zh" and "two_images_en". "swapped_answer" is
     right when the two images change places."""
-    asked = []
+    rows = []
     for name, language in LANGUAGES.items():
         for n, (first, second) in enumerate(choose_pairs(images, count, rng)):
             one, two = images[first], images[second]
-            kind = f"{TWO_IMAGES}_{name}"
-            asked.append(
-                make_question(f"{kind}-{n:03d}", f"{first}, {second}", kind, ask_two(one, two, language, rng))
-                | {"swapped_answer": answer_two(two, one, language)}
+            asked = ask_two(one, two, language, rng)
+            row = make_question(
+                f"{TWO_IMAGES}_{name}",
+                f"{n:03d}",
+                {"image": f"{first}, {second}"},
+                asked.question,
+                asked.answer,
             )
-    return asked
+            rows.append(row | {"swapped_answer": answer_two(two, one, language)})
+    return rows
 
 
 def video_questions(videos: Mapping[str, Video], rng: np.random.Generator) -> list[dict[str, str]]:
     """What happens in every video: first all movements, then all changes of colour."""
     rows = []
     for name, video in sorted(videos.items(), key=lambda item: CHANGES.index(change_of(item[1]))):
-        question, answer = ask_video(video, pick_language(ENGLISH_SHARE_MULTI, rng), rng)
-        rows.append(
-            {
-                "id": f"{change_of(video)}-{Path(name).stem}",
-                "video": name,
-                "kind": change_of(video),
-                "question": question,
-                "answer": answer,
-            }
-        )
+        asked = ask_video(video, pick_language(ENGLISH_SHARE_MULTI, rng), rng)
+        rows.append(make_question(asked.kind, Path(name).stem, {"video": name}, asked.question, asked.answer))
     return rows
-
-
-def make_question(name: str, image: str, kind: str, asked: tuple[str, str]) -> dict[str, str]:
-    return {"id": name, "image": image, "kind": kind, "question": asked[0], "answer": asked[1]}
-
-
-# ---- the tokenizer ----
-
-
-def lexicon() -> list[str]:
-    """Every word of both languages and of the chat format, as the tokenizer meets it."""
-    patterns = ["user|assistant|[|]"]
-    for language in LANGUAGES.values():
-        patterns += [*language.words.values(), *language.answers.values(), language.object]
-        patterns += [language.numbered, *(q for asked in language.questions.values() for q in asked)]
-    literal = (re.sub(r"\{\w+\}|<image>|\n", "|", pattern) for pattern in patterns)
-    words = (word for text in literal for word in re.findall(r" ?[A-Za-z]+|[\u4e00-\u9fff]+|[^\s|]", text))
-    return list(dict.fromkeys(words))
-
-
-def train_tokenizer(folder: Path, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every one of the words is one token (the lexicon's make some 620), saved in
-    `folder`.
-
-    It is trained on the words, not on sentences: Chinese does not write where a word ends, and a BPE that
-    sees it running spends its tokens on halves of characters and on whole clauses. Rows become twice as long.
-
-    "<" and ">" get the ids that they have in MiniMind's tokenizer, 30 and 32, and are always tokens of their
-    own: the placeholder of an image is made of them, and must never melt into what stands before it.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("[<>]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,  # out of reach: training ends when every word is one token
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(words or lexicon(), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )
-    fast.save_pretrained(folder)
-    return fast

@@ -1,9 +1,8 @@
-"""The videos of the demo world: one object that goes to another place, or takes on another colour, once.
+"""The videos of the demo world: one thing that goes to another place, or takes on another colour, once.
 
-A video lasts four seconds. In each second the object lies at one grid point in one colour; the change itself
-happens in the last quarter of a second. Whoever looks once per second therefore sees what the encoder knows
-from the images, never an object between two patches. An object that goes from one end of a row, a column
-or a diagonal to the other is seen in the middle on its way.
+A video lasts four seconds. In each second the thing lies at one place in one colour; the change itself
+happens in the last quarter of a second. Whoever looks once per second therefore never sees it on its way. A
+thing that goes from one end of a row, a column or a diagonal to the other is seen in the middle between.
 
 What is held out of the images is held out here: no training video shows an unseen triple, in any of its
 seconds, and every test video begins or ends with one.
@@ -18,25 +17,15 @@ import av
 import numpy as np
 from PIL import Image
 
-from dataset.demo_world.scenes import (
-    COLOUR_JITTER,
-    COLOURS,
-    GRID,
-    IMAGE_SIZE,
-    POSITIONS,
-    Preset,
-    Scene,
-    Triple,
-    divide_triples,
-    draw,
-    make_scene,
-    to_rgb,
-)
+from dataset.demo_world.colours import to_rgb
+from dataset.demo_world.recipe import Preset
+from dataset.demo_world.scenes import Scene, Triple, choose_rgb, divide_triples, draw, make_scene
+from dataset.demo_world.things import CLEAR_BANDS, POSITIONS, SIDE, Thing, somewhere_in
+from dataset.demo_world.wording import COLOUR_CHANGE, MOVEMENT
 
 SECONDS = 4
 FRAMES_PER_SECOND, RESTING_FRAMES = 8, 6  # per second; the remaining frames lead over to the next second
 QUALITY = {"crf": "18", "preset": "veryfast"}  # x264's: a video is 3 to 5 KB, its colours are a JPEG's
-MOVEMENT, COLOUR_CHANGE = "movement", "colour_change"
 CHANGES = (MOVEMENT, COLOUR_CHANGE)
 VIDEO_SPLITS = ("train", "unseen")
 
@@ -44,15 +33,15 @@ Video = tuple[Scene, ...]  # what is to be seen in each of its seconds
 
 
 def change_of(video: Video) -> str:
-    return MOVEMENT if video[0].position != video[-1].position else COLOUR_CHANGE
+    return MOVEMENT if video[0].things[0].position != video[-1].things[0].position else COLOUR_CHANGE
 
 
 # ---- all videos ----
 
 
 def make_videos(preset: Preset, seed: int) -> dict[str, list[Video]]:
-    """The videos of the world by split, half of them movements. The seed is that of `make_splits`."""
-    triples = divide_triples(preset, np.random.default_rng(seed))
+    """The videos of the world by split, half of them movements."""
+    triples = divide_triples(preset)
     rng = np.random.default_rng([seed, len("videos")])
     paths = find_paths(triples["known"], triples["unseen"], preset)
     counts = {"train": preset.train_videos, "unseen": preset.test_videos}
@@ -108,24 +97,39 @@ def draw_lots(
 
 
 def make_video(path: Sequence[Triple], preset: Preset, rng: np.random.Generator) -> Video:
-    """The object of the path's first triple; when it goes on along the path is left to chance."""
+    """The thing of the path's first triple; when it goes on along the path is left to chance."""
     colour, shape, position = path[0]
     size = preset.sizes[int(rng.integers(len(preset.sizes)))]
-    scenes = [make_scene(colour, shape, position, size, rng)]
-    for colour, _, position in path[1:]:
-        scenes.append(go_on(scenes[-1], colour, position, rng))
+    while not (scenes := try_path(make_scene([(colour, shape, position, size)], rng), path, rng)):
+        pass
     changes = rng.choice(np.arange(1, SECONDS), len(path) - 1, replace=False)
     return tuple(scenes[int((changes <= second).sum())] for second in range(SECONDS))
 
 
-def go_on(scene: Scene, colour: str, position: str, rng: np.random.Generator) -> Scene:
-    """The same object at another place or in another colour."""
-    steps = np.subtract(POSITIONS[position], POSITIONS[scene.position])
-    x, y = (float(value) for value in np.add(scene.centre, steps * (GRID[1] - GRID[0])))
-    rgb = scene.rgb
-    if colour != scene.colour:
-        rgb = to_rgb(COLOURS[colour] + rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3))
-    return replace(scene, colour=colour, position=position, centre=(x, y), rgb=rgb)
+def try_path(first: Scene, path: Sequence[Triple], rng: np.random.Generator) -> list[Scene] | None:
+    """The first scene, square and without noise, and those that follow; None where a colour of the path does
+    not stand out from its paper."""
+    scenes = [replace(first, width=SIDE, height=SIDE, noise=0.0)]
+    for colour, _, position in path[1:]:
+        thing = go_on(scenes[-1], colour, position, rng)
+        if thing is None:
+            return None
+        scenes.append(replace(scenes[-1], things=(thing,)))
+    return scenes
+
+
+def go_on(scene: Scene, colour: str, position: str, rng: np.random.Generator) -> Thing | None:
+    """The thing of a scene at another place or in another colour."""
+    thing = scene.things[0]
+    if position != thing.position:
+        column, row = POSITIONS[position]
+        centre = (
+            somewhere_in(CLEAR_BANDS[column], thing.radius, rng),
+            somewhere_in(CLEAR_BANDS[row], thing.radius, rng),
+        )
+        return replace(thing, position=position, centre=centre)
+    rgb = choose_rgb(colour, scene.paper, rng)
+    return replace(thing, colour=colour, rgb=rgb) if rgb else None
 
 
 # ---- one video ----
@@ -143,19 +147,21 @@ def draw_frames(video: Video) -> Iterator[Image.Image]:
 
 def between(now: Scene, then: Scene, share: float) -> Scene:
     """A scene on its way from one to the next; share: how far, 0 to 1."""
+    first_thing, next_thing = now.things[0], then.things[0]
 
     def mix(first: tuple, second: tuple) -> np.ndarray:
         return (1 - share) * np.array(first) + share * np.array(second)
 
-    x, y = mix(now.centre, then.centre).tolist()
-    return replace(now, centre=(x, y), rgb=to_rgb(mix(now.rgb, then.rgb)))
+    x, y = mix(first_thing.centre, next_thing.centre).tolist()
+    thing = replace(first_thing, centre=(x, y), rgb=to_rgb(mix(first_thing.rgb, next_thing.rgb)))
+    return replace(now, things=(thing,))
 
 
 def save_video(video: Video, path: Path) -> None:
     """Write an mp4 file (H.264), the same bytes every time."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=FRAMES_PER_SECOND, options=QUALITY)
-        stream.width = stream.height = IMAGE_SIZE
+        stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # more would cost more than they save on so few pixels
         for image in draw_frames(video):
