@@ -1,70 +1,46 @@
-"""The demo world: what is held out stays out, every question has one answer, every word is one token."""
+"""The demo world's images: what is held out stays out, and a scene is drawn as its words say."""
 
+import colorsys
 import dataclasses
 import itertools
-import json
-import re
+import math
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from PIL import Image
 
-from dataset.demo_world import scenes, sentences, videos
-from dataset.demo_world.scenes import COLOURS, PRESETS, TEST_SPLITS, draw, make_splits
-from model.data.video import read_frames
-from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, expand_marks, load_tokenizer
-
-
-def triple(scene) -> tuple:
-    return scene.colour, scene.shape, scene.position
+from dataset.demo_world import scenes
+from dataset.demo_world.colours import COLOURS, MIN_CONTRAST
+from dataset.demo_world.recipe import PRESETS, Preset
+from dataset.demo_world.scenes import HELD_OUT_PAIRS, TEST_SPLITS, Paper, Scene, draw, make_splits, split_of
+from dataset.demo_world.things import CLEAR_BANDS, POSITIONS, SHAPES, SIDE, SIZES, Thing, cover, make_form
 
 
-def named(split) -> list:
-    return [scene for scene in split if scene.colour is not None]
+def triple(thing: Thing) -> tuple:
+    return thing.colour, thing.shape, thing.position
+
+
+def things_of(some: list[Scene]) -> list[Thing]:
+    return [thing for scene in some for thing in scene.things]
+
+
+def named(some: list[Scene]) -> list[Thing]:
+    return [thing for thing in things_of(some) if thing.colour is not None]
 
 
 @pytest.fixture(scope="module", params=PRESETS)
-def preset(request) -> scenes.Preset:
+def preset(request) -> Preset:
     return PRESETS[request.param]
 
 
 @pytest.fixture(scope="module")
-def splits(preset) -> dict:
+def splits(preset) -> dict[str, list[Scene]]:
     return make_splits(preset, seed=0)
 
 
 @pytest.fixture(scope="module")
-def images() -> dict:
-    """Some training images of the full world, by file name."""
-    train = make_splits(PRESETS["full"], seed=0)["train"]
-    return {f"{i:04d}.jpg": scene for i, scene in enumerate(train[:900])}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world_tokenizer_path):
-    return load_tokenizer(world_tokenizer_path)
-
-
-@pytest.fixture(scope="module")
-def renderer(tokenizer) -> Renderer:
-    return Renderer(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def rows(images) -> dict[str, list[dict]]:
-    rng = np.random.default_rng(0)
-    some_videos = name_videos(videos.make_videos(PRESETS["full"], seed=0)["train"])
-    return {
-        "pretrain": sentences.pretrain_rows(images, rng),
-        "sft": sentences.sft_rows(images, rng),
-        "two_images": sentences.number_rows(sentences.ask_pairs(images, 300, rng)),
-        "videos": sentences.number_rows(sentences.ask_videos(some_videos, rng)),
-        "text": sentences.text_rows(images, some_videos, 4000, rng),
-    }
-
-
-def name_videos(some: list[videos.Video]) -> dict[str, videos.Video]:
-    return {f"videos/{number}.mp4": video for number, video in enumerate(some)}
+def everything(splits) -> list[Scene]:
+    return [scene for some in splits.values() for scene in some]
 
 
 # ---- what is held out ----
@@ -72,345 +48,379 @@ def name_videos(some: list[videos.Video]) -> dict[str, videos.Video]:
 
 def test_counts(preset, splits):
     assert list(splits) == ["train", *TEST_SPLITS]
-    assert len(splits["train"]) == preset.train_images
-    assert len(splits["train"]) - len(named(splits["train"])) == preset.train_images // 4
+    assert [len(splits[split]) for split in TEST_SPLITS] == [preset.test_images] * 5
+    train = splits["train"]
+    counts = [len(scene.things) for scene in train]
+    assert len(train) == preset.train_images
+    assert counts.count(2) == counts.count(3) == 0.3 * len(train)
+    assert set(counts) == {1, 2, 3}
+    unnamed = [scene for scene in train if any(thing.colour is None for thing in scene.things)]
+    assert len(unnamed) == 0.1 * len(train) and all(len(scene.things) == 1 for scene in unnamed)
     for split in TEST_SPLITS:
-        assert len(splits[split]) == len(named(splits[split])) == preset.test_images
+        expected = [1] if split in scenes.SINGLE_SPLITS else [2, 3]
+        assert sorted({len(scene.things) for scene in splits[split]}) == expected
+        assert named(splits[split]) == things_of(splits[split])
+
+
+def test_a_world_knows_the_words_of_its_preset(preset, everything):
+    for attribute in ("colour", "shape", "size"):
+        found = {getattr(thing, attribute) for thing in named(everything)}
+        assert found == set(getattr(preset, f"{attribute}s"))
 
 
 def test_unseen_triples_are_never_drawn_but_each_of_their_pairs_is(splits):
-    train = {triple(scene) for scene in named(splits["train"])}
-    assert train.isdisjoint(triple(scene) for scene in splits["unseen"])
+    train = {triple(thing) for thing in named(splits["train"])}
+    unseen = {triple(scene.things[0]) for scene in splits["unseen"]}
+    assert train.isdisjoint(unseen)
     for first, second in itertools.combinations(range(3), 2):
         drawn = {(kind[first], kind[second]) for kind in train}
-        assert {(triple(scene)[first], triple(scene)[second]) for scene in splits["unseen"]} <= drawn
+        assert {(kind[first], kind[second]) for kind in unseen} <= drawn
 
 
 def test_held_out_pairs_are_never_drawn_and_share_no_colour_and_no_shape(preset, splits):
-    pairs = {(scene.colour, scene.shape) for scene in splits["unseen_pairs"]}
-    assert pairs.isdisjoint((scene.colour, scene.shape) for scene in splits["train"])
-    assert len(pairs) == len({c for c, _ in pairs}) == len({s for _, s in pairs}) == preset.held_out_pairs
+    pairs = {(thing.colour, thing.shape) for thing in things_of(splits["unseen_pairs"])}
+    assert pairs == {(c, s) for c, s in HELD_OUT_PAIRS if c in preset.colours and s in preset.shapes}
+    assert len(pairs) == len({c for c, _ in pairs}) == len({s for _, s in pairs}) >= 2
+    for split in splits:
+        drawn = {(thing.colour, thing.shape) for thing in things_of(splits[split])}
+        assert split == "unseen_pairs" or pairs.isdisjoint(drawn)
 
 
 def test_training_draws_every_other_pair(preset, splits):
-    held_out = {(scene.colour, scene.shape) for scene in splits["unseen_pairs"]}
-    train = {triple(scene) for scene in named(splits["train"])}
-    assert {(c, s) for c, s, _ in train} == set(itertools.product(preset.colours, preset.shapes)) - held_out
-    assert {(c, p) for c, _, p in train} == set(itertools.product(preset.colours, preset.positions))
-    assert {(s, p) for _, s, p in train} == set(itertools.product(preset.shapes, preset.positions))
+    train = {triple(thing) for thing in named(splits["train"])}
+    pairs = set(itertools.product(preset.colours, preset.shapes)) - set(HELD_OUT_PAIRS)
+    assert {(c, s) for c, s, _ in train} == pairs
+    assert {(c, p) for c, _, p in train} == set(itertools.product(preset.colours, POSITIONS))
+    assert {(s, p) for _, s, p in train} == set(itertools.product(preset.shapes, POSITIONS))
+
+
+def test_training_draws_every_known_triple_alone_in_every_size(preset, splits):
+    drawn = {
+        (*triple(scene.things[0]), scene.things[0].size)
+        for scene in splits["train"]
+        if len(scene.things) == 1
+    }
+    known = scenes.divide_triples(preset)["known"]
+    assert {(*kind, size) for kind in known for size in preset.sizes} <= drawn
 
 
 def test_a_quarter_of_the_triples_is_held_out(preset):
-    triples = scenes.divide_triples(preset, np.random.default_rng(0))
-    seen, unseen = len(triples["known"]), len(triples["unseen"])
-    assert unseen / (seen + unseen) == pytest.approx(1 / 4, abs=0.03)
-    everything = set(itertools.product(preset.colours, preset.shapes, preset.positions))
-    assert set(itertools.chain.from_iterable(triples.values())) == everything
-    assert sum(map(len, triples.values())) == len(everything)
+    triples = scenes.divide_triples(preset)
+    known, unseen = len(triples["known"]), len(triples["unseen"])
+    assert unseen / (known + unseen) == pytest.approx(1 / 4, abs=0.03)
+    everything = list(itertools.product(preset.colours, preset.shapes, POSITIONS))
+    assert sorted(itertools.chain.from_iterable(triples.values())) == sorted(everything)
 
 
-def test_known_images_are_new_but_their_triples_are_not(splits):
-    assert set(splits["known"]).isdisjoint(splits["train"])
-    assert {triple(scene) for scene in splits["known"]} <= {triple(scene) for scene in splits["train"]}
+def test_sets_kept_apart_are_shown_together_by_one_split_only(splits):
+    """The sets are told by what is drawn, not by the rule: those of several_unseen are drawn nowhere else."""
+    drawn: dict[str, list[set[frozenset]]] = {
+        split: [
+            {
+                frozenset([(one.colour, one.shape), (two.colour, two.shape)])
+                for one, two in itertools.combinations(scene.things, 2)
+            }
+            for scene in some
+        ]
+        for split, some in splits.items()
+    }
+    together = {split: set().union(*sets) for split, sets in drawn.items()}
+    for sets in drawn["several_unseen"]:
+        assert sets - together["train"] - together["several_known"]
+        assert any(scenes.are_kept_apart(*pair) for pair in sets)
+    for split in ("train", "several_known"):
+        assert not any(scenes.are_kept_apart(*pair) for pair in together[split] if len(pair) == 2)
 
 
-def test_a_seed_is_a_world():
-    world, again, other = (make_splits(PRESETS["tiny"], seed) for seed in (3, 3, 4))
+def test_a_fifth_of_all_pairs_of_things_is_kept_apart():
+    things = [pair for pair in itertools.product(COLOURS, SHAPES) if pair not in HELD_OUT_PAIRS]
+    apart = {thing: [scenes.are_kept_apart(thing, other) for other in things] for thing in things}
+    assert np.mean(list(apart.values())) == pytest.approx(1 / 5, abs=0.02)
+    assert all(any(row) and not all(row) for row in apart.values())
+    for one, two in itertools.product(things, things):
+        assert scenes.are_kept_apart(one, two) == scenes.are_kept_apart(two, one)
+        assert not scenes.are_kept_apart(one, (None, two[1]))
+
+
+def test_several_things_are_of_known_triples_at_different_places_and_look_different(everything):
+    for scene in everything:
+        if len(scene.things) > 1:
+            assert {split_of(*triple(thing)) for thing in scene.things} == {"known"}
+        assert len({thing.position for thing in scene.things}) == len(scene.things)
+        assert len({(thing.colour, thing.shape) for thing in scene.things}) == len(scene.things)
+
+
+def test_things_are_in_reading_order(everything):
+    for scene in everything:
+        places = [POSITIONS[thing.position][::-1] for thing in scene.things]  # (row, column)
+        assert places == sorted(places)
+
+
+def test_the_images_of_a_test_are_new(splits):
+    """Only their triples are not. Nor does one test show what another does."""
+    seen = set(splits["train"])
+    for split in TEST_SPLITS:
+        assert seen.isdisjoint(splits[split]) and len(set(splits[split])) == len(splits[split])
+        seen |= set(splits[split])
+    train = {triple(thing) for thing in things_of(splits["train"])}
+    for split in ("known", "several_known", "several_unseen"):
+        assert {triple(thing) for thing in things_of(splits[split])} <= train
+
+
+def test_a_seed_is_a_world_but_what_is_held_out_is_the_same_for_all():
+    """The encoder is trained once, for the worlds of all seeds."""
+    small = dataclasses.replace(PRESETS["tiny"], train_images=400, several_share=0.3)
+    world, again, other = (make_splits(small, seed) for seed in (3, 3, 4))
     assert world == again
-    assert {triple(scene) for scene in world["unseen"]} != {triple(scene) for scene in other["unseen"]}
+    assert set(world["train"]).isdisjoint(other["train"])
+    for split in scenes.SINGLE_SPLITS:
+        kinds, others = ({triple(scene.things[0]) for scene in some[split]} for some in (world, other))
+        assert len(kinds) > 10 and len(kinds & others) > 0.6 * len(kinds)
+        trained = {triple(thing) for thing in named(other["train"])}
+        assert kinds <= trained if split == "known" else kinds.isdisjoint(trained)
 
 
-# ---- videos ----
+def test_the_tiny_world_holds_out_what_the_full_one_does():
+    tiny, full = (scenes.divide_triples(PRESETS[name]) for name in ("tiny", "full"))
+    assert all(set(tiny[split]) < set(full[split]) for split in scenes.SINGLE_SPLITS)
 
 
-@pytest.fixture(scope="module")
-def all_videos(preset) -> dict[str, list[videos.Video]]:
-    return videos.make_videos(preset, seed=0)
+# ---- where things are, and in what colours ----
 
 
-def test_as_many_videos_of_each_change_as_wanted(preset, all_videos):
-    for split, count in {"train": preset.train_videos, "unseen": preset.test_videos}.items():
-        changes = [videos.change_of(video) for video in all_videos[split]]
-        assert [changes.count(change) for change in videos.CHANGES] == [count // 2] * 2
+def test_things_lie_clearly_in_their_region_and_nothing_is_cut_off(everything):
+    for thing in things_of(everything):
+        for coordinate, band in zip(thing.centre, POSITIONS[thing.position], strict=True):
+            low, high = CLEAR_BANDS[band]
+            assert low <= coordinate <= high
+            assert thing.radius < coordinate < SIDE - thing.radius
+        low, high = SIZES[thing.size]
+        assert low <= thing.radius <= high
+        assert np.linalg.norm(thing.corners, axis=1).max() == pytest.approx(1)
 
 
-def test_no_training_video_shows_an_unseen_triple_and_every_test_video_begins_or_ends_with_one(
-    splits, preset, all_videos
-):
-    triples = scenes.divide_triples(preset, np.random.default_rng(0))
-    assert {triple(scene) for scene in splits["unseen"]} <= set(triples["unseen"])
-    assert {triple(scene) for video in all_videos["train"] for scene in video} <= set(triples["known"])
-    for video in all_videos["unseen"]:
-        assert {triple(video[0]), triple(video[-1])} & set(triples["unseen"])
-        assert not {triple(scene) for scene in video} & set(triples["unseen_pairs"])
+def test_what_the_words_mean_lies_apart():
+    """No thing is at the border of two words."""
+    assert SIZES["small"][1] + 4 < SIZES["large"][0]
+    for before, after in itertools.pairwise(CLEAR_BANDS):
+        assert before[1] + 4 < after[0]
 
 
-def test_one_thing_changes_in_a_video_and_goes_straight(all_videos):
-    for video in itertools.chain(*(some[:200] for some in all_videos.values())):
-        assert len(video) == videos.SECONDS
-        assert len({(scene.shape, scene.size, scene.background, scene.radius) for scene in video}) == 1
-        moves, colours = {scene.position for scene in video}, {scene.colour for scene in video}
-        assert len(moves) == 1 and len(colours) == 2 or len(moves) in (2, 3) and len(colours) == 1
-        assert (video[0].position == video[-1].position) == (len(moves) == 1)
-        start, end = np.array(video[0].centre), np.array(video[-1].centre)
-        shares = [np.dot(scene.centre - start, end - start) for scene in video]
-        assert shares == sorted(shares)  # never back
-        for scene in video:
-            (x, y), (dx, dy) = scene.centre - start, end - start
-            assert x * dy == pytest.approx(y * dx, abs=1e-6)
-            assert (
-                np.abs(
-                    np.array(scene.centre) - [scenes.GRID[i] for i in scenes.POSITIONS[scene.position]]
-                ).max()
-                <= scenes.JITTER + 1e-6
-            )
+def test_things_are_anywhere_in_their_region(splits):
+    """Not on a grid, as they once were: what an encoder can do with 9 places says nothing about the 10th."""
+    middles = [thing.centre for thing in things_of(splits["train"]) if thing.position == "middle"]
+    assert len(set(middles)) == len(middles)
+    assert (np.ptp(middles, axis=0) > 20).all()  # of the 24 that there are
 
 
-def test_every_change_is_shown_in_training(preset, all_videos):
-    """In the full world each of the 72 ways from place to place, and each of the 56 from colour to colour."""
-    if preset.train_videos < 1000:
-        pytest.skip("too few videos")
-    moved = [video for video in all_videos["train"] if videos.change_of(video) == videos.MOVEMENT]
-    turned = [video for video in all_videos["train"] if videos.change_of(video) == videos.COLOUR_CHANGE]
-    assert len({(video[0].position, video[-1].position) for video in moved}) == 9 * 8
-    assert len({(video[0].colour, video[-1].colour) for video in turned}) == 8 * 7
+def test_things_do_not_overlap(everything):
+    for scene in everything:
+        for one, two in itertools.combinations(scene.things, 2):
+            assert math.dist(one.centre, two.centre) > one.radius + two.radius
+    for scene in [scene for scene in everything if len(scene.things) > 1][:600]:
+        covered = sum((covered_pixels(thing, scene) > 127).astype(int) for thing in scene.things)
+        assert covered.max() == 1, (scene.width, scene.height)
 
 
-def test_videos_of_a_seed_are_the_same_and_so_are_their_files(tmp_path):
-    one, again, other = (videos.make_videos(PRESETS["tiny"], seed) for seed in (3, 3, 4))
-    assert one == again and one != other
-    for name in "ab":
-        videos.save_video(one["train"][0], tmp_path / f"{name}.mp4")
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+def covered_pixels(thing: Thing, scene: Scene) -> np.ndarray:
+    """(height, width), 0..255: with its own colour or its edge's."""
+    masks = [mask for mask in cover(thing, scene.width, scene.height, scene.smooth) if mask]
+    return np.max(masks, axis=0)
 
 
-def test_a_frame_per_second_shows_the_object_at_rest_in_its_colour(tmp_path):
-    """Between two grid points the encoder would not know where it is; blurred by the codec, not what."""
-    for number, video in enumerate(videos.make_videos(PRESETS["full"], seed=0)["train"][:20]):
-        path = tmp_path / f"{number}.mp4"
-        videos.save_video(video, path)
-        assert path.stat().st_size < 12_000
-        frames = read_frames(path, max_frames=videos.SECONDS)
-        assert len(frames) == videos.SECONDS
-        for frame, scene in zip(frames, video, strict=True):
-            drawn, shown = (np.asarray(image).astype(int) for image in (draw(scene), frame))
-            assert np.abs(drawn - shown).mean() < 4
-            x, y = (round(value) for value in scene.centre)
-            assert np.abs(shown[y, x] - scene.rgb).max() < 25
+def test_everything_stands_out_from_its_paper(everything):
+    for scene in everything:
+        for thing in scene.things:
+            assert math.dist(thing.rgb, scene.paper.rgb) > MIN_CONTRAST - 2  # both are rounded
 
 
-# ---- images ----
+def test_named_colours_lie_in_their_box_and_unnamed_ones_in_none(everything):
+    found: dict[str, set] = {}
+    for thing in things_of(everything):
+        names = {name for name in COLOURS if lies_in(name, thing.rgb)}
+        assert names == {thing.colour} - {None}
+        found.setdefault(thing.colour, set()).add(thing.rgb)
+    assert all(len(rgbs) > 80 for rgbs in found.values())  # ranges, not points
+    assert {len(set(rgb)) == 1 for rgb in found[None]} == {True, False}  # greys, and colours without a name
 
 
-def test_an_image_shows_its_object_where_and_as_the_scene_says(splits):
-    for scene in splits["train"][:200]:
-        image = draw(scene)
-        assert image.size == (128, 128) and image.mode == "RGB"
-        assert image.getpixel(tuple(round(c) for c in scene.centre)) == scene.rgb
-        pixels = np.asarray(image).astype(int)
-        shown = np.argwhere(np.abs(pixels - scene.background).sum(-1) > 0)  # (row, column) of the object
-        middle = (shown.min(0) + shown.max(0)) / 2
-        assert np.abs(middle[::-1] - scene.centre).max() < 4  # the middle of a triangle lies a little off
-        assert shown.max() <= 127 and scene.radius * 1.2 < np.ptp(shown, axis=0).max() < scene.radius * 2.1
-
-
-def test_positions_are_the_middles_of_patches(splits):
-    """Off a patch's middle, an object is cut by the encoder's grid and its position hangs on half a pixel."""
-    for scene in splits["train"]:
-        column_row = np.array(scene.centre) * 7 / scenes.IMAGE_SIZE
-        assert set(column_row.astype(int)) <= {1, 3, 5}
-        assert np.abs(column_row % 1 - 0.5).max() < 0.1
-
-
-def test_all_outlines_differ():
-    scene = make_splits(PRESETS["full"], seed=0)["train"][0]
-    drawn = {draw(dataclasses.replace(scene, shape=shape)).tobytes() for shape in scenes.SHAPES}
-    assert len(drawn) == len(scenes.SHAPES)
-
-
-def test_unnamed_colours_are_far_from_every_named_one(splits):
-    unnamed = [scene for scene in splits["train"] if scene.colour is None]
-    for scene in unnamed:
-        assert min(np.linalg.norm(np.subtract(scene.rgb, rgb)) for rgb in COLOURS.values()) > 70
-    greys = sum(len(set(scene.rgb)) == 1 for scene in unnamed)
-    assert 0.3 < greys / len(unnamed) < 0.5
-
-
-# ---- sentences ----
-
-
-def test_as_many_marks_as_images(rows):
-    for name, expected in {"pretrain": 1, "sft": 1, "two_images": 2, "text": 0}.items():
-        for row in rows[name]:
-            assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
-            assert row["conversations"][0]["value"].count(IMAGE_MARK) == expected
-            assert len(row["image"].split(", ")) == expected if expected else "image" not in row
-    for row in rows["videos"]:
-        assert row["conversations"][0]["value"].count(VIDEO_MARK) == 1 and "image" not in row
-    assert all(len({row["id"] for row in group}) == len(group) for group in rows.values())
-
-
-def test_text_has_words_for_every_image_of_the_same_rows(rows):
-    brackets = [row["conversations"][0]["value"].count("[") for row in rows["text"]]
-    assert {count: brackets.count(count) for count in set(brackets)} == {1: 4000, 2: 2000, 4: 3000}
-
-
-def test_rows_are_json(rows):
-    assert json.loads(json.dumps(rows, ensure_ascii=False)) == rows
-
-
-def test_unnamed_colours_are_never_described(rows, images):
-    unnamed = {image for image, scene in images.items() if scene.colour is None}
-    described = rows["pretrain"] + rows["two_images"]
-    assert unnamed and unnamed.isdisjoint(image for row in described for image in row["image"].split(", "))
-    colours = [word for language in sentences.LANGUAGES.values() for word in map(language.words.get, COLOURS)]
-    sft = [row["conversations"][1]["value"] for row in rows["sft"] if row["image"] in unnamed]
-    assert len(sft) == 3 * len(unnamed)  # shape, position and size
-    assert not [answer for answer in sft if any(colour in answer for colour in colours)]
-    for kind in ("colour", "description"):
-        with pytest.raises(ValueError, match="has no name"):
-            sentences.questions({"a.jpg": images[min(unnamed)]}, np.random.default_rng(0), kinds=(kind,))
-
-
-def test_captions_leave_an_unnamed_colour_out(images):
-    red = dataclasses.replace(images["0000.jpg"], colour="red", shape="star", size="small", position="top")
-    assert sentences.caption(red) == "图片上方有一个小的红色星形。"
-    assert sentences.caption(dataclasses.replace(red, colour=None)) == "图片上方有一个小的星形。"
-
-
-def spoken_triples(text: str) -> set[tuple]:
-    """The triples that a text names, or could be read to name."""
-    found = set()
-    for words in (language.words for language in sentences.LANGUAGES.values()):
-        # " at the top" is not said where " at the top left" is
-        spoken = [name for name, word in words.items() if re.search(word + "(?! left| right)", text)]
-        groups = (COLOURS, scenes.SHAPES, scenes.POSITIONS)
-        found |= set(itertools.product(*([name for name in spoken if name in group] for group in groups)))
-    return found
-
-
-def test_unseen_triples_are_never_named(rows):
-    """In the rows of text, every image stands in brackets of its own, before or behind the question."""
-    unseen = {triple(scene) for scene in make_splits(PRESETS["full"], seed=0)["unseen"]}
-    texts = [
-        image for row in rows["text"] for image in re.findall(r"\[.*?\]", row["conversations"][0]["value"])
-    ]
-    texts += [
-        " ".join(turn["value"] for turn in row["conversations"])
-        for name in ("pretrain", "sft", "videos")
-        for row in rows[name]
-    ]
-    spoken = set().union(*map(spoken_triples, texts))
-    assert len(spoken) > 200 and unseen.isdisjoint(spoken)
-
-
-def test_every_question_has_one_answer(rows, images):
-    """Exact-match scoring is only fair if the wording of the question settles the wording of the answer."""
-    answers = {}
-    for row in rows["sft"] + rows["two_images"]:
-        question, answer = (turn["value"] for turn in row["conversations"])
-        wording = question.replace(IMAGE_MARK, "").strip()
-        seen = tuple((*triple(images[image]), images[image].size) for image in row["image"].split(", "))
-        assert answers.setdefault((wording, seen), answer) == answer
-
-
-def test_test_questions_are_worded_as_in_training(rows, images):
-    few = dict(itertools.islice(((i, s) for i, s in images.items() if s.colour), 50))
-    rng = np.random.default_rng(1)
-    asked = sentences.questions(few, rng) + sentences.two_image_questions(few, 30, rng)
-    kinds = [*sentences.KINDS] * len(few) + ["two_images_zh", "two_images_en"] * 30
-    assert sorted(q["kind"] for q in asked) == sorted(kinds)
-    assert len({q["id"] for q in asked}) == len(asked)
-    trained = {row["conversations"][0]["value"] for row in rows["sft"] + rows["two_images"]}
-    assert {q["question"] for q in asked} <= trained
-    assert all(q["question"].count(IMAGE_MARK) == len(q["image"].split(", ")) for q in asked)
-
-
-def test_both_languages_in_their_shares(rows):
-    shares = {"pretrain": 0.15, "sft": 0.15, "text": 0.34, "two_images": 0.5, "videos": 0.5}
-    for name, expected in shares.items():
-        english = [row["conversations"][1]["value"].isascii() for row in rows[name]]
-        assert np.mean(english) == pytest.approx(expected, abs=0.06)
-
-
-def test_the_swapped_answer_is_the_answer_to_the_swapped_images(images):
-    for question in sentences.two_image_questions(images, 20, np.random.default_rng(1)):
-        first, second = (images[image] for image in question["image"].split(", "))
-        language = sentences.LANGUAGES[question["kind"][-2:]]
-        assert question["answer"] == sentences.answer_two(first, second, language)
-        assert question["swapped_answer"] == sentences.answer_two(second, first, language)
-        assert question["question"].isascii() == question["answer"].isascii() == (language.numbered.isascii())
-
-
-def test_answers_about_videos():
-    image = make_splits(PRESETS["full"], seed=0)["train"][0]
-    start = dataclasses.replace(image, colour="red", shape="star", size="small", position="top_left")
-    moved, turned = (
-        dataclasses.replace(start, **change) for change in ({"position": "right"}, {"colour": "blue"})
+def lies_in(name: str, rgb: tuple) -> bool:
+    """Within what rounding to whole numbers does to it."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in rgb))
+    hues, saturations, values = COLOURS[name]
+    off_centre = abs((360 * hue - sum(hues) / 2 + 180) % 360 - 180)
+    return (
+        off_centre < (hues[1] - hues[0]) / 2 + 2
+        and saturations[0] - 0.01 < saturation < saturations[1] + 0.01
+        and values[0] - 0.01 < value < values[1] + 0.01
     )
-    zh, en = sentences.CHINESE, sentences.ENGLISH
-    assert sentences.answer_video((start, moved), zh) == "它从左上角去了右侧。"
-    assert sentences.answer_video((start, moved), en) == "It goes from the top left to the right."
-    assert sentences.answer_video((start, turned), en) == "It turns from red to blue."
-    assert sentences.answer_video((start, turned), zh) == "它从红色变成蓝色。"
 
 
-def test_test_questions_about_videos_are_worded_as_in_training(rows):
-    some = name_videos(videos.make_videos(PRESETS["full"], seed=0)["unseen"])
-    asked = sentences.video_questions(some, np.random.default_rng(1))
-    kinds = [question["kind"] for question in asked]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"movement": 200, "colour_change": 200}
-    assert {q["question"] for q in asked} <= {row["conversations"][0]["value"] for row in rows["videos"]}
-    assert len({q["id"] for q in asked}) == len(asked) and {q["video"] for q in asked} == set(some)
+def test_no_colour_has_two_names():
+    """Between two boxes lies a hue, or a paleness, that nobody need name."""
+    for (hues, saturations, _), (others, other_saturations, _) in itertools.combinations(COLOURS.values(), 2):
+        between = ((sum(hues) - sum(others)) / 2 + 180) % 360 - 180  # hues are a circle
+        apart = abs(between) - (np.ptp(hues) + np.ptp(others)) / 2
+        assert apart > 8 or saturations[0] > other_saturations[1] + 0.1
 
 
-def test_what_a_sentence_says(images):
-    english, chinese = "A red star, then a blue red.", "图一是红色圆形，图二是蓝色方形。"
-    assert sentences.spoken(english, COLOURS, sentences.ENGLISH) == ["red", "blue", "red"]
-    assert sentences.spoken(chinese, scenes.SHAPES, sentences.CHINESE) == ["circle", "square"]
+def test_the_pen_of_an_edge_brings_no_second_colour(everything):
+    """Black, a grey, white, or darker than the thing and of its hue."""
+    edged = [thing for thing in things_of(everything) if thing.style == "edged"]
+    assert edged
+    for thing in edged:
+        assert is_pen_for(thing)
 
 
-# ---- the tokenizer ----
+def is_pen_for(thing: Thing) -> bool:
+    darker = np.array(thing.edge) / np.maximum(thing.rgb, 1)
+    shade = max(thing.edge) / max(1, *thing.rgb)
+    grey = len(set(thing.edge)) == 1
+    return grey or 0.25 < shade < 0.75 and np.abs((darker - shade) * thing.rgb).max() < 2
 
 
-def test_one_token_per_word(tokenizer, renderer):
-    assert [word for word in sentences.lexicon() if len(Renderer(tokenizer).encode(word)) != 1] == []
-    assert 500 < len(tokenizer) < 700
+# ---- drawing ----
 
 
-def test_running_text_is_cut_into_exactly_the_words_of_the_lexicon(rows, tokenizer, renderer):
-    """Also where Chinese words meet without a space, and halves of two characters could have merged."""
-    words = {*sentences.lexicon(), "\n", " ", "<", ">"}
-    texts = {turn["value"] for group in rows.values() for row in group for turn in row["conversations"]}
-    for text in texts:
-        text = text.replace(IMAGE_MARK, "<>").replace(VIDEO_MARK, "<>")
-        ids = Renderer(tokenizer).encode(text)
-        assert {tokenizer.decode([i]) for i in ids} <= words
-        assert tokenizer.decode(ids) == text
+def plain(thing: Thing, **more) -> Scene:
+    """A thing on white, sharp and without noise."""
+    return Scene((thing,), Paper((255, 255, 255)), **more)
 
 
-def test_rows_are_short(rows, renderer):
-    """The step times of the recipe hold for these lengths."""
-    for name, longest in {"pretrain": 76, "sft": 76, "two_images": 136, "text": 105, "videos": 247}.items():
-        turns = [expand_marks(row["conversations"], [videos.SECONDS]) for row in rows[name]]
-        assert max(len(renderer.render(turn).input_ids) for turn in turns) <= longest
+def make_thing(shape: str, style: str = "filled", seed: int = 0, position: str = "middle") -> Thing:
+    rng = np.random.default_rng(seed)
+    while (form := make_form(shape, position, "large", rng)).style != style:
+        pass
+    return Thing("red", shape, "large", position, (200, 20, 30), edge=(0, 0, 0), **vars(form))
 
 
-@pytest.mark.parametrize("before", ["", " ", "\n", "a", "图片", "a <", "<>", "。"])
-def test_the_placeholder_is_50_tokens_in_every_context(tokenizer, before):
-    around = tokenizer(before).input_ids, tokenizer("图").input_ids
-    ids = tokenizer(before + "<" * 25 + ">" * 25 + "图").input_ids
-    assert ids == around[0] + [30] * 25 + [32] * 25 + around[1]
+def sharp(scene: Scene) -> Scene:
+    return dataclasses.replace(scene, paper=Paper(scene.paper.rgb), noise=0.0, blur=0.0)
 
 
-def test_special_tokens(tokenizer, world_tokenizer_path, renderer):
-    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<", ">"]) == [0, 1, 2, 30, 32]
-    as_markup = AutoTokenizer.from_pretrained(world_tokenizer_path)("<s>user").input_ids
-    as_text = Renderer(tokenizer).encode("<s>user</s>")
-    assert as_markup[0] == 1 and not {1, 2} & set(as_text)
-    assert tokenizer.decode(as_text) == "<s>user</s>"
+def test_an_image_shows_its_things_where_and_as_the_scene_says(splits):
+    for scene in splits["train"][:150]:
+        image = draw(sharp(scene))
+        assert image.size == (scene.width, scene.height) and image.mode == "RGB"
+        pixels = np.asarray(image).astype(int)
+        differs = np.abs(pixels - scene.paper.rgb).sum(-1) > 0
+        rows, columns = np.mgrid[: scene.height, : scene.width]
+        stretch = np.sqrt(scene.width * scene.height) / SIDE  # of a radius, in pixels
+        for thing in scene.things:
+            x, y = thing.centre[0] / SIDE * scene.width, thing.centre[1] / SIDE * scene.height
+            radius = thing.radius * stretch
+            # A line is drawn around the corners, and its mitres stick out.
+            near = np.hypot(columns + 0.5 - x, rows + 0.5 - y) < radius + thing.line * stretch + 1.5
+            shown = np.argwhere(differs & near)
+            assert 1.1 * radius < np.ptp(shown, axis=0).max() < 2 * radius + 2 * thing.line * stretch + 2
+            assert np.abs(shown.mean(0) + 0.5 - (y, x)).max() < 0.3 * radius + 1
+            if thing.style != "hollow":
+                assert image.getpixel((int(x), int(y))) == thing.rgb
+            differs &= ~near
+        assert not differs.any()  # nothing else is there
 
 
-@pytest.mark.parametrize("text", ["Ünknown wörds, 1234", "鲸鱼🐳", "  two  spaces\n\n\ttab", "<image> <<>>"])
-def test_any_text_survives(tokenizer, renderer, text):
-    assert tokenizer.decode(Renderer(tokenizer).encode(text)) == text
+def test_nothing_is_cut_off_at_the_borders(everything):
+    """Neither where an image is wider than high, nor the outer half of a thick line."""
+    for scene in everything[:600]:
+        for thing in scene.things:
+            covered = covered_pixels(thing, scene) > 127
+            cut_off = covered[[0, -1]].any() or covered[:, [0, -1]].any()
+            assert not cut_off, (scene.width, scene.height, thing)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_filled_edged_and_hollow(shape):
+    for seed in range(5):
+        thing = make_thing(shape, "edged", seed)
+        scene = plain(thing, smooth=1)
+        drawn = {tuple(pixel) for pixel in np.asarray(draw(scene)).reshape(-1, 3).tolist()}
+        assert drawn == {(255, 255, 255), thing.rgb, thing.edge}
+        for style, second in {"filled": None, "hollow": None, "edged": thing.edge}.items():
+            image = draw(plain(dataclasses.replace(thing, style=style), smooth=1))
+            centre = image.getpixel(tuple(map(int, thing.centre)))
+            assert centre == ((255, 255, 255) if style == "hollow" else thing.rgb)
+            colours = {colour for _, colour in image.getcolors()} - {(255, 255, 255), thing.rgb}
+            assert colours == ({second} if second else set())
+
+
+def test_all_styles_are_drawn_and_the_wider_part_of_things_is_filled(splits):
+    styles = [thing.style for thing in things_of(splits["train"])]
+    shares = {style: styles.count(style) / len(styles) for style in ("filled", "edged", "hollow")}
+    assert shares == pytest.approx({"filled": 0.6, "edged": 0.2, "hollow": 0.2}, abs=0.04)
+
+
+def test_all_shapes_differ_in_their_pixels():
+    for seed in range(10):
+        covered = {}
+        for shape in SHAPES:
+            thing = dataclasses.replace(make_thing(shape, seed=seed), centre=(64, 64), radius=20)
+            covered[shape] = covered_pixels(thing, plain(thing)) > 127
+        for one, two in itertools.combinations(SHAPES, 2):
+            both, either = covered[one] & covered[two], covered[one] | covered[two]
+            assert both.sum() < 0.87 * either.sum(), (one, two, seed)
+
+
+def test_turned_squares_and_diamonds_stay_what_they_are():
+    """A square turned by 45 degrees is a diamond: the corners of one keep to the diagonals, of the other to
+    the axes."""
+    for shape, seed in itertools.product(("square", "diamond"), range(200)):
+        corners = np.array(make_thing(shape, seed=seed).corners)
+        angles = np.degrees(np.arctan2(corners[:, 1], corners[:, 0])) % 90
+        off_axis = np.minimum(angles, 90 - angles)
+        assert off_axis.min() > 25 if shape == "square" else off_axis.max() < 20
+
+
+def test_no_two_drawings_of_a_word_have_the_same_corners(everything):
+    for shape in SHAPES:
+        corners = [thing.corners for thing in things_of(everything) if thing.shape == shape]
+        assert len(set(corners)) == len(corners)
+
+
+def test_a_circle_is_round_in_images_of_all_sides():
+    for (width, height), style in itertools.product(scenes.FORMATS, ("filled", "hollow")):
+        image = draw(plain(make_thing("circle", style), width=width, height=height))
+        shown = np.argwhere(np.asarray(image)[..., 1] < 200)
+        assert np.abs(np.diff(np.ptp(shown, axis=0))).max() <= 2
+
+
+def test_a_scene_has_the_same_bytes_every_time_and_the_suffix_of_its_kind(splits, tmp_path):
+    suffixes = [scene.suffix for scene in splits["train"]]
+    assert suffixes.count("png") / len(suffixes) == pytest.approx(0.3, abs=0.05)
+    for scene in splits["train"][:20]:
+        paths = [tmp_path / f"{name}.{scene.suffix}" for name in "ab"]
+        for path in paths:
+            scenes.save(scene, path)
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        with Image.open(paths[0]) as image:
+            assert image.format == {"jpg": "JPEG", "png": "PNG"}[scene.suffix]
+            error = np.abs(np.asarray(image).astype(int) - np.asarray(draw(scene)))
+        lossless = scene.suffix == "png"
+        assert error.max() == 0 if lossless else error.mean() < 2 + scene.noise
+
+
+def test_light_noise_and_blur_are_seen_only_where_the_scene_says():
+    thing = make_thing("square")
+    scene = Scene((thing,), Paper((120, 130, 140)), seed=5)
+    sharp_pixels = np.asarray(draw(scene)).astype(int)
+    corner = (slice(0, 30), slice(0, 30))
+    assert np.ptp(sharp_pixels[corner].reshape(-1, 3), axis=0).max() == 0
+    noisy = np.asarray(draw(dataclasses.replace(scene, noise=8.0))) - sharp_pixels
+    assert noisy.std() == pytest.approx(8, abs=0.5) and abs(noisy.mean()) < 0.3
+    graded = np.asarray(draw(dataclasses.replace(scene, paper=Paper((120, 130, 140), (30.0, 0.0)))))
+    light = (graded - sharp_pixels)[..., 2]
+    assert light[:, 0].max() == -30 and light[:, -1].min() == 30 and (np.diff(light[0]) >= 0).all()
+    blurred = np.asarray(draw(dataclasses.replace(scene, blur=0.8)))
+    assert len(np.unique(blurred.reshape(-1, 3), axis=0)) > len(
+        np.unique(sharp_pixels.reshape(-1, 3), axis=0)
+    )
+
+
+def test_images_come_in_all_formats_and_on_all_papers(splits):
+    train = splits["train"]
+    assert {(scene.width, scene.height) for scene in train} == set(scenes.FORMATS)
+    brightness = np.array([np.mean(scene.paper.rgb) for scene in train])
+    assert (brightness == 255).mean() == pytest.approx(0.25, abs=0.05)
+    assert (brightness < 75).mean() > 0.2
+    graded = np.mean([scene.paper.slope != (0.0, 0.0) for scene in train])
+    assert graded == pytest.approx(0.3, abs=0.05)
