@@ -21,7 +21,7 @@ def some_scene(seed: int, count: int, width: int, height: int, slope: tuple[floa
     while len(things) < count:
         words = [str(rng.choice(list(names))) for names in (SHAPES, POSITIONS, SIZES)]
         form = make_form(*words, rng)
-        if all(scenes.are_apart(form, other) for other in things):
+        if scenes.has_room(form, things, (width, height)):
             rgb, edge = (tuple(rng.integers(60, 200, 3).tolist()) for _ in range(2))
             shape, position, size = words
             things.append(Thing("red", shape, size, position, rgb, edge=edge, **vars(form)))

@@ -53,6 +53,12 @@ def test_the_model_sees_what_it_was_never_shown_and_the_controls_do_not(place):
     assert {"world", "pretrain", "sft", "multi", "evaluation", "evaluation_multi"} <= set(report["seconds"])
     for split in ("known", "unseen", "unseen_pairs"):
         assert set(report[split]) == {"colour", "shape", "position", "size", "description"}
+    for split in ("several_known", "several_unseen"):
+        assert set(report[split]) == {
+            *("count", "colour_of", "shape_of", "where", "presence", "left_of"),
+            *("description_of_two", "description_of_three"),
+        }
+        assert 0 <= report["said_yes"][split]["real"] <= 1
     for kind in ("colour", "shape"):  # four of each: guessing gives .25
         assert report["unseen"][kind]["real"] >= 0.8, report
         assert report["unseen"][kind]["blank"] <= 0.45 and report["unseen"][kind]["shuffled"] <= 0.45, report
@@ -150,9 +156,9 @@ def test_a_world_is_never_mixed_with_another(place):
 def test_an_interrupted_build_goes_on_and_leaves_no_half_world(place, tmp_path):
     """Stop the build within a part: no world yet; the next call finishes, and it is the same world."""
     hurry = (
-        "from dataclasses import replace; from dataset.demo_world import __main__ as command, scenes; "
-        "tiny = scenes.PRESETS['tiny']; few = replace(tiny.llm, steps=4); "
-        "scenes.PRESETS['tiny'] = replace(tiny, clip=few, llm=few); command.main()"
+        "from dataclasses import replace; from dataset.demo_world import __main__ as command, recipe; "
+        "tiny = recipe.PRESETS['tiny']; few = replace(tiny.llm, steps=40); "
+        "recipe.PRESETS['tiny'] = replace(tiny, llm=few); command.main()"
     )
     build = ["-c", hurry, f"--out={tmp_path}/demo", "--preset=tiny", "--seed=3"]
     python = ROOT / ".venv/bin/python"
@@ -165,7 +171,7 @@ def test_an_interrupted_build_goes_on_and_leaves_no_half_world(place, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     for line in iter(lambda: process.stderr.read(200), ""):
-        if "clip" in line:
+        if "1/40" in line or "step" in line:  # the language model has begun
             process.kill()
             break
     process.wait()

@@ -15,7 +15,7 @@ from conftest import ROOT, make_rows, run_inside, run_script, save_clip, save_im
 from test_load_from import save_folder
 from test_structure import SCRIPTS, documented_commands
 
-from dataset.demo_world import scenes
+from dataset.demo_world import recipe
 from dataset.demo_world.__main__ import main as make_demo_world
 from model.checkpoint import save_weights
 from model.LMConfig import LMConfig
@@ -25,7 +25,7 @@ from model.transformer import Transformer
 
 # What keeps a command short; a flag that the command gives itself stays.
 SMALL = {"--n_layers": "2", "--max_steps": "1", "--batch_size": "2", "--num_workers": "0", "--device": "cpu"}
-FEW = scenes.Stage(steps=2, batch_size=4, lr=1e-3)
+FEW = recipe.Stage(steps=2, batch_size=4, lr=1e-3)
 COMMANDS = list(dict.fromkeys(command for _, command in documented_commands()))
 
 
@@ -101,10 +101,10 @@ def finished(tmp_path_factory, tokenizer_path) -> Path:
 def shrink_the_world(patch: pytest.MonkeyPatch) -> None:
     """The full preset with a few images and steps: it learns nothing."""
     few = replace(
-        scenes.PRESETS["tiny"], train_images=60, text_rows=40, two_image_rows=20, train_videos=6,
-        one_image_rows=10, test_images=24, test_videos=4, clip=FEW, llm=FEW, pretrain=FEW, sft=FEW, multi=FEW,
+        recipe.PRESETS["tiny"], train_images=60, text_rows=40, two_image_rows=20, train_videos=6,
+        one_image_rows=10, test_images=24, test_videos=4, llm=FEW, pretrain=FEW, sft=FEW, multi=FEW,
     )  # fmt: skip
-    patch.setitem(scenes.PRESETS, "full", few)
+    patch.setitem(recipe.PRESETS, "full", few)
 
 
 @pytest.fixture

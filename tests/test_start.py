@@ -9,7 +9,7 @@ from conftest import check_refused, run_script
 from test_structure import SCRIPTS, load_script
 
 from dataset.demo_world import __main__ as demo_world
-from dataset.demo_world import scenes
+from dataset.demo_world import recipe
 from model.checkpoint import save_weights
 from trainer import check
 from trainer.script import Parser
@@ -165,4 +165,4 @@ def test_every_flag_says_what_it_does_and_its_default(command, monkeypatch):
 
 
 def test_the_presets_of_the_demo_world_are_listed_without_loading_them():
-    assert set(demo_world.PRESETS) == set(scenes.PRESETS)
+    assert set(demo_world.PRESETS) == set(recipe.PRESETS)

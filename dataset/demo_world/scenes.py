@@ -27,7 +27,7 @@ from PIL import Image, ImageFilter
 
 from dataset.demo_world.colours import COLOURS, MIN_CONTRAST, Rgb, named_rgbs, to_rgb, unnamed_rgbs
 from dataset.demo_world.recipe import Preset
-from dataset.demo_world.things import POSITIONS, SHAPES, SIDE, Thing, are_apart, cover, make_form
+from dataset.demo_world.things import GAP, POSITIONS, SHAPES, SIDE, Form, Thing, cover, make_form
 
 HELD_OUT_PAIRS = (("purple", "star"), ("yellow", "triangle"), ("blue", "square"), ("pink", "diamond"))
 SINGLE_SPLITS = ("known", "unseen", "unseen_pairs")
@@ -197,19 +197,19 @@ def make_scene(kinds: Sequence[Kind], rng: np.random.Generator) -> Scene:
 def try_scene(kinds: Sequence[Kind], rng: np.random.Generator) -> Scene | None:
     """A scene of these kinds of things; None where they found no room, or no colour that stands out."""
     paper = make_paper(rng)
+    formats = list(FORMATS)
+    size = formats[int(rng.choice(len(formats), p=list(FORMATS.values())))]
     things: list[Thing] = []
     for kind in sorted(kinds, key=lambda kind: list(POSITIONS).index(kind[2])):
-        thing = place(kind, things, paper, rng)
+        thing = place(kind, things, paper, size, rng)
         if thing is None:
             return None
         things.append(thing)
-    formats = list(FORMATS)
-    width, height = formats[int(rng.choice(len(formats), p=list(FORMATS.values())))]
     return Scene(
         things=tuple(things),
         paper=paper,
-        width=width,
-        height=height,
+        width=size[0],
+        height=size[1],
         smooth=1 if rng.random() < JAGGED_SHARE else SMOOTH,
         blur=float(rng.uniform(0, MAX_BLUR)) if rng.random() < BLURRED_SHARE else 0.0,
         noise=float(rng.uniform(0, MAX_NOISE)) if rng.random() < NOISY_SHARE else 0.0,
@@ -230,17 +230,32 @@ def make_paper(rng: np.random.Generator) -> Paper:
     return Paper(to_rgb(rgb), (float(slope[0]), float(slope[1])))
 
 
-def place(kind: Kind, others: Sequence[Thing], paper: Paper, rng: np.random.Generator) -> Thing | None:
+def place(
+    kind: Kind, others: Sequence[Thing], paper: Paper, size: tuple[int, int], rng: np.random.Generator
+) -> Thing | None:
     """A thing of this kind beside the others, in a colour that stands out; None if there is none."""
-    colour, shape, position, size = kind
+    colour, shape, position, _ = kind
     rgb = choose_rgb(colour, paper, rng)
     if rgb is None:
         return None
     for _ in range(TRIES):
-        form = make_form(shape, position, size, rng)
-        if all(are_apart(form, other) for other in others):
-            return Thing(colour, shape, size, position, rgb, edge=choose_edge(rgb, rng), **vars(form))
+        form = make_form(shape, position, kind[3], rng)
+        if has_room(form, others, size):
+            return Thing(colour, shape, kind[3], position, rgb, edge=choose_edge(rgb, rng), **vars(form))
     return None
+
+
+def has_room(form: Form | Thing, others: Sequence[Thing], size: tuple[int, int]) -> bool:
+    """Whether a thing lies wholly within an image of so many pixels, and clear of the others in it."""
+    unit = math.sqrt(size[0] * size[1]) / SIDE
+
+    def circle(one: Form | Thing) -> tuple[np.ndarray, float]:
+        return np.array(one.centre) / SIDE * size, (one.radius + one.line / 2) * unit
+
+    centre, reach = circle(form)
+    if (centre < reach + 1).any() or (centre > np.array(size) - reach - 1).any():
+        return False
+    return all(math.dist(centre, there) > reach + far + GAP * unit for there, far in map(circle, others))
 
 
 def choose_rgb(colour: str | None, paper: Paper, rng: np.random.Generator) -> Rgb | None:

@@ -126,10 +126,6 @@ def turn(corners: np.ndarray, angle: float) -> np.ndarray:
     return corners @ np.array([[cosine, sine], [-sine, cosine]])
 
 
-def are_apart(first: Thing | Form, second: Thing | Form) -> bool:
-    return math.dist(first.centre, second.centre) - first.radius - second.radius > GAP
-
-
 def cover(form: Thing | Form, width: int, height: int, smooth: int) -> tuple[Image.Image, Image.Image | None]:
     """What a form covers of an image of width x height pixels, 0..255: with its own colour, and with its
     edge's (None: it has none).

@@ -19,7 +19,16 @@ from PIL import Image
 
 from dataset.demo_world.colours import to_rgb
 from dataset.demo_world.recipe import Preset
-from dataset.demo_world.scenes import Scene, Triple, choose_rgb, divide_triples, draw, make_scene
+from dataset.demo_world.scenes import (
+    Scene,
+    Triple,
+    choose_edge,
+    choose_rgb,
+    divide_triples,
+    draw,
+    has_room,
+    make_scene,
+)
 from dataset.demo_world.things import CLEAR_BANDS, POSITIONS, SIDE, Thing, somewhere_in
 from dataset.demo_world.wording import COLOUR_CHANGE, MOVEMENT
 
@@ -110,9 +119,11 @@ def try_path(first: Scene, path: Sequence[Triple], rng: np.random.Generator) -> 
     """The first scene, square and without noise, and those that follow; None where a colour of the path does
     not stand out from its paper."""
     scenes = [replace(first, width=SIDE, height=SIDE, noise=0.0)]
+    if not has_room(first.things[0], (), (SIDE, SIDE)):
+        return None
     for colour, _, position in path[1:]:
         thing = go_on(scenes[-1], colour, position, rng)
-        if thing is None:
+        if thing is None or not has_room(thing, (), (SIDE, SIDE)):
             return None
         scenes.append(replace(scenes[-1], things=(thing,)))
     return scenes
@@ -129,7 +140,7 @@ def go_on(scene: Scene, colour: str, position: str, rng: np.random.Generator) ->
         )
         return replace(thing, position=position, centre=centre)
     rgb = choose_rgb(colour, scene.paper, rng)
-    return replace(thing, colour=colour, rgb=rgb) if rgb else None
+    return replace(thing, colour=colour, rgb=rgb, edge=choose_edge(rgb, rng)) if rgb else None
 
 
 # ---- one video ----
