@@ -501,10 +501,8 @@ def test_the_shipped_encoder_sees_what_no_training_showed(shipped):
     vision_model, image_processor = get_vision_model(shipped)
     model = CLIPModel.from_pretrained(shipped).eval()
     pixels = torch.stack([get_img_process(scenes.draw(scene), image_processor) for scene in drawn])
-    kinds = np.stack(
-        np.meshgrid(*map(np.arange, (len(COLOURS), len(SHAPES), len(POSITIONS), len(SIZES)))), -1
-    )
-    kinds = kinds.reshape(-1, 4)
+    sizes = (len(COLOURS), len(SHAPES), len(POSITIONS), len(SIZES))
+    kinds = np.stack(np.meshgrid(*map(np.arange, sizes)), -1).reshape(-1, 4)
     with torch.no_grad():
         tokens = model.visual_projection(
             model.vision_model.post_layernorm(get_img_embedding(pixels, vision_model))

@@ -347,7 +347,7 @@ def test_filled_edged_and_hollow(shape):
 def test_all_styles_are_drawn_and_the_wider_part_of_things_is_filled(splits):
     styles = [thing.style for thing in things_of(splits["train"])]
     shares = {style: styles.count(style) / len(styles) for style in ("filled", "edged", "hollow")}
-    assert shares == pytest.approx({"filled": 0.6, "edged": 0.2, "hollow": 0.2}, abs=0.04)
+    assert shares == pytest.approx({"filled": 0.6, "edged": 0.2, "hollow": 0.2}, abs=0.06)
 
 
 def test_all_shapes_differ_in_their_pixels():
@@ -387,7 +387,8 @@ def test_a_circle_is_round_in_images_of_all_sides():
 def test_a_scene_has_the_same_bytes_every_time_and_the_suffix_of_its_kind(splits, tmp_path):
     suffixes = [scene.suffix for scene in splits["train"]]
     assert suffixes.count("png") / len(suffixes) == pytest.approx(0.3, abs=0.05)
-    for scene in splits["train"][:20]:
+    for noisy in splits["train"][:40]:
+        scene = dataclasses.replace(noisy, noise=0.0)  # which JPEG does not keep
         paths = [tmp_path / f"{name}.{scene.suffix}" for name in "ab"]
         for path in paths:
             scenes.save(scene, path)
@@ -395,8 +396,10 @@ def test_a_scene_has_the_same_bytes_every_time_and_the_suffix_of_its_kind(splits
         with Image.open(paths[0]) as image:
             assert image.format == {"jpg": "JPEG", "png": "PNG"}[scene.suffix]
             error = np.abs(np.asarray(image).astype(int) - np.asarray(draw(scene)))
-        lossless = scene.suffix == "png"
-        assert error.max() == 0 if lossless else error.mean() < 2 + scene.noise
+        assert error.max() == 0 if scene.suffix == "png" else error.mean() < 5
+        scenes.save(noisy, paths[0])
+        scenes.save(noisy, paths[1])
+        assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_light_noise_and_blur_are_seen_only_where_the_scene_says():
