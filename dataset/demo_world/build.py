@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dataset.demo_world import scenes, sentences, tokenizer, videos
 from dataset.demo_world.eye import CLIP_FILES, SHIPPED
 from dataset.demo_world.recipe import PRESETS, Stage
-from dataset.demo_world.wording import SEVERAL_KINDS, SINGLE_KINDS
+from dataset.demo_world.wording import SINGLE_KINDS
 from model.data.dataset import VLMDataset
 from model.data.spec import TEXT
 from model.files import atomic_write, write_text
@@ -60,8 +61,14 @@ class World:
             "clip": hash_file(clip / "model.safetensors"),
             **({"use_moe": True} if use_moe else {}),
         }
-        self.splits = scenes.make_splits(self.preset, seed)
-        self.video_splits = videos.make_videos(self.preset, seed)
+
+    @cached_property
+    def splits(self) -> dict[str, list[scenes.Scene]]:
+        return scenes.make_splits(self.preset, self.seed)
+
+    @cached_property
+    def video_splits(self) -> dict[str, list[videos.Video]]:
+        return videos.make_videos(self.preset, self.seed)
 
     def images(self, split: str) -> dict[str, scenes.Scene]:
         """File name -> scene."""
@@ -152,12 +159,14 @@ class World:
         }
         for name, made in rows.items():
             write_json(self.work / f"{name}.json", made)
-        for split in scenes.TEST_SPLITS:
+        for split in scenes.SINGLE_SPLITS:
             images, rng = in_folder(self.images(split)), self.rng(f"questions {split}")
-            kinds = SINGLE_KINDS
-            if split in scenes.SEVERAL_SPLITS:
-                kinds = SEVERAL_KINDS
-            questions = sentences.questions(images, kinds, preset, rng)
+            questions = sentences.questions(images, SINGLE_KINDS, preset, rng)
+            write_lines(self.work / f"questions_{split}.jsonl", questions)
+        for split in scenes.SEVERAL_SPLITS:
+            images, rng = in_folder(self.images(split)), self.rng(f"questions {split}")
+            singles = in_folder(self.images(split.removeprefix("several_")))
+            questions = sentences.several_questions(images, singles, preset, rng)
             write_lines(self.work / f"questions_{split}.jsonl", questions)
         for split in scenes.SINGLE_SPLITS:
             images, rng = in_folder(self.images(split)), self.rng(f"questions multi {split}")

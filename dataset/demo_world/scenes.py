@@ -34,7 +34,8 @@ SINGLE_SPLITS = ("known", "unseen", "unseen_pairs")
 SEVERAL_SPLITS = ("several_known", "several_unseen")
 TEST_SPLITS = (*SINGLE_SPLITS, *SEVERAL_SPLITS)
 SPLITS = ("train", *TEST_SPLITS)
-MAX_THINGS = 3
+HOW_MANY = (2, 2, 3)  # things in the images of several, in turn
+SEVERAL_TESTS = 1.5  # times as many test images of several things: 200 of two, 100 of three
 
 # Width and height in pixels, and how often; small ones are quick to draw and to read.
 FORMATS = {(128, 128): 0.5, (160, 120): 0.15, (120, 160): 0.15, (224, 224): 0.1, (240, 180): 0.1}
@@ -140,9 +141,8 @@ def make_splits(preset: Preset, seed: int) -> dict[str, list[Scene]]:
     for split in SINGLE_SPLITS:
         splits[split] = make_singles(triples[split], preset, preset.test_images, rng)
     for split in SEVERAL_SPLITS:
-        splits[split] = make_several(
-            triples["known"], preset, preset.test_images, rng, kept_apart=split == "several_unseen"
-        )
+        count = math.ceil(preset.test_images * SEVERAL_TESTS)
+        splits[split] = make_several(triples["known"], preset, count, rng, split == "several_unseen")
     return splits
 
 
@@ -164,11 +164,11 @@ def make_several(
     rng: np.random.Generator,
     kept_apart: bool = False,
 ) -> list[Scene]:
-    """`count` scenes of two and three things in turn; with `kept_apart` each holds a set that training never
-    shows, else none does."""
+    """`count` scenes of two, two and three things in turn; with `kept_apart` each holds a set that training
+    never shows, else none does."""
     scenes: list[Scene] = []
     while len(scenes) < count:
-        kinds = choose_kinds(triples, preset, 2 + len(scenes) % (MAX_THINGS - 1), rng)
+        kinds = choose_kinds(triples, preset, HOW_MANY[len(scenes) % len(HOW_MANY)], rng)
         if holds_a_set_kept_apart(kinds) == kept_apart and (scene := try_scene(kinds, rng)):
             scenes.append(scene)
     return scenes
@@ -247,15 +247,18 @@ def place(
 
 def has_room(form: Form | Thing, others: Sequence[Thing], size: tuple[int, int]) -> bool:
     """Whether a thing lies wholly within an image of so many pixels, and clear of the others in it."""
-    unit = math.sqrt(size[0] * size[1]) / SIDE
+    width, height = size
+    unit = math.sqrt(width * height) / SIDE
 
-    def circle(one: Form | Thing) -> tuple[np.ndarray, float]:
-        return np.array(one.centre) / SIDE * size, (one.radius + one.line / 2) * unit
+    def circle(one: Form | Thing) -> tuple[float, float, float]:
+        x, y = one.centre
+        return x / SIDE * width, y / SIDE * height, (one.radius + one.line / 2) * unit
 
-    centre, reach = circle(form)
-    if (centre < reach + 1).any() or (centre > np.array(size) - reach - 1).any():
+    x, y, reach = circle(form)
+    if min(x, y, width - x, height - y) < reach + 1:
         return False
-    return all(math.dist(centre, there) > reach + far + GAP * unit for there, far in map(circle, others))
+    there = map(circle, others)
+    return all(math.hypot(x - left, y - top) > reach + far + GAP * unit for left, top, far in there)
 
 
 def choose_rgb(colour: str | None, paper: Paper, rng: np.random.Generator) -> Rgb | None:

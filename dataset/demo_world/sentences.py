@@ -34,6 +34,7 @@ from dataset.demo_world.wording import (
     ENGLISH,
     LANGUAGES,
     MOVEMENT,
+    SEVERAL_KINDS,
     TWO_IMAGES,
     Language,
     describe,
@@ -57,6 +58,7 @@ SEVERAL_WEIGHTS = {
     **dict.fromkeys(("count", "left_of"), 1),
 }
 UNNAMED_KINDS = ("shape", "position", "size", "count")
+HOW_MANY = ("one", "two", "three")
 
 
 def about() -> dict:
@@ -110,7 +112,8 @@ def ask(
         answer = describe(scene, language)
     else:
         number = language.numbers[len(scene.things) - 1]
-        answer = fill(language.answers[kind], **told, number=number)
+        named = {f"asked_{attribute}": word for attribute, word in asked_for.items()}
+        answer = fill(language.answers[kind], **told, **named, number=number)
     return Asked(kind, fill(pick(language.questions[kind], rng), **asked_for), answer)
 
 
@@ -363,23 +366,36 @@ def text_rows(
 def questions(
     images: Mapping[str, Scene], kinds: Sequence[str], preset: Preset, rng: np.random.Generator
 ) -> list[dict[str, str]]:
-    """One question of every kind about every image in which it has an answer.
+    """One question of every kind about every image in which it has an answer, at most `preset.test_images` of
+    each kind. The descriptions of two and of three things are kinds of their own.
 
-    Of several things, the descriptions of two and of three are kinds of their own.
     Raises ValueError where a colour without a name would be asked for.
     """
-    rows = []
+    rows: dict[str, list[dict[str, str]]] = {}
     for kind in kinds:
         for image, scene in images.items():
             asked = ask(kind, scene, pick_language(ENGLISH_SHARE, rng), preset, rng)
             if asked:
                 several = kind == DESCRIPTION and len(scene.things) > 1
-                name = (
-                    f"{DESCRIPTION}_of_{('one', 'two', 'three')[len(scene.things) - 1]}" if several else kind
-                )
+                name = f"{DESCRIPTION}_of_{HOW_MANY[len(scene.things) - 1]}" if several else kind
                 question = place_image(asked.question, rng)
-                rows.append(make_question(name, Path(image).stem, {"image": image}, question, asked.answer))
-    return rows
+                row = make_question(name, Path(image).stem, {"image": image}, question, asked.answer)
+                rows.setdefault(name, []).append(row)
+    return [row for asked in rows.values() for row in asked[: preset.test_images]]
+
+
+def several_questions(
+    images: Mapping[str, Scene], singles: Mapping[str, Scene], preset: Preset, rng: np.random.Generator
+) -> list[dict[str, str]]:
+    """What is asked about images of several things; some of single ones are among those to be counted, one,
+    two and three things equally often."""
+    by_number = [
+        [(image, scene) for image, scene in {**singles, **images}.items() if len(scene.things) == number]
+        for number in (1, 2, 3)
+    ]
+    counted = dict(sum(map(list, zip(*by_number, strict=False)), []))
+    others = [kind for kind in SEVERAL_KINDS if kind != "count"]
+    return questions(counted, ["count"], preset, rng) + questions(images, others, preset, rng)
 
 
 def make_question(kind: str, name: str, shown: dict[str, str], question: str, answer: str) -> dict[str, str]:

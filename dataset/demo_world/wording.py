@@ -1,4 +1,9 @@
-"""The two languages of the demo world: its words, and the patterns of its questions and answers."""
+"""The two languages of the demo world: its words, and the patterns of its questions and answers.
+
+An answer about one of several things names it again ("the star is red", not "it is red"): as in a
+description, the words right before the answer then say which thing to look at. (Measured: that binding is
+learnt in half of the steps.)
+"""
 
 from dataclasses import dataclass
 
@@ -91,10 +96,10 @@ CHINESE = Language(
         "position": "它|在{position}。",
         "size": "它|是{size}。",
         "count": "有{number}|图形。",
-        "colour_of": "它|是{colour}。",
-        "shape_of": "它|是{shape}。",
-        "where": "它|在{position}。",
-        "left_of": "左边|是{colour}{shape}。",
+        "colour_of": "{asked_shape}是{colour}。",
+        "shape_of": "{asked_colour}图形|是{shape}。",
+        "where": "{asked_colour}{asked_shape}在{position}。",
+        "left_of": "{asked_shape}的|左边|是{colour}{shape}。",
         TWO_IMAGES: "图一|是{first}，图二|是{second}。",
         MOVEMENT: "它|从{start}去了{end}。",
         COLOUR_CHANGE: "它|从{start}变成{end}。",
@@ -160,10 +165,10 @@ ENGLISH = Language(
         "position": "It is{position}.",
         "size": "It is{size}.",
         "count": "There are{number}.",
-        "colour_of": "It is{colour}.",
-        "shape_of": "It is a{shape}.",
-        "where": "It is{position}.",
-        "left_of": "It is a{colour}{shape}.",
+        "colour_of": "The{asked_shape} is{colour}.",
+        "shape_of": "The{asked_colour} one is a{shape}.",
+        "where": "The{asked_colour}{asked_shape} is{position}.",
+        "left_of": "Left of the{asked_shape} is a{colour}{shape}.",
         TWO_IMAGES: "Picture one is{first}, picture two is{second}.",
         MOVEMENT: "It goes from{start} to{end}.",
         COLOUR_CHANGE: "It turns from{start} to{end}.",
