@@ -80,11 +80,19 @@ def rows(images, some_videos, dialogues) -> dict[str, list[dict]]:
 @pytest.fixture(scope="module")
 def questions(splits) -> dict[str, list[tuple[dict, Scene]]]:
     """Every question of the test of images, with the scene that it is about."""
+
+    def with_names(split: str) -> dict[str, Scene]:
+        return {f"{split}_{i:04d}.jpg": scene for i, scene in enumerate(splits[split])}
+
     asked = {}
     for split in scenes.TEST_SPLITS:
-        shown = {f"{split}_{i:04d}.jpg": scene for i, scene in enumerate(splits[split])}
-        kinds = SEVERAL_KINDS if split in scenes.SEVERAL_SPLITS else SINGLE_KINDS
-        made = sentences.questions(shown, kinds, SOME, np.random.default_rng(1))
+        shown = with_names(split)
+        if split in scenes.SINGLE_SPLITS:
+            made = sentences.questions(shown, SINGLE_KINDS, SOME, np.random.default_rng(1))
+        else:
+            singles = with_names(split.removeprefix("several_"))
+            made = sentences.several_questions(shown, singles, SOME, np.random.default_rng(1))
+            shown |= singles
         asked[split] = [(question, shown[question["image"]]) for question in made]
     return asked
 
@@ -257,14 +265,12 @@ def spoken_triples(text: str) -> set[tuple]:
 
 
 def clauses_of(row: dict) -> list[str]:
-    """Texts about one thing each: words in brackets, the parts of a description, question with answer."""
+    """Texts about one thing each: words in brackets, the parts of a description, a question or an answer."""
     clauses = []
     for question, answer in rounds_of(row):
         clauses += re.findall(r"\[.*?\]", question)
         question = re.sub(r"\[.*?\]", "", question)
-        parts = re.split("，|, ", answer)
-        two = len(parts) > 1 or all(spoken(text, SHAPES, language_of(answer)) for text in (question, answer))
-        clauses += [question, *parts] if two else [question + answer]
+        clauses += [question, *re.split("，|, |的左边是|^Left of.* is a(?= )", answer)]
     return clauses
 
 
@@ -312,7 +318,6 @@ def test_unnamed_colours_are_never_described(rows, images):
     for question, answer in said:
         language = language_of(answer)
         assert not spoken(question + answer, COLOURS, language)
-        assert answer != fill(language.answers["colour_of"], colour="")
 
 
 @pytest.mark.parametrize("kind", ["colour", DESCRIPTION])
@@ -344,10 +349,12 @@ def right_answers(kind: str, question: str, scene: Scene, language: Language) ->
             for other in scene.things
             if POSITIONS[other.position][0] < POSITIONS[thing.position][0]
         ]
-    number = language.numbers[len(scene.things) - 1]
-    return {
-        fill(language.answers[kind], **name_attributes(thing, language), number=number) for thing in meant
+    fields = {
+        "number": language.numbers[len(scene.things) - 1],
+        "asked_colour": "".join(language.words[name] for name in colours),
+        "asked_shape": "".join(language.words[name] for name in shapes),
     }
+    return {fill(language.answers[kind], **name_attributes(thing, language), **fields) for thing in meant}
 
 
 def test_every_question_of_training_has_one_answer(dialogues):
@@ -474,7 +481,7 @@ def test_the_thing_to_the_left_is_to_the_left(dialogues, questions):
         (left,) = [
             thing
             for thing in scene.things
-            if [thing.shape] == told and [thing.colour] == spoken(answer, COLOURS, language)
+            if [shape, thing.shape] == told and [thing.colour] == spoken(answer, COLOURS, language)
         ]
         assert left.centre[0] + 5 < asked_for.centre[0]
 
@@ -497,11 +504,11 @@ def test_a_question_without_one_answer_is_not_asked(images):
     circles = "red circle top", "blue circle left"
     both = *circles, "blue star bottom_right"
     assert asked("colour_of", *circles) == {""}
-    assert asked("colour_of", *both) == {"It is blue."}  # of the star
-    assert asked("shape_of", *circles) == {"It is a circle."}
-    assert asked("shape_of", *both) == {"It is a circle."}  # the red one
+    assert asked("colour_of", *both) == {"The star is blue."}  # of the star
+    assert asked("shape_of", *circles) == {"The red one is a circle.", "The blue one is a circle."}
+    assert asked("shape_of", *both) == {"The red one is a circle."}  # the red one
     assert asked("left_of", *both) == {""}  # two are left of the star
-    assert asked("left_of", "red circle top", "blue star right") == {"It is a red circle."}
+    assert asked("left_of", "red circle top", "blue star right") == {"Left of the star is a red circle."}
     assert asked("left_of", "red circle top", "blue star bottom") == {""}
     assert asked("left_of", "red circle top") == {""}
     for kind in ATTRIBUTES:
@@ -581,11 +588,16 @@ def test_every_image_of_the_test_is_asked_all_kinds(splits, questions):
         if split in scenes.SINGLE_SPLITS:
             assert kinds == dict.fromkeys(SINGLE_KINDS, len(splits[split]))
         else:
-            assert kinds["description_of_two"] == kinds["description_of_three"] == len(splits[split]) / 2
-            for kind in ("count", "where", "presence"):
-                assert kinds[kind] == len(splits[split])
-            assert min(kinds["colour_of"], kinds["shape_of"]) > 0.8 * len(splits[split])
-            assert kinds["left_of"] > 0.3 * len(splits[split])
+            assert (kinds["description_of_two"], kinds["description_of_three"]) == (200, 100)
+            for kind in ("where", "presence", "count", "colour_of", "shape_of"):
+                assert kinds[kind] == SOME.test_images
+            assert kinds["left_of"] > 0.4 * SOME.test_images
+
+
+def test_one_two_and_three_things_are_to_be_counted_equally_often(questions):
+    for split in scenes.SEVERAL_SPLITS:
+        counts = Counter(len(scene.things) for q, scene in questions[split] if q["kind"] == "count")
+        assert set(counts) == {1, 2, 3} and max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_test_questions_about_videos_are_worded_as_in_training(rows, some_videos):
