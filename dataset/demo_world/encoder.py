@@ -58,10 +58,11 @@ TEST_EACH, TEST_SCENES = 20, 400  # forms and scenes that training never sees
 class EyeRecipe:
     """Everything that decides what the encoder is."""
 
-    steps: int = 7000
-    batch_size: int = 64
-    lr: float = 1.5e-3
+    # Steps and learning rate of each: it falls along a cosine to a tenth, and again from lower down, which
+    # is where the last shapes are learnt (SGDR, Loshchilov and Hutter, 2017).
+    cycles: tuple[tuple[int, float], ...] = ((7000, 1.5e-3), (5000, 8e-4))
     warmup: int = 400
+    batch_size: int = 64
     weight_decay: float = 0.05
     seed: int = 0
     forms_of_a_kind: int = 250
@@ -75,6 +76,10 @@ class EyeRecipe:
     text_dim: int = 64
     text_layers: int = 2
     projection_dim: int = 96
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for steps, _ in self.cycles)
 
 
 # ---- the model ----
@@ -125,6 +130,8 @@ def new_clip(recipe: EyeRecipe, tokenizer: PreTrainedTokenizerFast, rms: Tensor)
             "eos_token_id": tokenizer.eos_token_id,
         },
     )
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = torch.float32  # what the weights are read as; they are saved in half of the room
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
         torch.manual_seed(recipe.seed)
         model = CLIPModel(config)
@@ -222,7 +229,7 @@ class EyeTraining:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = [*trained, self.thing_scale]
         self.optimizer = torch.optim.AdamW(
-            self.trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+            self.trained, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
         )
         self.test_rng = np.random.default_rng([recipe.seed, 1])
         self.test_bank = make_bank(TEST_EACH, recipe.frequencies, self.test_rng, CLEAR_BANDS)
@@ -299,9 +306,13 @@ class EyeTraining:
 
 
 def learning_rate(step: int, recipe: EyeRecipe) -> float:
-    """A straight rise, then a cosine down to a tenth."""
-    cosine = (1 + math.cos(math.pi * step / recipe.steps)) / 2
-    return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * (0.1 + 0.9 * cosine)
+    """A straight rise, then in each cycle a cosine down to a tenth."""
+    steps, lr = recipe.cycles[0]
+    for later in recipe.cycles[1:]:
+        if step >= steps:
+            step, (steps, lr) = step - steps, later
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+    return lr * min(1.0, (step + 1) / recipe.warmup) * (0.1 + 0.9 * cosine)
 
 
 def matching_losses(

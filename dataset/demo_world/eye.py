@@ -94,7 +94,9 @@ def make_eye(out: Path, steps: int | None = None) -> None:
     from model.locks import claimed
     from trainer.logger import progress_bar
 
-    recipe = EyeRecipe() if steps is None else replace(EyeRecipe(), steps=steps)
+    recipe = EyeRecipe()
+    if steps is not None:
+        recipe = replace(recipe, cycles=((steps, recipe.cycles[0][1]),))
     work = out.with_name(out.name + ".building")
     if out.exists():
         raise ValueError(f"{out} exists: choose another --out, or remove it")

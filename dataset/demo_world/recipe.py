@@ -42,7 +42,7 @@ class Preset:
     test_videos: int = 400  # half of them movements
     unnamed_share: float = 0.1  # training images of one thing in a colour that no word names
     several_share: float = 0.6  # training images of two or three things
-    rounds: int = 5  # of questions in each dialogue about one image
+    rounds: int = 4  # of questions in each dialogue about one image
     n_heads: int = 8
     n_kv_heads: int = 4
 
@@ -60,10 +60,10 @@ PRESETS = {
         one_image_rows=500,
         dim=128,
         n_layers=4,
-        llm=Stage(steps=200, batch_size=32, lr=1.5e-3),
-        pretrain=Stage(steps=300, batch_size=32, lr=1.5e-3),
-        sft=Stage(steps=300, batch_size=32, lr=1.5e-3),
-        multi=Stage(steps=600, batch_size=16, lr=2e-3),
+        llm=Stage(steps=100, batch_size=32, lr=1.5e-3),
+        pretrain=Stage(steps=450, batch_size=32, lr=1.5e-3),
+        sft=Stage(steps=700, batch_size=32, lr=1.5e-3),
+        multi=Stage(steps=500, batch_size=16, lr=2e-3),
     ),
     "tiny": Preset(  # under a minute, for the tests
         colours=("red", "yellow", "green", "blue"),

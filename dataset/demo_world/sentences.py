@@ -257,7 +257,10 @@ def weights_of_kinds(scene: Scene) -> dict[str, int]:
 def talk_about(
     image: str, scene: Scene, kinds: Mapping[str, int], rounds: int, preset: Preset, rng: np.random.Generator
 ) -> Dialogue:
-    """Up to `rounds` different questions of these kinds (and how often each) about one image."""
+    """Up to `rounds` different questions of these kinds (and how often each) about one image.
+
+    A description comes last: before the others, it would be where their answers are copied from.
+    """
     language = pick_language(ENGLISH_SHARE, rng)
     names, shares = list(kinds), np.array(list(kinds.values())) / sum(kinds.values())
     told: list[Asked] = []
@@ -267,6 +270,7 @@ def talk_about(
         if asked and len(told) < rounds and asked.answer not in said.setdefault(asked.kind, set()):
             said[asked.kind].add(asked.answer)
             told.append(asked)
+    told.sort(key=lambda asked: asked.kind == DESCRIPTION)
     first = told[0]
     told[0] = Asked(first.kind, place_image(first.question, rng), first.answer)
     return Dialogue({"image": image}, (scene,), language, tuple(told))
