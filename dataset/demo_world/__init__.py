@@ -1,16 +1,19 @@
 """A world small enough to be learnt in minutes: MiniMind-V's whole road without a download.
 
 The real recipe needs gigabytes of images, CLIP and MiniMind's language model before its first step. Here
-all of it is made on the spot and in the same formats: images of one coloured shape each, sentences about
-them in Chinese and English, a tokenizer, a CLIP and a small language model. The numbered scripts train on it
-unchanged, and questions about combinations that training never showed tell by numbers whether the model sees.
+everything comes in the same formats and from this folder: images of one to three coloured shapes, videos in
+which one moves or changes, sentences about them in Chinese and English, a tokenizer, a small language model,
+and a small CLIP that arrives trained, as the real one does. The numbered scripts train on it unchanged, and
+questions about combinations that training never showed tell by numbers whether the model sees.
 
     python -m dataset.demo_world --out dataset/demo
 
-    scenes.py      what exists, how it is drawn, what is kept for the test, and the recipe of every stage
-    videos.py       objects that move or change their colour
-    sentences.py   all that is said about a scene: captions, questions, answers, and the tokenizer
-    encoder.py     the CLIP that looks at the images
-    build.py       puts it all into one folder
-    report.py      what was learnt, after training
+    colours.py, things.py    what colours and shapes are called so, and the pixels they cover
+    scenes.py                images of them, and what is kept for the test
+    videos.py                things that move or change their colour
+    wording.py, sentences.py, tokenizer.py     all that is said about a scene: questions, answers, words
+    recipe.py                how large a world is and how long everything trains
+    build.py                 puts it all into one folder
+    report.py                what was learnt, after training
+    cosines.py, patches.py, encoder.py, eye.py     how the CLIP in clip/ was trained, and is trained anew
 """

@@ -100,7 +100,7 @@ def ask(
 
     Raises ValueError where a colour without a name would have to be told.
     """
-    if kind in ("colour", DESCRIPTION) and any(thing.colour is None for thing in scene.things):
+    if kind not in UNNAMED_KINDS and any(thing.colour is None for thing in scene.things):
         raise ValueError(f"a colour of this image has no name, so its {kind} has no right answer")
     if kind == "presence":
         return ask_presence(scene, language, preset, rng)
@@ -129,8 +129,13 @@ def choose_things(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[Th
     elif kind == "shape_of":
         clear = [(thing, thing) for thing in things if colours[thing.colour] == 1]
     elif kind == "left_of":
+        columns = Counter(column(thing) for thing in things)
         lefts = {thing: [other for other in things if column(other) < column(thing)] for thing in things}
-        clear = [(thing, left[0]) for thing, left in lefts.items() if len(left) == 1 == shapes[thing.shape]]
+        clear = [
+            (thing, left[0])
+            for thing, left in lefts.items()
+            if len(left) == shapes[thing.shape] == columns[column(thing)] == 1
+        ]
     return pick(clear, rng) if clear else None
 
 
