@@ -133,8 +133,10 @@ class World:
         images.mkdir(exist_ok=True)
         shown.mkdir(exist_ok=True)
         everything = {name: scene for split in scenes.SPLITS for name, scene in self.images(split).items()}
-        for name, scene in progress_bar(everything.items(), desc="images", unit=""):
-            scenes.save(scene, images / name)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # PIL and NumPy let other threads run
+            done = pool.map(lambda name: scenes.save(everything[name], images / name), everything)
+            for _ in progress_bar(done, total=len(everything), desc="images", unit=""):
+                pass
         half = NUM_EVAL_IMAGES // 2
         for name in [*list(self.images("unseen"))[:half], *list(self.images("several_unseen"))[:half]]:
             shutil.copyfile(images / name, shown / name)

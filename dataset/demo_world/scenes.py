@@ -295,8 +295,10 @@ def draw(scene: Scene) -> Image.Image:
     if scene.blur:
         image = image.filter(ImageFilter.GaussianBlur(scene.blur))
     if scene.noise or scene.paper.slope != (0.0, 0.0):
-        noise = np.random.default_rng(scene.seed).normal(0, scene.noise, (scene.height, scene.width, 3))
-        pixels = np.asarray(image) + light_on(scene)[..., None] + noise
+        pixels = np.asarray(image) + light_on(scene)[..., None]
+        if scene.noise:
+            rng = np.random.default_rng(scene.seed)
+            pixels += scene.noise * rng.standard_normal(pixels.shape, dtype=np.float32)
         image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
     return image
 
@@ -304,7 +306,8 @@ def draw(scene: Scene) -> Image.Image:
 def light_on(scene: Scene) -> np.ndarray:
     """What the light adds to each pixel, (height, width)."""
     right, down = scene.paper.slope
-    return np.linspace(-down, down, scene.height)[:, None] + np.linspace(-right, right, scene.width)
+    light = np.linspace(-down, down, scene.height)[:, None] + np.linspace(-right, right, scene.width)
+    return light.astype(np.float32)
 
 
 def save(scene: Scene, path: Path) -> None:
