@@ -278,6 +278,7 @@ class World:
                 f"--max_steps={self.num_steps(stage)}",
                 f"--batch_size={stage.batch_size}",
                 f"--learning_rate={stage.lr}",
+                f"--warmup_steps={stage.warmup}",
                 "--num_workers=0",
                 f"--feature_cache={self.folder}/features",
                 f"--about={self.folder}/about.json",

@@ -8,11 +8,12 @@ from dataset.demo_world.things import SHAPES, SIZES
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run; the learning rate falls along a cosine to a tenth of `lr`."""
+    """One training run; the learning rate rises to `lr` and falls along a cosine to a tenth of it."""
 
     steps: int
     batch_size: int
     lr: float
+    warmup: int = 30
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Preset:
     # what both presets share
     test_images: int = 200  # per test split
     test_videos: int = 400  # half of them movements
-    unnamed_share: float = 0.1  # training images of one thing in a colour that no word names
-    several_share: float = 0.6  # training images of two or three things
-    rounds: int = 4  # of questions in each dialogue about one image
+    unnamed_share: float = 0.08  # training images of one thing in a colour that no word names
+    several_share: float = 0.7  # training images of two or three things
+    rounds: int = 5  # of questions in each dialogue about one image
     n_heads: int = 8
     n_kv_heads: int = 4
 
@@ -57,13 +58,13 @@ PRESETS = {
         dialogues_per_image=2,
         two_image_rows=2500,
         train_videos=1000,
-        one_image_rows=500,
+        one_image_rows=1500,
         dim=128,
         n_layers=4,
         llm=Stage(steps=100, batch_size=32, lr=1.5e-3),
-        pretrain=Stage(steps=450, batch_size=32, lr=1.5e-3),
-        sft=Stage(steps=700, batch_size=32, lr=1.5e-3),
-        multi=Stage(steps=500, batch_size=16, lr=2e-3),
+        pretrain=Stage(steps=450, batch_size=32, lr=3e-3),
+        sft=Stage(steps=600, batch_size=32, lr=3e-3),
+        multi=Stage(steps=400, batch_size=16, lr=2e-3),
     ),
     "tiny": Preset(  # under a minute, for the tests
         colours=("red", "yellow", "green", "blue"),

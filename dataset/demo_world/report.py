@@ -87,7 +87,7 @@ def count_yes(records: list[dict]) -> dict[str, dict[str, float]]:
     for record in records:
         if record["kind"] == "presence":
             answers = said.setdefault(record["split"], {}).setdefault(record["control"], [])
-            answers.append(record["given"] in (CHINESE.yes, ENGLISH.yes))
+            answers.append(record["given"].endswith((f"？{CHINESE.yes}", f"?{ENGLISH.yes}")))
     return {
         split: {control: round(sum(yes) / len(yes), 4) for control, yes in controls.items()}
         for split, controls in said.items()

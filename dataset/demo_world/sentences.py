@@ -14,6 +14,7 @@ size, but never describe them: a model that has read descriptions without a colo
 elsewhere as well (measured: exact descriptions fall from 1.00 to .92). Only the encoder reads their captions.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,19 +45,13 @@ from dataset.demo_world.wording import (
 from model.prompt import IMAGE_MARK, VIDEO_MARK
 
 ASKED_PER_VIDEO = 3  # times that training asks what happens in each
-ENGLISH_SHARE = 0.15
+ENGLISH_SHARE = 0.25
 ENGLISH_SHARE_MULTI = 0.5  # the last stage is short, and its English sentences are long and new
-# How often training asks each kind about an image of one thing, and of several.
-SINGLE_WEIGHTS = {
-    **dict.fromkeys(ATTRIBUTES, 1),
-    DESCRIPTION: 3,
-    **dict.fromkeys(("count", "presence", "colour_of", "shape_of", "where"), 1),
-}
-SEVERAL_WEIGHTS = {
-    DESCRIPTION: 3,
-    **dict.fromkeys(("colour_of", "shape_of", "where", "presence"), 2),
-    **dict.fromkeys(("count", "left_of"), 1),
-}
+# How often training asks each kind about an image of one thing, and of several. Descriptions stand alone:
+# among other questions they would be where the answers are copied from.
+SINGLE_WEIGHTS = dict.fromkeys((*ATTRIBUTES, "count", "presence", "colour_of", "shape_of", "where"), 1)
+SEVERAL_WEIGHTS = {"colour_of": 2, "shape_of": 2, "where": 3, "presence": 3, "count": 1, "left_of": 1}
+DESCRIPTION_SHARE = 0.3  # of the dialogues
 UNNAMED_KINDS = ("shape", "position", "size", "count")
 HOW_MANY = ("one", "two", "three")
 
@@ -100,7 +95,7 @@ def ask(
 
     Raises ValueError where a colour without a name would have to be told.
     """
-    if kind not in UNNAMED_KINDS and any(thing.colour is None for thing in scene.things):
+    if kind not in UNNAMED_KINDS and not is_named(scene):
         raise ValueError(f"a colour of this image has no name, so its {kind} has no right answer")
     if kind == "presence":
         return ask_presence(scene, language, preset, rng)
@@ -160,7 +155,8 @@ def ask_presence(scene: Scene, language: Language, preset: Preset, rng: np.rando
             colour = pick(preset.colours, rng)
     words = {"colour": language.words[colour], "shape": language.words[shape]}
     question = fill(pick(language.questions["presence"], rng), **words)
-    return Asked("presence", question, language.yes if present else language.no)
+    verdict = language.yes if present else language.no
+    return Asked("presence", question, fill(language.answers["presence"], **words, verdict=verdict))
 
 
 def place_image(question: str, rng: np.random.Generator, mark: str = IMAGE_MARK) -> str:
@@ -254,7 +250,7 @@ def put_in_words(scene: Scene, language: Language, rng: np.random.Generator) -> 
 
 def weights_of_kinds(scene: Scene) -> dict[str, int]:
     """What training asks about a scene, and how often."""
-    if any(thing.colour is None for thing in scene.things):
+    if not is_named(scene):
         return dict.fromkeys(UNNAMED_KINDS, 1)
     return SEVERAL_WEIGHTS if len(scene.things) > 1 else SINGLE_WEIGHTS
 
@@ -262,20 +258,18 @@ def weights_of_kinds(scene: Scene) -> dict[str, int]:
 def talk_about(
     image: str, scene: Scene, kinds: Mapping[str, int], rounds: int, preset: Preset, rng: np.random.Generator
 ) -> Dialogue:
-    """Up to `rounds` different questions of these kinds (and how often each) about one image.
-
-    A description comes last: before the others, it would be where their answers are copied from.
-    """
+    """Up to `rounds` different questions of these kinds (and how often each) about one image."""
     language = pick_language(ENGLISH_SHARE, rng)
     names, shares = list(kinds), np.array(list(kinds.values())) / sum(kinds.values())
     told: list[Asked] = []
     said: dict[str, set[str]] = {}  # kind -> answers: asked in other words, it would only be copied
-    for kind in rng.choice(names, 3 * rounds, p=shares):
-        asked = ask(str(kind), scene, language, preset, rng)
-        if asked and len(told) < rounds and asked.answer not in said.setdefault(asked.kind, set()):
+    for attempt in itertools.count():
+        if len(told) == rounds or told and attempt == 3 * rounds:
+            break
+        asked = ask(str(rng.choice(names, p=shares)), scene, language, preset, rng)
+        if asked and asked.answer not in said.setdefault(asked.kind, set()):
             said[asked.kind].add(asked.answer)
             told.append(asked)
-    told.sort(key=lambda asked: asked.kind == DESCRIPTION)
     first = told[0]
     told[0] = Asked(first.kind, place_image(first.question, rng), first.answer)
     return Dialogue({"image": image}, (scene,), language, tuple(told))
@@ -283,12 +277,19 @@ def talk_about(
 
 def all_dialogues(images: Mapping[str, Scene], preset: Preset, rng: np.random.Generator) -> list[Dialogue]:
     """What instruction tuning asks: every image's dialogues, in mixed order."""
-    dialogues = [
-        talk_about(image, scene, weights_of_kinds(scene), preset.rounds, preset, rng)
-        for image, scene in images.items()
-        for _ in range(preset.dialogues_per_image)
-    ]
+    dialogues = []
+    for image, scene in images.items():
+        for _ in range(preset.dialogues_per_image):
+            kinds, rounds = weights_of_kinds(scene), preset.rounds
+            if is_named(scene) and rng.random() < DESCRIPTION_SHARE:
+                kinds, rounds = {DESCRIPTION: 1}, 1
+            dialogues.append(talk_about(image, scene, kinds, rounds, preset, rng))
     return [dialogues[i] for i in rng.permutation(len(dialogues))]
+
+
+def is_named(scene: Scene) -> bool:
+    """Whether all colours in it have names."""
+    return all(thing.colour is not None for thing in scene.things)
 
 
 def choose_pairs(images: Mapping[str, Scene], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -333,11 +334,7 @@ def number_rows(dialogues: Sequence[Dialogue]) -> list[dict]:
 
 def pretrain_rows(images: Mapping[str, Scene], preset: Preset, rng: np.random.Generator) -> list[dict]:
     """One description of every image whose colours have names."""
-    named = {
-        image: scene
-        for image, scene in images.items()
-        if all(thing.colour is not None for thing in scene.things)
-    }
+    named = {image: scene for image, scene in images.items() if is_named(scene)}
     return number_rows(
         [talk_about(image, scene, {DESCRIPTION: 1}, 1, preset, rng) for image, scene in named.items()]
     )
