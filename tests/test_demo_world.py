@@ -51,10 +51,16 @@ def test_counts(preset, splits):
     train = splits["train"]
     counts = [len(scene.things) for scene in train]
     assert len(train) == preset.train_images
-    assert counts.count(2) / 2 == counts.count(3) == 0.2 * len(train)
-    assert set(counts) == {1, 2, 3}
+    several = round(preset.several_share * len(train))
+    assert [counts.count(n) for n in (1, 2, 3)] == [
+        len(train) - several,
+        several - several // 3,
+        several // 3,
+    ]
     unnamed = [scene for scene in train if any(thing.colour is None for thing in scene.things)]
-    assert len(unnamed) == 0.1 * len(train) and all(len(scene.things) == 1 for scene in unnamed)
+    assert len(unnamed) == round(preset.unnamed_share * len(train)) and all(
+        len(scene.things) == 1 for scene in unnamed
+    )
     for split in TEST_SPLITS:
         tested = [len(scene.things) for scene in splits[split]]
         expected = (1, 0, 0) if split in scenes.SINGLE_SPLITS else (0, 1, 1 / 2)
@@ -238,12 +244,13 @@ def test_everything_stands_out_from_its_paper(everything):
 
 
 def test_named_colours_lie_in_their_box_and_unnamed_ones_in_none(everything):
-    found: dict[str, set] = {}
+    found: dict[str | None, list] = {}
     for thing in things_of(everything):
         names = {name for name in COLOURS if lies_in(name, thing.rgb)}
         assert names == {thing.colour} - {None}
-        found.setdefault(thing.colour, set()).add(thing.rgb)
-    assert all(len(rgbs) > 80 for rgbs in found.values())  # ranges, not points
+        found.setdefault(thing.colour, []).append(thing.rgb)
+    for rgbs in found.values():  # ranges, not points; there are only so many greys
+        assert len(rgbs) > 60 and len(set(rgbs)) > 0.6 * len(rgbs)
     assert {len(set(rgb)) == 1 for rgb in found[None]} == {True, False}  # greys, and colours without a name
 
 
