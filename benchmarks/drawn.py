@@ -3,9 +3,9 @@
     python -m benchmarks.drawn --out out/drawn
     python 3-eval_chat.py @dataset/demo/eval.args --questions out/drawn/*.jsonl --report out/drawn/scores.json
 
-The demo world draws with Pillow, in its own proportions and colours. These pictures come from matplotlib, with
-proportions, colour values and line ends of its own: the named colours of CSS and of two paint programs. Each
-family is a folder of 640 x 480 or other images, and a question file about colour and shape:
+The demo world draws with Pillow, in its own proportions and colours. These pictures come from matplotlib,
+with proportions, colour values and line ends of its own: the named colours of CSS and of two paint programs.
+Each family is a folder of 640 x 480 or other images, and a question file about colour and shape:
 
     plain        a filled thing somewhere on white paper
     tilted       turned by up to 25 degrees (squares and diamonds 15, or they would be each other)
@@ -14,7 +14,7 @@ family is a folder of 640 x 480 or other images, and a question file about colou
     dark         on black, dark grey or dark blue paper
     wide         640 x 360, saved as PNG
     small        128 x 128
-    two          two things, each asked for by the other's words: the colour of the star, the shape that is red
+    two          two things, each asked for by a word of it: the colour of the star, the shape that is red
 """
 
 import argparse

@@ -60,7 +60,8 @@ class EyeRecipe:
 
     # Steps and learning rate of each: it falls along a cosine to a tenth, and again from lower down, which
     # is where the last shapes are learnt (SGDR, Loshchilov and Hutter, 2017).
-    cycles: tuple[tuple[int, float], ...] = ((7000, 1.5e-3), (5000, 8e-4))
+    cycles: tuple[tuple[int, float], ...] = ((7000, 1.5e-3), (5000, 8e-4), (3000, 6e-4))
+    thin_from: int = 12000  # the step from which on some lines are thin; from the start, they only confuse
     warmup: int = 400
     batch_size: int = 64
     weight_decay: float = 0.05
@@ -218,7 +219,10 @@ class EyeTraining:
     def __init__(self, recipe: EyeRecipe, tokenizer: PreTrainedTokenizerFast):
         self.recipe, self.tokenizer, self.step = recipe, tokenizer, 0
         self.rng = np.random.default_rng(recipe.seed)
-        self.bank = make_bank(recipe.forms_of_a_kind, recipe.frequencies, self.rng)
+        self.bank, self.has_thin_lines = (
+            make_bank(recipe.forms_of_a_kind, recipe.frequencies, self.rng),
+            False,
+        )
         self.chosen = cosines.chosen_filters(recipe.frequencies, recipe.coarse)
         sample = draw_crowd(self.rng.choice(recipe.counts, SAMPLE), self.bank, self.rng)
         rms = self.hear(sample, self.bank, self.rng).square().mean((0, 1)).sqrt()
@@ -248,6 +252,10 @@ class EyeTraining:
         return crowd, self.hear(crowd, self.test_bank, self.test_rng) * self.loudness
 
     def take_step(self) -> dict[str, float]:
+        if self.step >= self.recipe.thin_from and not self.has_thin_lines:
+            rng = np.random.default_rng([self.recipe.seed, 2])
+            forms, frequencies = self.recipe.forms_of_a_kind, self.recipe.frequencies
+            self.bank, self.has_thin_lines = make_bank(forms, frequencies, rng, thin=True), True
         crowd = draw_batch(self.recipe, self.step, self.bank, self.rng)
         patches = self.hear(crowd, self.bank, self.rng) * self.loudness
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.recipe)

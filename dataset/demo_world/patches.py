@@ -84,12 +84,14 @@ class Bank:
         return ((shape * len(POSITIONS) + position) * len(SIZES) + size) * self.each
 
 
-def make_bank(each: int, frequencies: int, rng: np.random.Generator, bands: tuple = BANDS) -> Bank:
-    """`each` forms of every kind."""
+def make_bank(
+    each: int, frequencies: int, rng: np.random.Generator, bands: tuple = BANDS, thin: bool = False
+) -> Bank:
+    """`each` forms of every kind; see make_form."""
     kinds = [kind for kind in product(SHAPES, POSITIONS, SIZES) for _ in range(each)]
     inside, line, circles = [], [], []
     for start in range(0, len(kinds), FORMS_AT_ONCE):
-        forms = [make_form(*kind, rng, bands) for kind in kinds[start : start + FORMS_AT_ONCE]]
+        forms = [make_form(*kind, rng, bands, thin) for kind in kinds[start : start + FORMS_AT_ONCE]]
         circles += [(*form.centre, form.radius) for form in forms]
         masks = torch.from_numpy(np.stack([draw_form(form, rng) for form in forms]))  # (n, 2, 224, 224)
         for number, said in enumerate((inside, line)):

@@ -61,7 +61,7 @@ PRESETS = {
         one_image_rows=1500,
         dim=128,
         n_layers=4,
-        llm=Stage(steps=100, batch_size=32, lr=1.5e-3),
+        llm=Stage(steps=60, batch_size=32, lr=1.5e-3),
         pretrain=Stage(steps=450, batch_size=32, lr=3e-3),
         sft=Stage(steps=600, batch_size=32, lr=3e-3),
         multi=Stage(steps=400, batch_size=16, lr=2e-3),

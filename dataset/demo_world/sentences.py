@@ -49,8 +49,8 @@ ENGLISH_SHARE = 0.25
 ENGLISH_SHARE_MULTI = 0.5  # the last stage is short, and its English sentences are long and new
 # How often training asks each kind about an image of one thing, and of several. Descriptions stand alone:
 # among other questions they would be where the answers are copied from.
-SINGLE_WEIGHTS = dict.fromkeys((*ATTRIBUTES, "count", "presence", "colour_of", "shape_of", "where"), 1)
-SEVERAL_WEIGHTS = {"colour_of": 2, "shape_of": 2, "where": 3, "presence": 3, "count": 1, "left_of": 1}
+SINGLE_WEIGHTS = dict.fromkeys((*ATTRIBUTES, "count", "colour_of", "shape_of", "where"), 1) | {"presence": 2}
+SEVERAL_WEIGHTS = {"colour_of": 3, "shape_of": 2, "where": 2, "presence": 4, "count": 1, "left_of": 1}
 DESCRIPTION_SHARE = 0.3  # of the dialogues
 UNNAMED_KINDS = ("shape", "position", "size", "count")
 HOW_MANY = ("one", "two", "three")
@@ -89,16 +89,24 @@ def pick_language(english_share: float, rng: np.random.Generator) -> Language:
 
 
 def ask(
-    kind: str, scene: Scene, language: Language, preset: Preset, rng: np.random.Generator
+    kind: str,
+    scene: Scene,
+    language: Language,
+    preset: Preset,
+    rng: np.random.Generator,
+    present: bool | None = None,
 ) -> Asked | None:
     """A question of this kind about a scene; None if it has no single right answer here.
+
+    present  whether what "is there a ...?" asks for is there (None: by lot)
 
     Raises ValueError where a colour without a name would have to be told.
     """
     if kind not in UNNAMED_KINDS and not is_named(scene):
         raise ValueError(f"a colour of this image has no name, so its {kind} has no right answer")
     if kind == "presence":
-        return ask_presence(scene, language, preset, rng)
+        present = bool(rng.random() < 0.5) if present is None else present
+        return ask_presence(scene, language, preset, rng, present)
     chosen = choose_things(kind, scene, rng)
     if not chosen:
         return None
@@ -138,11 +146,12 @@ def column(thing: Thing) -> int:
     return POSITIONS[thing.position][0]
 
 
-def ask_presence(scene: Scene, language: Language, preset: Preset, rng: np.random.Generator) -> Asked:
-    """Is there such a thing? Half of the answers are no, and most of those are near misses: the colour of one
-    thing with the shape of another, or one word wrong."""
+def ask_presence(
+    scene: Scene, language: Language, preset: Preset, rng: np.random.Generator, present: bool
+) -> Asked:
+    """Is there such a thing? Most that are not are near misses: the colour of one thing with the shape of
+    another, or one word wrong."""
     here = {(thing.colour, thing.shape) for thing in scene.things}
-    present = bool(rng.random() < 0.5)
     colour, shape = pick(sorted(here), rng)
     while not present and ((colour, shape) in here or (colour, shape) in HELD_OUT_PAIRS):
         colour, shape = pick(sorted(here), rng)
@@ -263,13 +272,19 @@ def talk_about(
     names, shares = list(kinds), np.array(list(kinds.values())) / sum(kinds.values())
     told: list[Asked] = []
     said: dict[str, set[str]] = {}  # kind -> answers: asked in other words, it would only be copied
+    present = [bool(rng.random() < 0.5)]
+    present.append(not present[0])  # or no would be the better guess: there is more that is not there
     for attempt in itertools.count():
         if len(told) == rounds or told and attempt == 3 * rounds:
             break
-        asked = ask(str(rng.choice(names, p=shares)), scene, language, preset, rng)
+        kind = str(rng.choice(names, p=shares))
+        if kind == "presence" and not present:
+            continue
+        asked = ask(kind, scene, language, preset, rng, *present[: kind == "presence"])
         if asked and asked.answer not in said.setdefault(asked.kind, set()):
             said[asked.kind].add(asked.answer)
             told.append(asked)
+            del present[: kind == "presence"]
     first = told[0]
     told[0] = Asked(first.kind, place_image(first.question, rng), first.answer)
     return Dialogue({"image": image}, (scene,), language, tuple(told))

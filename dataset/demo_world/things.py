@@ -35,6 +35,9 @@ MAX_TILTS = {"square": 16.0, "diamond": 16.0}  # turned by 45 they would be each
 STYLES = {"filled": 0.6, "edged": 0.2, "hollow": 0.2}  # and how often
 LINE_WIDTHS = {"edged": (0.05, 0.12), "hollow": (0.1, 0.2)}  # of the radius
 MIN_LINE = 1.2
+# What a fine pen draws on a large sheet; the world's images have no such lines, the encoder learns them last.
+THIN_LINE_WIDTHS = {"edged": (0.02, 0.12), "hollow": (0.03, 0.2)}
+MIN_THIN_LINE = 0.5
 GAP = 1.5  # at least so far apart are the circles around two things
 
 
@@ -67,15 +70,21 @@ class Form:
 
 
 def make_form(
-    shape: str, position: str, size: str, rng: np.random.Generator, bands: tuple = CLEAR_BANDS
+    shape: str,
+    position: str,
+    size: str,
+    rng: np.random.Generator,
+    bands: tuple = CLEAR_BANDS,
+    thin: bool = False,
 ) -> Form:
-    """A form that the three words fit."""
+    """A form that the three words fit; thin: some of its lines are."""
     radius = float(rng.uniform(*SIZES[size]))
     column, row = POSITIONS[position]
     style = str(rng.choice(list(STYLES), p=list(STYLES.values())))
     line = 0.0
-    if style in LINE_WIDTHS:
-        line = max(MIN_LINE, radius * float(rng.uniform(*LINE_WIDTHS[style])))
+    widths, least = (THIN_LINE_WIDTHS, MIN_THIN_LINE) if thin else (LINE_WIDTHS, MIN_LINE)
+    if style in widths:
+        line = max(least, radius * float(rng.uniform(*widths[style])))
     max_tilt = MAX_TILTS.get(shape, MAX_TILT)
     tilt = math.radians(rng.uniform(-max_tilt, max_tilt))
     return Form(
