@@ -12,7 +12,7 @@ from dataset.demo_world.wording import LANGUAGES
 
 def lexicon() -> list[str]:
     """Every word of both languages and of the chat format, as the tokenizer meets it."""
-    patterns = ["user|assistant|[|]"]
+    patterns = ["user|assistant|[|]|An| an"]
     for language in LANGUAGES.values():
         patterns += [*language.words.values(), *language.numbers, *language.answers.values()]
         patterns += [language.yes, language.no, language.thing, language.list, language.begin, language.joint]

@@ -1,10 +1,10 @@
 """The two languages of the demo world: its words, and the patterns of its questions and answers.
 
 An answer about one of several things names it again ("the star is red", not "it is red"): as in a
-description, the words right before the answer then say which thing to look at. (Measured: that binding is
-learnt in half of the steps.)
+description, the words right before the answer then say which thing to look at.
 """
 
+import re
 from dataclasses import dataclass
 
 from dataset.demo_world.scenes import Scene
@@ -189,7 +189,8 @@ LANGUAGES = {"zh": CHINESE, "en": ENGLISH}
 
 
 def fill(pattern: str, **fields: str) -> str:
-    return pattern.replace("|", "").format(**fields)
+    text = pattern.replace("|", "").format(**fields)
+    return re.sub("([Aa])( orange)", r"\1n\2", text)  # an orange star
 
 
 def name_attributes(thing: Thing, language: Language) -> dict[str, str]:
