@@ -64,7 +64,7 @@ PRESETS = {
         llm=Stage(steps=60, batch_size=32, lr=1.5e-3),
         pretrain=Stage(steps=450, batch_size=32, lr=3e-3),
         sft=Stage(steps=600, batch_size=32, lr=3e-3),
-        multi=Stage(steps=400, batch_size=16, lr=2e-3),
+        multi=Stage(steps=500, batch_size=16, lr=2e-3),
     ),
     "tiny": Preset(  # under a minute, for the tests
         colours=("red", "yellow", "green", "blue"),
