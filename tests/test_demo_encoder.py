@@ -1,6 +1,7 @@
 """The demo world's encoder: training reproduces to the bit, whoever reads it finds a real CLIP, and the one
 that lies here sees."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -24,7 +25,7 @@ from dataset.demo_world.wording import CHINESE, describe
 from model.vision_utils import ImageProcessor, get_img_embedding, get_img_process, get_vision_model
 from trainer.script import clean_exit
 
-FEW = EyeRecipe(steps=3, forms_of_a_kind=2, batch_size=24, warmup=2)
+FEW = EyeRecipe(cycles=((3, 1.5e-3),), forms_of_a_kind=2, batch_size=24, warmup=2)
 SHIPPED_LIMIT = 3_000_000  # bytes of weights that a repository may well hold
 
 
@@ -93,7 +94,7 @@ def test_training_moves_all_weights_but_the_filters(trained, tokenizer):
 
 def test_training_learns(trained):
     """One batch again and again: all three losses fall."""
-    training = EyeTraining(dataclasses.replace(FEW, steps=30), trained.tokenizer)
+    training = EyeTraining(dataclasses.replace(FEW, cycles=((30, 1.5e-3),)), trained.tokenizer)
     state = training.rng.bit_generator.state
     losses = []
     for _ in range(30):
@@ -130,14 +131,33 @@ def test_scoring_changes_nothing_and_names_what_it_tells(trained, tokenizer):
     check_same(train_to_the_end(training).model.state_dict(), trained.model.state_dict())
 
 
-def test_learning_rate_warms_up_and_falls_to_a_tenth():
-    recipe = EyeRecipe(steps=1000, warmup=50, lr=1.0)
-    rates = [encoder.learning_rate(step, recipe) for step in range(recipe.steps)]
-    assert rates[0] == pytest.approx(1 / 50, abs=1e-3) and max(rates) == pytest.approx(1, abs=0.06)
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-    peak = int(np.argmax(rates))
-    assert 40 < peak < 60 and rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+def test_learning_rate_warms_up_and_falls_to_a_tenth_in_every_cycle():
+    recipe = EyeRecipe(cycles=((1000, 1.0), (600, 0.5)), warmup=50)
+    assert recipe.steps == 1600
+    all_rates = [encoder.learning_rate(step, recipe) for step in range(recipe.steps)]
+    for rates, highest in ((all_rates[:1000], 1), (all_rates[1000:], 0.5)):
+        assert rates[0] == pytest.approx(highest / 50, abs=1e-3)
+        assert max(rates) == pytest.approx(highest, rel=0.06)
+        assert rates[-1] == pytest.approx(highest / 10, abs=1e-3)
+        peak = int(np.argmax(rates))
+        assert 40 < peak < 60 and rates[: peak + 1] == sorted(rates[: peak + 1])
+        assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_thin_lines_come_when_the_recipe_says(trained):
+    """And a run that is taken up afterwards has the same ones."""
+    recipe = dataclasses.replace(FEW, cycles=((4, 1e-3),), thin_from=2)
+    whole = EyeTraining(recipe, trained.tokenizer)
+    banks = []
+    while whole.step < 4:
+        banks.append(whole.bank.line)
+        whole.take_step()
+        state = whole.state_dict() if whole.step == 3 else state if whole.step > 3 else None
+    assert banks[0] is banks[1] and banks[2] is banks[1] and banks[3] is not banks[1]
+    again = EyeTraining(recipe, trained.tokenizer)
+    again.load_state_dict(copy.deepcopy(state))
+    again.take_step()
+    assert torch.equal(again.bank.line, whole.bank.line)
 
 
 def test_batches_hold_all_colours_two_or_one(trained):
@@ -379,7 +399,7 @@ def test_the_code_of_a_module_is_not_its_comments():
 def test_the_fingerprint_is_of_recipe_code_and_rules(monkeypatch):
     first = eye.fingerprint(EyeRecipe())
     assert eye.fingerprint(EyeRecipe()) == first
-    assert eye.fingerprint(EyeRecipe(steps=1)) != first and eye.fingerprint(EyeRecipe(seed=1)) != first
+    assert eye.fingerprint(EyeRecipe(warmup=1)) != first and eye.fingerprint(EyeRecipe(seed=1)) != first
     for module, name, value in (
         (scenes, "EDGE_GREYS", (0,)),
         (scenes, "FORMATS", {(128, 128): 1.0}),
@@ -402,7 +422,7 @@ class Stopped(Exception):
 @pytest.fixture
 def quick(monkeypatch):
     """make_eye() takes six steps, and saves after every second."""
-    monkeypatch.setattr(encoder, "EyeRecipe", lambda: dataclasses.replace(FEW, steps=6))
+    monkeypatch.setattr(encoder, "EyeRecipe", lambda: dataclasses.replace(FEW, cycles=((6, 1.5e-3),)))
     monkeypatch.setattr(eye, "SCORE_EVERY", 2)
     monkeypatch.setattr(eye, "LOG_EVERY", 1)
 
@@ -444,7 +464,7 @@ def test_the_state_of_another_recipe_is_not_gone_on_from(quick, monkeypatch, tmp
         stop_after(patched, 3)
         with pytest.raises(Stopped):
             eye.make_eye(tmp_path / "clip")
-    monkeypatch.setattr(encoder, "EyeRecipe", lambda: dataclasses.replace(FEW, steps=6, lr=1e-4))
+    monkeypatch.setattr(encoder, "EyeRecipe", lambda: dataclasses.replace(FEW, cycles=((6, 1e-4),)))
     taken = stop_after(monkeypatch, 100)
     eye.make_eye(tmp_path / "clip")
     assert taken == [0, 1, 2, 3, 4, 5]
@@ -453,7 +473,7 @@ def test_the_state_of_another_recipe_is_not_gone_on_from(quick, monkeypatch, tmp
 def test_it_says_what_it_was_made_of(quick, tmp_path, capsys):
     eye.main(["--out", str(tmp_path / "clip"), "--steps", "2"])
     about = json.loads((tmp_path / "clip" / "eye.json").read_text())
-    recipe = dataclasses.replace(FEW, steps=2)
+    recipe = dataclasses.replace(FEW, cycles=((2, 1.5e-3),))
     assert about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
     assert about["fingerprint"] == eye.fingerprint(recipe)
     assert set(about["scores"]) == {"known", "unseen", "unseen_pairs", "unseen_of_3"}
