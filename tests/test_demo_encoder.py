@@ -148,16 +148,18 @@ def test_thin_lines_come_when_the_recipe_says(trained):
     """And a run that is taken up afterwards has the same ones."""
     recipe = dataclasses.replace(FEW, cycles=((4, 1e-3),), thin_from=2)
     whole = EyeTraining(recipe, trained.tokenizer)
-    banks = []
+    banks, states = [], []
     while whole.step < 4:
         banks.append(whole.bank.line)
         whole.take_step()
-        state = whole.state_dict() if whole.step == 3 else state if whole.step > 3 else None
+        states.append(copy.deepcopy(whole.state_dict()))
     assert banks[0] is banks[1] and banks[2] is banks[1] and banks[3] is not banks[1]
     again = EyeTraining(recipe, trained.tokenizer)
-    again.load_state_dict(copy.deepcopy(state))
+    again.load_state_dict(states[2])
     again.take_step()
     assert torch.equal(again.bank.line, whole.bank.line)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in again.model.state_dict().items())
 
 
 def test_batches_hold_all_colours_two_or_one(trained):
