@@ -141,10 +141,12 @@ def make_family(family: str, folder: Path, count: int, seed: int) -> None:
         draw(family, things, folder / name, rng)
         colour, shape = (WORDS[word] for word in things[0])
         questions = {"colour": "图形是什么颜色？", "shape": "图形是什么形状？"}
+        named = {"colour": "它", "shape": "它"}
         if family == "two":
             questions = {"colour": f"{shape}是什么颜色？", "shape": f"{colour}图形是什么形状？"}
+            named = {"colour": shape, "shape": f"{colour}图形"}
         for kind, question in questions.items():
-            answer = f"它是{colour if kind == 'colour' else shape}。"
+            answer = f"{named[kind]}是{colour if kind == 'colour' else shape}。"
             text = f"<image>\n{question}"
             rows.append(
                 {"id": f"{kind}-{number}", "image": name, "kind": kind, "question": text, "answer": answer}

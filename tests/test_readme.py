@@ -15,6 +15,7 @@ from conftest import ROOT, make_rows, run_inside, run_script, save_clip, save_im
 from test_load_from import save_folder
 from test_structure import SCRIPTS, documented_commands
 
+from benchmarks.drawn import make_family
 from dataset.demo_world import recipe
 from dataset.demo_world.__main__ import main as make_demo_world
 from model.checkpoint import save_weights
@@ -90,6 +91,8 @@ def finished(tmp_path_factory, tokenizer_path) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             shrink_the_world(patch)
             make_demo_world(["--weights_dir=out/demo"])
+        for family in ("plain", "outlined"):  # as python -m benchmarks.drawn does
+            make_family(family, Path("out/drawn"), 2, seed=0)
         run_inside("1-pretrain_vlm.py", "@dataset/demo/pretrain.args")
         run_inside("2-sft_vlm.py", "@dataset/demo/sft.args")
         run_inside("2-sft_vlm.py", "@dataset/demo/sft_multi.args")

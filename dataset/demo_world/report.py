@@ -46,7 +46,7 @@ SHEET_KINDS = (  # of single images, in the order of the sheet
     "colour",
     "description_of_two",
 )
-LINE = 26  # Chinese characters of an answer that stand in a line; twice as many Latin ones
+LINE, WIDE_LINE = 19, 36  # Chinese characters of an answer that stand in a line; twice as many Latin ones
 WIDE_KINDS = (f"{TWO_IMAGES}_zh", f"{TWO_IMAGES}_en", MOVEMENT, COLOUR_CHANGE)
 COLUMNS, ROWS = 4, len(SHEET_KINDS) // 4  # of single images; below them two videos or pairs in a row
 WIDE_ROWS = len(WIDE_KINDS) // 2
@@ -149,23 +149,23 @@ def show(record: dict) -> Image.Image:
     return sheet
 
 
-def break_lines(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, 2 * LINE if text.isascii() else LINE)) or " "
+def break_lines(text: str, length: int = LINE) -> str:
+    return "\n".join(textwrap.wrap(text, 2 * length if text.isascii() else length)) or " "
 
 
 def draw_answers(records: list[dict], path: Path) -> None:
     """A sheet of images never seen, each with its question, the right answer and the model's."""
     font = chinese_font()
-    figure = Figure(figsize=(4 * COLUMNS, 4.6 * ROWS + 3.2 * WIDE_ROWS))
+    figure = Figure(figsize=(4 * COLUMNS, 5 * ROWS + 3.2 * WIDE_ROWS))
     grid = figure.add_gridspec(
         ROWS + WIDE_ROWS,
         COLUMNS,
-        height_ratios=[4.6] * ROWS + [2.7] * WIDE_ROWS,
+        height_ratios=[5] * ROWS + [2.7] * WIDE_ROWS,
         left=0.02,
         right=0.98,
         top=0.93,
         bottom=0.04,
-        hspace=0.5,
+        hspace=0.6,
         wspace=0.14,
     )
     cells = [grid[row, column] for row in range(ROWS) for column in range(COLUMNS)]
@@ -191,13 +191,14 @@ def draw_answers(records: list[dict], path: Path) -> None:
         question = re.sub(r"<image>|<video>", "", record["question"]).strip()
         mark, colour = ("\u2713", "#1a7f37") if record["right"] else ("\u2717", "#c62828")
         axes.set_title(question, fontproperties=font, fontsize=15)
-        answer, given = break_lines(record["answer"]), break_lines(record["given"])
+        length = WIDE_LINE if record["kind"] in WIDE_KINDS else LINE
+        answer, given = (break_lines(record[key], length) for key in ("answer", "given"))
         axes.set_xlabel(answer, fontproperties=font, fontsize=14)
         beside = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour}
         axes.annotate(
             given,
             (0.5, 0),
-            (0, -24 - 21 * answer.count("\n")),
+            (0, -24 - 19 * answer.count("\n")),
             **beside,
             ha="center",
             va="top",
