@@ -2,10 +2,11 @@
 
 CLIP learns by matching. A batch of images and their captions go through two towers, each image must find its
 own caption among all of them, and in doing so the vision tower comes to say what the caption says. What made
-so small a tower see shapes anywhere in twenty minutes of a laptop, all measured (benchmarks/LOG.md):
+so small a tower see shapes anywhere, most of it measured (benchmarks/LOG.md):
 
-1. The patch filters are not learnt: they are cosines (cosines.py). Training therefore never touches a pixel
-   and takes its scenes, as many as it likes, from a bank of drawn forms (patches.py).
+1. The patch filters are not learnt: they are cosines, of brightness louder than of colour (cosines.py).
+   Training therefore never touches a pixel and takes its scenes, as many as it likes, from a bank of drawn
+   forms (patches.py).
 2. Not only the class token is matched with the caption of the image, but also the patch in which a thing's
    centre lies with the words about that thing, as RegionCLIP does (Zhong et al., 2022). The language model
    reads all patches: this is where it learns which colour belongs to which shape.
