@@ -83,8 +83,8 @@ PRESETS = {
         dim=96,
         n_layers=3,
         llm=Stage(steps=40, batch_size=24, lr=2e-3),
-        pretrain=Stage(steps=140, batch_size=24, lr=3e-3),
-        sft=Stage(steps=160, batch_size=24, lr=3e-3),
+        pretrain=Stage(steps=200, batch_size=24, lr=2e-3),
+        sft=Stage(steps=240, batch_size=24, lr=2e-3),
         multi=Stage(steps=50, batch_size=16, lr=1e-3),
     ),
 }
