@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Polygon, Rectangle
 from matplotlib.transforms import Affine2D
 
+from dataset.demo_world.wording import CHINESE, fill
 from trainer.script import Parser, at_least, clean_exit
 
 # The same names in CSS, in Windows Paint and in the GNU image manipulation program's palettes.
@@ -42,22 +43,7 @@ COLOURS = {
     "cyan": ("#00ffff", "#00e5ee", "#40e0d0", "#1fd6e8"),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
-WORDS = {
-    "red": "红色",
-    "yellow": "黄色",
-    "green": "绿色",
-    "blue": "蓝色",
-    "purple": "紫色",
-    "orange": "橙色",
-    "pink": "粉色",
-    "cyan": "青色",
-    "circle": "圆形",
-    "square": "方形",
-    "triangle": "三角形",
-    "star": "星形",
-    "diamond": "菱形",
-    "cross": "十字形",
-}
+WORDS = CHINESE.words
 FAMILIES = ("plain", "tilted", "outlined", "edged", "dark", "wide", "small", "two")
 SIZES = {"wide": (640, 360), "small": (128, 128)}
 LIGHT_PAPERS, DARK_PAPERS = ("#ffffff",), ("#000000", "#202020", "#10183a")
@@ -139,14 +125,13 @@ def make_family(family: str, folder: Path, count: int, seed: int) -> None:
                 things.append(other)
         name = f"{family}/{number:03d}.{'png' if family in ('wide', 'small') else 'jpg'}"
         draw(family, things, folder / name, rng)
+        # Asked and answered in the demo's own words, of which it knows no others.
         colour, shape = (WORDS[word] for word in things[0])
-        questions = {"colour": "图形是什么颜色？", "shape": "图形是什么形状？"}
-        named = {"colour": "它", "shape": "它"}
-        if family == "two":
-            questions = {"colour": f"{shape}是什么颜色？", "shape": f"{colour}图形是什么形状？"}
-            named = {"colour": shape, "shape": f"{colour}图形"}
-        for kind, question in questions.items():
-            answer = f"{named[kind]}是{colour if kind == 'colour' else shape}。"
+        said = {"colour": colour, "shape": shape, "asked_colour": colour, "asked_shape": shape}
+        suffix = "_of" if family == "two" else ""
+        for kind in ("colour", "shape"):
+            question = fill(CHINESE.questions[kind + suffix][0], **said)
+            answer = fill(CHINESE.answers[kind + suffix], **said)
             text = f"<image>\n{question}"
             rows.append(
                 {"id": f"{kind}-{number}", "image": name, "kind": kind, "question": text, "answer": answer}

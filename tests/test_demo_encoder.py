@@ -547,3 +547,18 @@ def test_another_encoder_is_another_world(shipped, clip_folder):
     assert hash_file(shipped / "model.safetensors") != hash_file(clip_folder / "model.safetensors")
     with pytest.raises(FileNotFoundError, match="python -m dataset.demo_world.eye --out nowhere"):
         hash_file(Path("nowhere/model.safetensors"))
+
+
+def test_a_damaged_state_is_not_taken_up(tmp_path):
+    """Nor one that holds anything but numbers and names: nothing in it is run."""
+    state = tmp_path / "state.pt"
+    torch.save({"mark": {"threads": 1}, "log": [{"step": 1}]}, state)
+    assert eye.read_state(state)["mark"] == {"threads": 1}
+    whole = state.read_bytes()
+    for content in (b"", b"no state", whole[: len(whole) // 2]):
+        state.write_bytes(content)
+        assert eye.read_state(state) == {}
+    torch.save([1, 2], state)
+    assert eye.read_state(state) == {}
+    torch.save({"mark": tmp_path}, state)
+    assert eye.read_state(state) == {}

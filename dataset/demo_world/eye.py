@@ -108,10 +108,12 @@ def make_eye(out: Path, steps: int | None = None) -> None:
         state_file, log = work / "state.pt", []
         seconds = 0.0
         if state_file.is_file():
-            state = torch.load(state_file, weights_only=False)
-            if state["mark"] == mark:
+            state = read_state(state_file)
+            if state.get("mark") == mark:
                 training.load_state_dict(state["training"])
                 log, seconds = state["log"], state["seconds"]
+            else:
+                print(f"{state_file} is damaged, or of another recipe or number of threads: begun anew")
         started = time.perf_counter() - seconds
         with progress_bar(total=recipe.steps, initial=training.step, desc="eye", unit="step") as bar:
             while training.step < recipe.steps:
@@ -146,6 +148,17 @@ def make_eye(out: Path, steps: int | None = None) -> None:
         write_text(work / "eye.json", json.dumps(about, indent=1) + "\n")
         state_file.unlink()
         os.rename(work, out)
+
+
+def read_state(path: Path) -> dict:
+    """What make_eye saved on the way; {} if it cannot be read."""
+    import torch
+
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception:  # a damaged file surfaces as any of half a dozen types
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def draw_curve(log: list[dict], path: Path) -> None:

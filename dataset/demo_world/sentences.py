@@ -414,7 +414,8 @@ def several_questions(
         [(image, scene) for image, scene in {**singles, **images}.items() if len(scene.things) == number]
         for number in (1, 2, 3)
     ]
-    counted = dict(sum(map(list, zip(*by_number, strict=False)), []))
+    fewest = min(map(len, by_number))
+    counted = dict(itertools.chain.from_iterable(zip(*(some[:fewest] for some in by_number), strict=True)))
     others = [kind for kind in SEVERAL_KINDS if kind != "count"]
     return questions(counted, ["count"], preset, rng) + questions(images, others, preset, rng)
 
