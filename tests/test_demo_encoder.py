@@ -13,7 +13,7 @@ import torch
 from conftest import check_same
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPVisionModel
 
-from dataset.demo_world import cosines, encoder, eye, patches, scenes
+from dataset.demo_world import cosines, encoder, eye, patches, scenes, wording
 from dataset.demo_world.build import hash_file
 from dataset.demo_world.colours import COLOURS
 from dataset.demo_world.encoder import EyeRecipe, EyeTraining, clip_tokenizer, clip_words
@@ -25,7 +25,7 @@ from dataset.demo_world.wording import CHINESE, describe
 from model.vision_utils import ImageProcessor, get_img_embedding, get_img_process, get_vision_model
 from trainer.script import clean_exit
 
-FEW = EyeRecipe(cycles=((3, 1.5e-3),), forms_of_a_kind=2, batch_size=24, warmup=2)
+FEW = EyeRecipe(steps=3, forms_of_a_kind=2, batch_size=24, warmup=2)
 SHIPPED_LIMIT = 3_000_000  # bytes of weights that a repository may well hold
 
 
@@ -94,7 +94,7 @@ def test_training_moves_all_weights_but_the_filters(trained, tokenizer):
 
 def test_training_learns(trained):
     """One batch again and again: all three losses fall."""
-    training = EyeTraining(dataclasses.replace(FEW, cycles=((30, 1.5e-3),)), trained.tokenizer)
+    training = EyeTraining(dataclasses.replace(FEW, steps=30), trained.tokenizer)
     state = training.rng.bit_generator.state
     losses = []
     for _ in range(30):
@@ -131,22 +131,32 @@ def test_scoring_changes_nothing_and_names_what_it_tells(trained, tokenizer):
     check_same(train_to_the_end(training).model.state_dict(), trained.model.state_dict())
 
 
-def test_learning_rate_warms_up_and_falls_to_a_tenth_in_every_cycle():
-    recipe = EyeRecipe(cycles=((1000, 1.0), (600, 0.5)), warmup=50)
-    assert recipe.steps == 1600
-    all_rates = [encoder.learning_rate(step, recipe) for step in range(recipe.steps)]
-    for rates, highest in ((all_rates[:1000], 1), (all_rates[1000:], 0.5)):
-        assert rates[0] == pytest.approx(highest / 50, abs=1e-3)
-        assert max(rates) == pytest.approx(highest, rel=0.06)
-        assert rates[-1] == pytest.approx(highest / 10, abs=1e-3)
-        peak = int(np.argmax(rates))
-        assert 40 < peak < 60 and rates[: peak + 1] == sorted(rates[: peak + 1])
-        assert rates[peak:] == sorted(rates[peak:], reverse=True)
+def test_learning_rate_warms_up_and_falls_to_a_hundredth():
+    recipe = EyeRecipe(steps=1000, lr=2.0, warmup=50)
+    rates = [encoder.learning_rate(step, recipe) for step in range(recipe.steps)]
+    assert rates[0] == pytest.approx(2 / 50, rel=1e-3)
+    assert max(rates) == pytest.approx(2, rel=0.01)
+    assert rates[-1] == pytest.approx(2 / 100, rel=1e-3)
+    peak = int(np.argmax(rates))
+    assert 40 < peak < 60 and rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_what_is_hard_to_tell_comes_up_more_often(trained):
+    recipe = dataclasses.replace(FEW, shapes=("cross", "cross", "star"), sizes=("small",), batch_size=200)
+    crowd = encoder.draw_batch(recipe, 0, trained.bank, np.random.default_rng(0))
+    things = crowd.things()
+    shapes, sizes = (
+        np.array(names)[numbers[things]]
+        for names, numbers in ((SHAPES, crowd.shape), (list(SIZES), crowd.size))
+    )
+    assert set(sizes) == {"small"} and set(shapes) == {"cross", "star"}
+    assert 0.55 < (shapes == "cross").mean() < 0.75
 
 
 def test_thin_lines_come_when_the_recipe_says(trained):
     """And a run that is taken up afterwards has the same ones."""
-    recipe = dataclasses.replace(FEW, cycles=((4, 1e-3),), thin_from=2)
+    recipe = dataclasses.replace(FEW, steps=4, lr=1e-3, thin_from=2)
     whole = EyeTraining(recipe, trained.tokenizer)
     banks, states = [], []
     while whole.step < 4:
@@ -403,8 +413,7 @@ def test_the_fingerprint_is_of_recipe_code_and_rules(monkeypatch):
     assert eye.fingerprint(EyeRecipe()) == first
     assert eye.fingerprint(EyeRecipe(warmup=1)) != first and eye.fingerprint(EyeRecipe(seed=1)) != first
     for module, name, value in (
-        (scenes, "EDGE_GREYS", (0,)),
-        (scenes, "FORMATS", {(128, 128): 1.0}),
+        (wording, "CHINESE", dataclasses.replace(wording.CHINESE, joint="、")),
         (patches, "SPLIT_TABLE", patches.SPLIT_TABLE[:1]),
         (patches, "TOGETHER_TABLE", ~patches.TOGETHER_TABLE),
     ):
@@ -424,7 +433,7 @@ class Stopped(Exception):
 @pytest.fixture
 def quick(monkeypatch):
     """make_eye() takes six steps, and saves after every second."""
-    monkeypatch.setattr(encoder, "EyeRecipe", lambda: dataclasses.replace(FEW, cycles=((6, 1.5e-3),)))
+    monkeypatch.setattr(encoder, "EyeRecipe", lambda: dataclasses.replace(FEW, steps=6))
     monkeypatch.setattr(eye, "SCORE_EVERY", 2)
     monkeypatch.setattr(eye, "LOG_EVERY", 1)
 
@@ -466,7 +475,7 @@ def test_the_state_of_another_recipe_is_not_gone_on_from(quick, monkeypatch, tmp
         stop_after(patched, 3)
         with pytest.raises(Stopped):
             eye.make_eye(tmp_path / "clip")
-    monkeypatch.setattr(encoder, "EyeRecipe", lambda: dataclasses.replace(FEW, cycles=((6, 1e-4),)))
+    monkeypatch.setattr(encoder, "EyeRecipe", lambda: dataclasses.replace(FEW, steps=6, lr=1e-4))
     taken = stop_after(monkeypatch, 100)
     eye.make_eye(tmp_path / "clip")
     assert taken == [0, 1, 2, 3, 4, 5]
@@ -475,7 +484,7 @@ def test_the_state_of_another_recipe_is_not_gone_on_from(quick, monkeypatch, tmp
 def test_it_says_what_it_was_made_of(quick, tmp_path, capsys):
     eye.main(["--out", str(tmp_path / "clip"), "--steps", "2"])
     about = json.loads((tmp_path / "clip" / "eye.json").read_text())
-    recipe = dataclasses.replace(FEW, cycles=((2, 1.5e-3),))
+    recipe = dataclasses.replace(FEW, steps=2)
     assert about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
     assert about["fingerprint"] == eye.fingerprint(recipe)
     assert set(about["scores"]) == {"known", "unseen", "unseen_pairs", "unseen_of_3"}

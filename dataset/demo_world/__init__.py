@@ -9,6 +9,7 @@ questions about combinations that training never showed tell by numbers whether 
     python -m dataset.demo_world --out dataset/demo
 
     colours.py, things.py    what colours and shapes are called so, and the pixels they cover
+    paint.py                 papers, light, pens, noise: what else an image is made of
     scenes.py                images of them, and what is kept for the test
     videos.py                things that move or change their colour
     wording.py, sentences.py, tokenizer.py     all that is said about a scene: questions, answers, words

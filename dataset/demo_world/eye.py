@@ -50,23 +50,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def fingerprint(recipe) -> str:
     """Of all that decides what the encoder becomes: the recipe's numbers, and the code that draws scenes,
     writes captions and learns; not of its comments and docstrings."""
-    from dataset.demo_world import colours, cosines, encoder, patches, scenes, things, wording
+    from dataset.demo_world import colours, cosines, encoder, paint, patches, things, tokenizer, wording
 
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
-    for module in (colours, cosines, encoder, patches, things):
-        digest.update(code_of(inspect.getsource(module)).encode())
+    for part in (colours, cosines, encoder, paint, patches, things, tokenizer, wording.fill):
+        digest.update(code_of(inspect.getsource(part)).encode())
     rules = {
-        "papers": [
-            scenes.PAPERS,
-            scenes.GRADED_SHARE,
-            scenes.MAX_SLOPE,
-            scenes.NOISY_SHARE,
-            scenes.MAX_NOISE,
-        ],
-        "drawing": [list(map(list, scenes.FORMATS.items())), scenes.BLURRED_SHARE, scenes.MAX_BLUR],
-        "edges": [scenes.EDGE_GREYS, scenes.DARKER_SHARE, scenes.JAGGED_SHARE, scenes.SMOOTH],
         "held out": [patches.SPLIT_TABLE.tolist(), patches.TOGETHER_TABLE.tolist()],
         "words": [wording.CHINESE.words, wording.CHINESE.thing, wording.CHINESE.list],
+        "joints": [wording.CHINESE.begin, wording.CHINESE.joint],
     }
     digest.update(json.dumps(rules, sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()
@@ -96,7 +88,7 @@ def make_eye(out: Path, steps: int | None = None) -> None:
 
     recipe = EyeRecipe()
     if steps is not None:
-        recipe = replace(recipe, cycles=((steps, recipe.cycles[0][1]),))
+        recipe = replace(recipe, steps=steps)
     work = out.with_name(out.name + ".building")
     if out.exists():
         raise ValueError(f"{out} exists: choose another --out, or remove it")

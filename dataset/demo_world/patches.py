@@ -12,6 +12,7 @@ Letters: S scenes, K things per scene at most, P = 49 patches, F = frequencies^2
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -23,24 +24,17 @@ from torch import Tensor
 
 from dataset.demo_world.colours import COLOURS, MIN_CONTRAST, named_rgbs, unnamed_rgbs
 from dataset.demo_world.cosines import AXES, MEAN, PATCHES_PER_SIDE, SIDE_PIXELS, STD, cosines, respond
-from dataset.demo_world.scenes import (
-    BLURRED_SHARE,
-    DARKER_SHARE,
-    EDGE_GREYS,
-    FORMATS,
-    GRADED_SHARE,
-    JAGGED_SHARE,
-    MAX_BLUR,
-    MAX_NOISE,
-    MAX_SLOPE,
-    NOISY_SHARE,
-    PAPERS,
-    SINGLE_SPLITS,
-    SMOOTH,
-    are_kept_apart,
-    split_of,
+from dataset.demo_world.paint import (
+    choose_edges,
+    draw_blur,
+    draw_format,
+    draw_noise,
+    draw_papers,
+    draw_slopes,
+    draw_smoothness,
 )
-from dataset.demo_world.things import BANDS, GAP, POSITIONS, SHAPES, SIDE, SIZES, Form, cover, make_form
+from dataset.demo_world.scenes import SINGLE_SPLITS, are_kept_apart, split_of
+from dataset.demo_world.things import GAP, POSITIONS, SHAPES, SIDE, SIZES, Form, cover, make_form
 
 UNNAMED = len(COLOURS)  # the number of a colour without a name
 FORMS_AT_ONCE = 128
@@ -85,13 +79,13 @@ class Bank:
 
 
 def make_bank(
-    each: int, frequencies: int, rng: np.random.Generator, bands: tuple = BANDS, thin: bool = False
+    each: int, frequencies: int, rng: np.random.Generator, clear: bool = False, thin: bool = False
 ) -> Bank:
     """`each` forms of every kind; see make_form."""
     kinds = [kind for kind in product(SHAPES, POSITIONS, SIZES) for _ in range(each)]
     inside, line, circles = [], [], []
     for start in range(0, len(kinds), FORMS_AT_ONCE):
-        forms = [make_form(*kind, rng, bands, thin) for kind in kinds[start : start + FORMS_AT_ONCE]]
+        forms = [make_form(*kind, rng, clear, thin) for kind in kinds[start : start + FORMS_AT_ONCE]]
         circles += [(*form.centre, form.radius) for form in forms]
         masks = torch.from_numpy(np.stack([draw_form(form, rng) for form in forms]))  # (n, 2, 224, 224)
         for number, said in enumerate((inside, line)):
@@ -102,11 +96,8 @@ def make_bank(
 def draw_form(form: Form, rng: np.random.Generator) -> np.ndarray:
     """(2, 224, 224), 0..1: the pixels with the thing's own colour, and those with its edge's, as they are
     after an image of any of the FORMATS has been squashed."""
-    formats = list(FORMATS)
-    width, height = formats[int(rng.choice(len(formats), p=list(FORMATS.values())))]
-    masks = cover(form, width, height, 1 if rng.random() < JAGGED_SHARE else SMOOTH)
-    blur = float(rng.uniform(0, MAX_BLUR)) if rng.random() < BLURRED_SHARE else 0.0
-    return squash_masks(*masks, blur)
+    masks = cover(form, *draw_format(rng), draw_smoothness(rng))
+    return squash_masks(*masks, draw_blur(rng))
 
 
 def squash_masks(inside: Image.Image, line: Image.Image | None, blur: float = 0.0) -> np.ndarray:
@@ -141,19 +132,20 @@ def draw_crowd(
     counts: np.ndarray,
     bank: Bank,
     rng: np.random.Generator,
-    colours: np.ndarray | None = None,
+    colours: Sequence[int] = range(UNNAMED),
+    shapes: Sequence[int] = range(len(SHAPES)),
+    sizes: Sequence[int] = range(len(SIZES)),
     unnamed_share: float = 0.0,
     split: str = "known",
 ) -> Crowd:
     """Scenes of `counts` (S,) things without overlap, one after the other thrown anew until it fits.
 
-    colours        numbers of the colours to choose from (default: all)
+    colours, shapes, sizes  numbers to choose from, one as often as another
     unnamed_share  of the things have a colour without a name
     split          of the first thing of each scene; the others are `known`. Never are two things side by side
                    that the world keeps apart
     A scene in which a thing finds no place keeps those before it.
     """
-    colours = np.arange(UNNAMED) if colours is None else colours
     counts = counts.copy()
     crowd = Crowd(counts, *(np.zeros((len(counts), counts.max()), int) for _ in range(5)))
     for k in range(counts.max()):
@@ -163,7 +155,8 @@ def draw_crowd(
                 break
             n = len(waiting)
             colour = np.where(rng.random(n) < unnamed_share, UNNAMED, rng.choice(colours, n))
-            shape, position, size = (rng.integers(len(names), size=n) for names in (SHAPES, POSITIONS, SIZES))
+            shape, size = rng.choice(shapes, n), rng.choice(sizes, n)
+            position = rng.integers(len(POSITIONS), size=n)
             form = bank.first(shape, position, size) + rng.integers(bank.each, size=n)
             wanted = SINGLE_SPLITS.index(split) if k == 0 else KNOWN
             fits = SPLIT_TABLE[colour, shape, position] == wanted
@@ -199,8 +192,7 @@ def see(crowd: Crowd, bank: Bank, frequencies: int, rng: np.random.Generator) ->
     """What the cosines say of the crowd on papers and in colours by chance: (S, P, 3, F)."""
     S = len(crowd.count)
     papers, colours = dress(crowd, rng)
-    edges = choose_edges(colours, rng)
-    slopes = rng.uniform(-MAX_SLOPE, MAX_SLOPE, (S, 2)) * (rng.random((S, 1)) < GRADED_SHARE)
+    edges, slopes = choose_edges(colours, rng), draw_slopes(S, rng)
     return compose(crowd, bank, papers, colours, edges, slopes) + noise(S, frequencies, rng)
 
 
@@ -243,27 +235,9 @@ def dress(crowd: Crowd, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     return papers, colours
 
 
-def draw_papers(count: int, rng: np.random.Generator) -> np.ndarray:
-    kind = rng.choice(len(PAPERS), count, p=list(PAPERS.values()))
-    tints = {
-        "white": np.full((count, 3), 255),
-        "light": rng.integers(215, 256, (count, 3)),
-        "dark": rng.integers(0, 70, (count, 3)),
-        "any": rng.integers(0, 256, (count, 1)) + rng.integers(-12, 13, (count, 3)),
-    }
-    return np.stack([tints[name] for name in PAPERS])[kind, np.arange(count)].clip(0, 255)
-
-
-def choose_edges(colours: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A pen for every thing, as scenes.choose_edge: (S, K, 3)."""
-    shape = (*colours.shape[:2], 1)
-    darker = colours * rng.uniform(0.3, 0.7, shape)
-    return np.where(rng.random(shape) < DARKER_SHARE, darker, rng.choice(EDGE_GREYS, shape))
-
-
 def noise(count: int, frequencies: int, rng: np.random.Generator) -> Tensor:
-    """Of half of the scenes; white on the images' pixels, so that its strength in each cosine is known."""
-    deviation = rng.uniform(0, MAX_NOISE, count) * (rng.random(count) < NOISY_SHARE) / 255
+    """White on the images' pixels, so that its strength in each cosine is known."""
+    deviation = draw_noise(count, rng) / 255
     strength = cosines(frequencies).flatten(1).norm(dim=1) * (SIDE_PIXELS / SIDE)  # of a pixel, enlarged
     by_axis = (AXES / STD).norm(dim=1)
     drawn = torch.from_numpy(

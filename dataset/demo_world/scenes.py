@@ -26,6 +26,16 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dataset.demo_world.colours import COLOURS, MIN_CONTRAST, Rgb, named_rgbs, to_rgb, unnamed_rgbs
+from dataset.demo_world.paint import (
+    SMOOTH,
+    choose_edges,
+    draw_blur,
+    draw_format,
+    draw_noise,
+    draw_papers,
+    draw_slopes,
+    draw_smoothness,
+)
 from dataset.demo_world.recipe import Preset
 from dataset.demo_world.things import GAP, POSITIONS, SHAPES, SIDE, Form, Thing, cover, make_form
 
@@ -37,17 +47,11 @@ SPLITS = ("train", *TEST_SPLITS)
 HOW_MANY = (2, 2, 3)  # things in the images of several, in turn
 SEVERAL_TESTS = 1.5  # times as many test images of several things: 200 of two, 100 of three
 
-# Width and height in pixels, and how often; small ones are quick to draw and to read.
-FORMATS = {(128, 128): 0.5, (160, 120): 0.15, (120, 160): 0.15, (224, 224): 0.1, (240, 180): 0.1}
-PAPERS = {"white": 0.25, "light": 0.35, "dark": 0.25, "any": 0.15}
-GRADED_SHARE, MAX_SLOPE = 0.3, 35.0  # of papers that grow lighter to one side, and by how much, of 255
-NOISY_SHARE, MAX_NOISE = 0.5, 9.0  # standard deviation, of 255
-BLURRED_SHARE, MAX_BLUR = 0.2, 0.8  # radius in pixels
-EDGE_GREYS, DARKER_SHARE = (0, 0, 0, 40, 255), 0.3
-JAGGED_SHARE = 0.2
-SMOOTH = 3
 PNG_SHARE = 0.3
 JPEG_QUALITY = (75, 96)
+# Of the mean of R, G and B, between a thing and its paper: where only the hue differs, eyes find no outline
+# either, those of the encoder least of all, though it trains on such pictures as well.
+MIN_BRIGHTNESS_CONTRAST = 25
 TRIES = 60  # for a place without overlap, or a colour that stands out, before another scene is begun
 
 
@@ -196,9 +200,7 @@ def make_scene(kinds: Sequence[Kind], rng: np.random.Generator) -> Scene:
 
 def try_scene(kinds: Sequence[Kind], rng: np.random.Generator) -> Scene | None:
     """A scene of these kinds of things; None where they found no room, or no colour that stands out."""
-    paper = make_paper(rng)
-    formats = list(FORMATS)
-    size = formats[int(rng.choice(len(formats), p=list(FORMATS.values())))]
+    paper, size = make_paper(rng), draw_format(rng)
     things: list[Thing] = []
     for kind in sorted(kinds, key=lambda kind: list(POSITIONS).index(kind[2])):
         thing = place(kind, things, paper, size, rng)
@@ -210,24 +212,17 @@ def try_scene(kinds: Sequence[Kind], rng: np.random.Generator) -> Scene | None:
         paper=paper,
         width=size[0],
         height=size[1],
-        smooth=1 if rng.random() < JAGGED_SHARE else SMOOTH,
-        blur=float(rng.uniform(0, MAX_BLUR)) if rng.random() < BLURRED_SHARE else 0.0,
-        noise=float(rng.uniform(0, MAX_NOISE)) if rng.random() < NOISY_SHARE else 0.0,
+        smooth=draw_smoothness(rng),
+        blur=draw_blur(rng),
+        noise=float(draw_noise(1, rng)[0]),
         seed=int(rng.integers(2**32)),
         quality=None if rng.random() < PNG_SHARE else int(rng.integers(*JPEG_QUALITY)),
     )
 
 
 def make_paper(rng: np.random.Generator) -> Paper:
-    kind = str(rng.choice(list(PAPERS), p=list(PAPERS.values())))
-    rgb = {
-        "white": np.full(3, 255),
-        "light": rng.integers(215, 256, 3),
-        "dark": rng.integers(0, 70, 3),
-        "any": rng.integers(0, 256) + rng.integers(-12, 13, 3),
-    }[kind]
-    slope = rng.uniform(-MAX_SLOPE, MAX_SLOPE, 2) if rng.random() < GRADED_SHARE else (0.0, 0.0)
-    return Paper(to_rgb(rgb), (float(slope[0]), float(slope[1])))
+    right, down = draw_slopes(1, rng)[0]
+    return Paper(to_rgb(draw_papers(1, rng)[0]), (float(right), float(down)))
 
 
 def place(
@@ -241,7 +236,8 @@ def place(
     for _ in range(TRIES):
         form = make_form(shape, position, kind[3], rng)
         if has_room(form, others, size):
-            return Thing(colour, shape, kind[3], position, rgb, edge=choose_edge(rgb, rng), **vars(form))
+            edge = to_rgb(choose_edges(np.array(rgb), rng))
+            return Thing(colour, shape, kind[3], position, rgb, edge=edge, **vars(form))
     return None
 
 
@@ -255,7 +251,7 @@ def has_room(form: Form | Thing, others: Sequence[Thing], size: tuple[int, int])
         return x / SIDE * width, y / SIDE * height, (one.radius + one.line / 2) * unit
 
     x, y, reach = circle(form)
-    if min(x, y, width - x, height - y) < reach + 1:
+    if min(x, y, width - x, height - y) < reach + 1.5:  # a line is up to half a pixel wider than it should be
         return False
     there = map(circle, others)
     return all(math.hypot(x - left, y - top) > reach + far + GAP * unit for left, top, far in there)
@@ -267,17 +263,10 @@ def choose_rgb(colour: str | None, paper: Paper, rng: np.random.Generator) -> Rg
         drawn = (
             named_rgbs(np.array([list(COLOURS).index(colour)]), rng) if colour else unnamed_rgbs(1, rng)
         )[0]
-        if np.linalg.norm(drawn - paper.rgb) > MIN_CONTRAST:
+        contrast = drawn - paper.rgb
+        if np.linalg.norm(contrast) > MIN_CONTRAST and abs(contrast.mean()) > MIN_BRIGHTNESS_CONTRAST:
             return to_rgb(drawn)
     return None
-
-
-def choose_edge(rgb: Rgb, rng: np.random.Generator) -> Rgb:
-    """The pen that a thing is edged with: black, grey or white, or a darker tone of its own colour; any other
-    would be a second colour, and "what colour is it?" a bad question."""
-    if rng.random() < DARKER_SHARE:
-        return to_rgb(np.array(rgb) * rng.uniform(0.3, 0.7))
-    return to_rgb(np.full(3, rng.choice(EDGE_GREYS)))
 
 
 # ---- one image ----

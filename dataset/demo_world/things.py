@@ -16,6 +16,7 @@ from dataset.demo_world.colours import Rgb
 SIDE = 128  # the unit square of all lengths
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"large": (17.5, 27.0), "small": (8.0, 13.0)}  # radius, from - to; nothing in between
+CLEAR_SIZES = {"large": (17.5, 27.0), "small": (9.5, 13.0)}
 POSITIONS = {  # name -> (column, row)
     "top_left": (0, 0),
     "top": (1, 0),
@@ -27,8 +28,8 @@ POSITIONS = {  # name -> (column, row)
     "bottom": (1, 2),
     "bottom_right": (2, 2),
 }
-# Of columns and of rows. In the world's images a centre lies clearly in one; the encoder, which shall see
-# things anywhere, trains up to the borders.
+# Of columns and of rows. In the world's images a centre lies clearly in one, and no thing is a speck; the
+# encoder, which shall see things anywhere, trains up to the borders.
 CLEAR_BANDS, BANDS = ((0, 44), (52, 76), (84, SIDE)), ((0, 48), (48, 80), (80, SIDE))
 MAX_TILT = 25.0  # degrees
 MAX_TILTS = {"square": 16.0, "diamond": 16.0}  # turned by 45 they would be each other
@@ -74,11 +75,12 @@ def make_form(
     position: str,
     size: str,
     rng: np.random.Generator,
-    bands: tuple = CLEAR_BANDS,
+    clear: bool = True,
     thin: bool = False,
 ) -> Form:
-    """A form that the three words fit; thin: some of its lines are."""
-    radius = float(rng.uniform(*SIZES[size]))
+    """A form that the three words fit, if wanted beyond doubt; thin: some of its lines are."""
+    bands, sizes = (CLEAR_BANDS, CLEAR_SIZES) if clear else (BANDS, SIZES)
+    radius = float(rng.uniform(*sizes[size]))
     column, row = POSITIONS[position]
     style = str(rng.choice(list(STYLES), p=list(STYLES.values())))
     line = 0.0

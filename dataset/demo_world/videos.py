@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from dataset.demo_world.colours import to_rgb
+from dataset.demo_world.paint import choose_edges
 from dataset.demo_world.recipe import Preset
 from dataset.demo_world.scenes import (
     Scene,
     Triple,
-    choose_edge,
     choose_rgb,
     divide_triples,
     draw,
@@ -140,7 +140,9 @@ def go_on(scene: Scene, colour: str, position: str, rng: np.random.Generator) ->
         )
         return replace(thing, position=position, centre=centre)
     rgb = choose_rgb(colour, scene.paper, rng)
-    return replace(thing, colour=colour, rgb=rgb, edge=choose_edge(rgb, rng)) if rgb else None
+    if not rgb:
+        return None
+    return replace(thing, colour=colour, rgb=rgb, edge=to_rgb(choose_edges(np.array(rgb), rng)))
 
 
 # ---- one video ----
