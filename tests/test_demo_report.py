@@ -9,9 +9,10 @@ def record(kind: str, given: str, **more) -> dict:
 
 def test_how_often_yes_is_said():
     """In both languages; "没有。" ends as "有。" does, and is a no."""
-    given = ["红色星形？有。", "红色星形？没有。", "A red star? Yes.", "A red star? No.", "有。没有", ""]
-    records = [record("presence", text) for text in given] + [record("count", "红色星形？有。")]
-    records += [record("presence", "红色星形？没有。", control="blank")]
+    yes = ["红色图形是星形。红色星形？有。", "The red one is a star. A red star? Yes."]
+    no = ["没有红色图形。红色星形？没有。", "Nothing is red. A red star? No.", "红色星形？有。没有", ""]
+    records = [record("presence", text) for text in yes + no] + [record("count", yes[0])]
+    records += [record("presence", no[0], control="blank")]
     assert count_yes(records) == {"several_unseen": {"real": round(2 / 6, 4), "blank": 0.0}}
 
 

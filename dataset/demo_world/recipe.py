@@ -24,9 +24,9 @@ class Preset:
     shapes: tuple[str, ...]
     sizes: tuple[str, ...]
     train_images: int
-    text_rows: int  # about one image; half as many about two, and three for each video
-    dialogues_per_image: int
-    # the rows of the last stage; each video makes three
+    text_rows: int  # about one image; half as many about two, and two for each video
+    dialogues_per_image: int  # of several things; half as many about one
+    # the rows of the last stage; each video makes two
     two_image_rows: int
     train_videos: int
     one_image_rows: int
@@ -53,18 +53,18 @@ PRESETS = {
         colours=tuple(COLOURS),
         shapes=SHAPES,
         sizes=tuple(SIZES),
-        train_images=5000,
+        train_images=12000,
         text_rows=6000,
         dialogues_per_image=2,
-        two_image_rows=2500,
+        two_image_rows=3500,
         train_videos=1000,
-        one_image_rows=1500,
+        one_image_rows=4000,
         dim=128,
-        n_layers=4,
+        n_layers=3,
         llm=Stage(steps=60, batch_size=32, lr=1.5e-3),
-        pretrain=Stage(steps=450, batch_size=32, lr=3e-3),
-        sft=Stage(steps=600, batch_size=32, lr=3e-3),
-        multi=Stage(steps=500, batch_size=16, lr=2e-3),
+        pretrain=Stage(steps=500, batch_size=32, lr=3e-3),
+        sft=Stage(steps=850, batch_size=32, lr=3e-3),
+        multi=Stage(steps=900, batch_size=16, lr=2e-3),
     ),
     "tiny": Preset(  # under a minute, for the tests
         colours=("red", "yellow", "green", "blue"),
@@ -72,7 +72,7 @@ PRESETS = {
         sizes=("large",),
         train_images=1000,
         text_rows=6000,
-        dialogues_per_image=2,
+        dialogues_per_image=4,
         two_image_rows=400,
         train_videos=100,
         one_image_rows=100,

@@ -46,8 +46,9 @@ SHEET_KINDS = (  # of single images, in the order of the sheet
     "colour",
     "description_of_two",
 )
-LINE, WIDE_LINE = 19, 36  # Chinese characters of an answer that stand in a line; twice as many Latin ones
+LINE, WIDE_LINE = 21, 40  # Chinese characters of an answer that stand in a line; twice as many Latin ones
 WIDE_KINDS = (f"{TWO_IMAGES}_zh", f"{TWO_IMAGES}_en", MOVEMENT, COLOUR_CHANGE)
+YES = ("？有。", "? Yes.")  # how an answer ends that says yes
 COLUMNS, ROWS = 4, len(SHEET_KINDS) // 4  # of single images; below them two videos or pairs in a row
 WIDE_ROWS = len(WIDE_KINDS) // 2
 
@@ -87,7 +88,7 @@ def count_yes(records: list[dict]) -> dict[str, dict[str, float]]:
     for record in records:
         if record["kind"] == "presence":
             answers = said.setdefault(record["split"], {}).setdefault(record["control"], [])
-            answers.append(record["given"].endswith((f"？{CHINESE.yes}", f"?{ENGLISH.yes}")))
+            answers.append(record["given"].endswith(YES))
     return {
         split: {control: round(sum(yes) / len(yes), 4) for control, yes in controls.items()}
         for split, controls in said.items()
@@ -156,7 +157,7 @@ def break_lines(text: str, length: int = LINE) -> str:
 def draw_answers(records: list[dict], path: Path) -> None:
     """A sheet of images never seen, each with its question, the right answer and the model's."""
     font = chinese_font()
-    figure = Figure(figsize=(4 * COLUMNS, 5 * ROWS + 3.2 * WIDE_ROWS))
+    figure = Figure(figsize=(4 * COLUMNS, 5.6 * ROWS + 3.2 * WIDE_ROWS))
     grid = figure.add_gridspec(
         ROWS + WIDE_ROWS,
         COLUMNS,
@@ -165,7 +166,7 @@ def draw_answers(records: list[dict], path: Path) -> None:
         right=0.98,
         top=0.93,
         bottom=0.04,
-        hspace=0.6,
+        hspace=0.75,
         wspace=0.14,
     )
     cells = [grid[row, column] for row in range(ROWS) for column in range(COLUMNS)]
@@ -188,21 +189,21 @@ def draw_answers(records: list[dict], path: Path) -> None:
         axes = figure.add_subplot(cell)
         axes.imshow(show(record))
         axes.set(xticks=[], yticks=[])
-        question = re.sub(r"<image>|<video>", "", record["question"]).strip()
+        question = record["question"].split("\n")[-1]  # before it stand the marks of the images
         mark, colour = ("\u2713", "#1a7f37") if record["right"] else ("\u2717", "#c62828")
         axes.set_title(question, fontproperties=font, fontsize=15)
         length = WIDE_LINE if record["kind"] in WIDE_KINDS else LINE
         answer, given = (break_lines(record[key], length) for key in ("answer", "given"))
-        axes.set_xlabel(answer, fontproperties=font, fontsize=14)
+        axes.set_xlabel(answer, fontproperties=font, fontsize=13)
         beside = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour}
         axes.annotate(
             given,
             (0.5, 0),
-            (0, -24 - 19 * answer.count("\n")),
+            (0, -23 - 18 * answer.count("\n")),
             **beside,
             ha="center",
             va="top",
-            fontsize=14,
+            fontsize=13,
             fontproperties=font,
         )
         axes.annotate(mark, (1, 0.5), (4, 0), **beside, va="center", fontsize=26)

@@ -1,7 +1,9 @@
 """The two languages of the demo world: its words, and the patterns of its questions and answers.
 
 An answer about one of several things names it again ("the star is red", not "it is red"): as in a
-description, the words right before the answer then say which thing to look at.
+description, the words right before the answer then say which thing to look at. Whether there is a green cross
+is answered by what there is of green ("The green one is a circle. A green cross? No."): a bare verdict, one
+bit per answer, teaches nothing (measured: it stays at chance).
 """
 
 import re
@@ -29,15 +31,16 @@ class Language:
     words: dict[str, str]
     numbers: tuple[str, ...]  # one, two, three
     questions: dict[str, tuple[str, ...]]  # kind -> wordings that all ask for the same answer
-    answers: dict[str, str]  # kind -> the one right answer
-    yes: str
+    # Kind -> the one right answer; about presence it tells of one thing, of more, joined, or of none.
+    answers: dict[str, str]
+    yes: str  # how an answer about presence ends
     no: str
     thing: str  # one of the things of a description
     list: str  # a description; {things} are joined by `joint`, the first begun by `begin`
     begin: str
     joint: str
     object: str  # one of the two objects in the answer about two images
-    numbered: str  # a third way to place two images, besides before and behind the question
+    numbered: str  # another way to place two images than one after the other
 
 
 CHINESE = Language(
@@ -99,14 +102,17 @@ CHINESE = Language(
         "colour_of": "{asked_shape}是{colour}。",
         "shape_of": "{asked_colour}图形|是{shape}。",
         "where": "{asked_colour}{asked_shape}在{position}。",
-        "presence": "{colour}{shape}？|{verdict}",
+        "presence": "{colour}图形|是{shapes}。",
+        "presence_of_more": "{colour}图形|是{shapes}。",
+        "presence_joint": "和",
+        "absence": "没有|{colour}图形。",
         "left_of": "{asked_shape}的|左边|是{colour}{shape}。",
         TWO_IMAGES: "图一|是{first}，图二|是{second}。",
         MOVEMENT: "它|从{start}去了{end}。",
         COLOUR_CHANGE: "它|从{start}变成{end}。",
     },
-    yes="有。",
-    no="没有。",
+    yes="{colour}{shape}？|有。",
+    no="{colour}{shape}？|没有。",
     thing="{position}有一个{size}{colour}{shape}",
     list="{things}。",
     begin="图片",
@@ -169,14 +175,17 @@ ENGLISH = Language(
         "colour_of": "The{asked_shape} is{colour}.",
         "shape_of": "The{asked_colour} one is a{shape}.",
         "where": "The{asked_colour}{asked_shape} is{position}.",
-        "presence": "A{colour}{shape}?{verdict}",
+        "presence": "The{colour} one is a{shapes}.",
+        "presence_of_more": "The{colour} ones are a{shapes}.",
+        "presence_joint": " and a",
+        "absence": "Nothing is{colour}.",
         "left_of": "Left of the{asked_shape} is a{colour}{shape}.",
         TWO_IMAGES: "Picture one is{first}, picture two is{second}.",
         MOVEMENT: "It goes from{start} to{end}.",
         COLOUR_CHANGE: "It turns from{start} to{end}.",
     },
-    yes=" Yes.",
-    no=" No.",
+    yes=" A{colour}{shape}? Yes.",
+    no=" A{colour}{shape}? No.",
     thing="{size}{colour}{shape}{position}",
     list="{things}.",
     begin="A",
