@@ -391,12 +391,13 @@ def right_answers(kind: str, question: str, scene: Scene, language: Language) ->
             fill(language.answers[pattern], **words) + fill(language.yes if meant else language.no, **asked)
         }
     if kind == "left_of":
-        (right,) = meant
         meant = [
-            other for other in scene.things if POSITIONS[other.position][0] < POSITIONS[right.position][0]
+            other
+            for thing in meant
+            for other in scene.things
+            if POSITIONS[other.position][0] < POSITIONS[thing.position][0]
         ]
     fields = {
-        "asked_position": language.words[right.position] if kind == "left_of" else "",
         "number": language.numbers[len(scene.things) - 1],
         "asked_colour": "".join(language.words[name] for name in colours),
         "asked_shape": "".join(language.words[name] for name in shapes),

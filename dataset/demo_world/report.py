@@ -20,7 +20,7 @@ from dataset.demo_world.colours import COLOURS
 from dataset.demo_world.sentences import spoken
 from dataset.demo_world.things import SHAPES, SIDE
 from dataset.demo_world.videos import SECONDS
-from dataset.demo_world.wording import CHINESE, COLOUR_CHANGE, ENGLISH, LANGUAGES, MOVEMENT, TWO_IMAGES
+from dataset.demo_world.wording import CHINESE, COLOUR_CHANGE, ENGLISH, LANGUAGES, MOVEMENT, TWO_IMAGES, fill
 from model.data.video import read_frames
 from model.images import open_image
 from trainer.script import Parser, clean_exit
@@ -48,7 +48,8 @@ SHEET_KINDS = (  # of single images, in the order of the sheet
 )
 LINE, WIDE_LINE = 21, 40  # Chinese characters of an answer that stand in a line; twice as many Latin ones
 WIDE_KINDS = (f"{TWO_IMAGES}_zh", f"{TWO_IMAGES}_en", MOVEMENT, COLOUR_CHANGE)
-YES = ("？有。", "? Yes.")  # how an answer ends that says yes
+# How an answer about presence ends that says yes.
+YES = tuple(fill(language.yes.rpartition("}")[2]) for language in LANGUAGES.values())
 COLUMNS, ROWS = 4, len(SHEET_KINDS) // 4  # of single images; below them two videos or pairs in a row
 WIDE_ROWS = len(WIDE_KINDS) // 2
 

@@ -25,17 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from dataset.demo_world import paint
 from dataset.demo_world.colours import COLOURS, MIN_CONTRAST, Rgb, named_rgbs, to_rgb, unnamed_rgbs
-from dataset.demo_world.paint import (
-    SMOOTH,
-    choose_edges,
-    draw_blur,
-    draw_format,
-    draw_noise,
-    draw_papers,
-    draw_slopes,
-    draw_smoothness,
-)
 from dataset.demo_world.recipe import Preset
 from dataset.demo_world.things import GAP, POSITIONS, SHAPES, SIDE, Form, Thing, cover, make_form
 
@@ -49,8 +40,8 @@ SEVERAL_TESTS = 1.5  # times as many test images of several things: 200 of two, 
 
 PNG_SHARE = 0.3
 JPEG_QUALITY = (75, 96)
-# Of the mean of R, G and B, between a thing and its paper: where only the hue differs, eyes find no outline
-# either, those of the encoder least of all, though it trains on such pictures as well.
+# Of the mean of R, G and B, between a thing and its paper. Where little but the hue differs, outlines are
+# hard to see; the encoder, whose filters are of brightness above all, trains on such images, mistaking many.
 MIN_BRIGHTNESS_CONTRAST = 25
 TRIES = 60  # for a place without overlap, or a colour that stands out, before another scene is begun
 
@@ -71,7 +62,7 @@ class Scene:
     paper: Paper
     width: int = SIDE
     height: int = SIDE
-    smooth: int = SMOOTH
+    smooth: int = paint.SMOOTH
     blur: float = 0.0
     noise: float = 0.0
     seed: int = 0  # of the noise
@@ -200,7 +191,7 @@ def make_scene(kinds: Sequence[Kind], rng: np.random.Generator) -> Scene:
 
 def try_scene(kinds: Sequence[Kind], rng: np.random.Generator) -> Scene | None:
     """A scene of these kinds of things; None where they found no room, or no colour that stands out."""
-    paper, size = make_paper(rng), draw_format(rng)
+    paper, size = make_paper(rng), paint.draw_format(rng)
     things: list[Thing] = []
     for kind in sorted(kinds, key=lambda kind: list(POSITIONS).index(kind[2])):
         thing = place(kind, things, paper, size, rng)
@@ -212,17 +203,17 @@ def try_scene(kinds: Sequence[Kind], rng: np.random.Generator) -> Scene | None:
         paper=paper,
         width=size[0],
         height=size[1],
-        smooth=draw_smoothness(rng),
-        blur=draw_blur(rng),
-        noise=float(draw_noise(1, rng)[0]),
+        smooth=paint.draw_smoothness(rng),
+        blur=paint.draw_blur(rng),
+        noise=float(paint.draw_noise(1, rng)[0]),
         seed=int(rng.integers(2**32)),
         quality=None if rng.random() < PNG_SHARE else int(rng.integers(*JPEG_QUALITY)),
     )
 
 
 def make_paper(rng: np.random.Generator) -> Paper:
-    right, down = draw_slopes(1, rng)[0]
-    return Paper(to_rgb(draw_papers(1, rng)[0]), (float(right), float(down)))
+    right, down = paint.draw_slopes(1, rng)[0]
+    return Paper(to_rgb(paint.draw_papers(1, rng)[0]), (float(right), float(down)))
 
 
 def place(
@@ -236,7 +227,7 @@ def place(
     for _ in range(TRIES):
         form = make_form(shape, position, kind[3], rng)
         if has_room(form, others, size):
-            edge = to_rgb(choose_edges(np.array(rgb), rng))
+            edge = to_rgb(paint.choose_edges(np.array(rgb), rng))
             return Thing(colour, shape, kind[3], position, rgb, edge=edge, **vars(form))
     return None
 
