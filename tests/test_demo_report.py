@@ -1,6 +1,12 @@
 """What the demo's report makes of answers."""
 
-from dataset.demo_world.report import break_lines, choose_records, count_yes, were_never_shown
+from dataset.demo_world.report import (
+    break_lines,
+    choose_records,
+    choose_wrong,
+    count_yes,
+    were_never_shown,
+)
 
 
 def record(kind: str, given: str, **more) -> dict:
@@ -34,3 +40,18 @@ def test_the_sheet_shows_what_was_never_shown_each_image_once():
     chosen = choose_records([one for one in records if were_never_shown(one)], with_chinese=True)
     assert {one["split"] for one in chosen} == {"several_unseen"} and len(chosen) >= 3
     assert len({one["image"][0] for one in chosen}) == len(chosen)
+
+
+def test_the_sheet_shows_wrong_answers_if_there_are_any():
+    """One of a kind, no image twice, and none that stands above already."""
+    records = [
+        record(kind, "x", image=[f"{number}.jpg"], question="什么？", answer="y", right=number % 2 == 0)
+        for kind in ("description", "count", "where", "shape", "colour", "presence")
+        for number in range(6)
+    ]
+    above = [records[1]]
+    wrong = choose_wrong(records, True, above)
+    assert not any(one["right"] for one in wrong) and "1.jpg" not in [one["image"][0] for one in wrong]
+    assert len({one["kind"] for one in wrong}) == len({one["image"][0] for one in wrong}) == len(wrong) == 2
+    assert choose_wrong(records, False, above) == []  # no font for their words
+    assert choose_wrong([one | {"right": True} for one in records], True, []) == []

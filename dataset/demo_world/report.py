@@ -52,6 +52,8 @@ WIDE_KINDS = (f"{TWO_IMAGES}_zh", f"{TWO_IMAGES}_en", MOVEMENT, COLOUR_CHANGE)
 YES = tuple(fill(language.yes.rpartition("}")[2]) for language in LANGUAGES.values())
 COLUMNS, ROWS = 4, len(SHEET_KINDS) // 4  # of single images; below them two videos or pairs in a row
 WIDE_ROWS = len(WIDE_KINDS) // 2
+SEEN_TITLE = "Images of combinations that were never shown or named in training"
+WRONG_TITLE = "What it still gets wrong, one of a kind"
 
 
 def read_records(out: Path) -> list[dict]:
@@ -119,16 +121,30 @@ def choose_records(records: list[dict], with_chinese: bool) -> list[dict]:
     wanted += [(kind, n % 2 == 1) for n, kind in enumerate(WIDE_KINDS)]
     chosen: list[dict] = []
     for kind, english in wanted:
-        shown = [what_is_seen(record) for record in chosen]
         fresh = [
             record
-            for record in records
-            if record["kind"] == kind
-            and record["question"].isascii() == (english or not with_chinese)
-            and what_is_seen(record) not in shown
+            for record in not_shown(records, chosen)
+            if record["kind"] == kind and record["question"].isascii() == (english or not with_chinese)
         ]
         chosen += fresh[:1]
     return chosen
+
+
+def choose_wrong(records: list[dict], with_chinese: bool, chosen: list[dict]) -> list[dict]:
+    """Of the kinds about one image the first wrong answers, one of a kind and as many as fill a row; none
+    where everything is right."""
+    wrong: dict[str, dict] = {}
+    for record in not_shown(records, chosen):
+        seen = what_is_seen(record) in map(what_is_seen, wrong.values())
+        readable = with_chinese or record["question"].isascii()
+        if record["kind"] in SHEET_KINDS and not record["right"] and readable and not seen:
+            wrong.setdefault(record["kind"], record)
+    return list(wrong.values())[:COLUMNS]
+
+
+def not_shown(records: list[dict], chosen: list[dict]) -> list[dict]:
+    shown = [what_is_seen(record) for record in chosen]
+    return [record for record in records if what_is_seen(record) not in shown]
 
 
 def what_is_seen(record: dict) -> list[str]:
@@ -156,59 +172,62 @@ def break_lines(text: str, length: int = LINE) -> str:
 
 
 def draw_answers(records: list[dict], path: Path) -> None:
-    """A sheet of images never seen, each with its question, the right answer and the model's."""
+    """A sheet of images never seen, each with its question, the right answer and the model's; in the last
+    row some that it got wrong, if there are any."""
     font = chinese_font()
-    figure = Figure(figsize=(4 * COLUMNS, 5.6 * ROWS + 3.2 * WIDE_ROWS))
+    chosen = choose_records(records, font is not None)
+    wrong = choose_wrong(records, font is not None, chosen)
+    heights = [5.6] * ROWS + [3.2] * WIDE_ROWS + [6.2] * bool(wrong)  # inches, words included
+    figure = Figure(figsize=(4 * COLUMNS, sum(heights)))
+    above, below = 1 - 1.7 / sum(heights), 1 / sum(heights)
     grid = figure.add_gridspec(
-        ROWS + WIDE_ROWS,
+        len(heights),
         COLUMNS,
-        height_ratios=[5] * ROWS + [2.7] * WIDE_ROWS,
+        height_ratios=[height - 0.55 for height in heights],
         left=0.02,
         right=0.98,
-        top=0.93,
-        bottom=0.04,
+        top=above,
+        bottom=below,
         hspace=0.75,
         wspace=0.14,
     )
     cells = [grid[row, column] for row in range(ROWS) for column in range(COLUMNS)]
     cells += [grid[ROWS + row, start : start + 2] for row in range(WIDE_ROWS) for start in (0, 2)]
-    figure.text(
-        0.5,
-        0.973,
-        "Images of combinations that were never shown or named in training",
-        ha="center",
-        fontsize=20,
-    )
-    figure.text(
-        0.5,
-        0.957,
-        "above: the question; below: the right answer, and in colour the model's",
-        ha="center",
-        fontsize=14,
-    )
-    for cell, record in zip(cells, choose_records(records, font is not None), strict=False):
-        axes = figure.add_subplot(cell)
-        axes.imshow(show(record))
-        axes.set(xticks=[], yticks=[])
-        question = record["question"].split("\n")[-1]  # before it stand the marks of the images
-        mark, colour = ("\u2713", "#1a7f37") if record["right"] else ("\u2717", "#c62828")
-        axes.set_title(question, fontproperties=font, fontsize=15)
-        length = WIDE_LINE if record["kind"] in WIDE_KINDS else LINE
-        answer, given = (break_lines(record[key], length) for key in ("answer", "given"))
-        axes.set_xlabel(answer, fontproperties=font, fontsize=13)
-        beside = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour}
-        axes.annotate(
-            given,
-            (0.5, 0),
-            (0, -23 - 18 * answer.count("\n")),
-            **beside,
-            ha="center",
-            va="top",
-            fontsize=13,
-            fontproperties=font,
-        )
-        axes.annotate(mark, (1, 0.5), (4, 0), **beside, va="center", fontsize=26)
+    figure.text(0.5, above + 1.0 / sum(heights), SEEN_TITLE, ha="center", fontsize=20)
+    explained = "above: the question; below: the right answer, and in colour the model's"
+    figure.text(0.5, above + 0.65 / sum(heights), explained, ha="center", fontsize=14)
+    for cell, record in zip(cells, chosen, strict=False):
+        draw_answer(figure.add_subplot(cell), record, font)
+    for column, record in enumerate(wrong):
+        axes = figure.add_subplot(grid[len(heights) - 1, column])
+        draw_answer(axes, record, font)
+        if not column:
+            place = axes.get_position()
+            figure.text(0.5, place.y1 + 0.85 / sum(heights), WRONG_TITLE, ha="center", fontsize=20)
     figure.savefig(path, dpi=72)
+
+
+def draw_answer(axes, record: dict, font: font_manager.FontProperties | None) -> None:
+    axes.imshow(show(record))
+    axes.set(xticks=[], yticks=[])
+    question = record["question"].split("\n")[-1]  # before it stand the marks of the images
+    mark, colour = ("\u2713", "#1a7f37") if record["right"] else ("\u2717", "#c62828")
+    axes.set_title(question, fontproperties=font, fontsize=15)
+    length = WIDE_LINE if record["kind"] in WIDE_KINDS else LINE
+    answer, given = (break_lines(record[key], length) for key in ("answer", "given"))
+    axes.set_xlabel(answer, fontproperties=font, fontsize=13)
+    beside = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour}
+    axes.annotate(
+        given,
+        (0.5, 0),
+        (0, -23 - 18 * answer.count("\n")),
+        **beside,
+        ha="center",
+        va="top",
+        fontsize=13,
+        fontproperties=font,
+    )
+    axes.annotate(mark, (1, 0.5), (4, 0), **beside, va="center", fontsize=26)
 
 
 def closing_text(world: Path, out: Path, scores: dict, seconds: dict) -> str:
