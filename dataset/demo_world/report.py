@@ -8,6 +8,7 @@ writes   OUT/report.json, OUT/answers.png
 import json
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pandas
@@ -17,12 +18,14 @@ from PIL import Image
 
 from dataset.demo_world.build import read_json, write_json
 from dataset.demo_world.colours import COLOURS
+from dataset.demo_world.promises import VIDEOS, below, promises_of, score_rows
 from dataset.demo_world.sentences import spoken
 from dataset.demo_world.things import SHAPES, SIDE
 from dataset.demo_world.videos import SECONDS
 from dataset.demo_world.wording import CHINESE, COLOUR_CHANGE, ENGLISH, LANGUAGES, MOVEMENT, TWO_IMAGES, fill
 from model.data.video import read_frames
 from model.images import open_image
+from trainer.intervals import wilson
 from trainer.script import Parser, clean_exit
 
 STAGES = ("world", "pretrain", "sft", "multi", "evaluation", "evaluation_multi")
@@ -81,7 +84,7 @@ def gather_scores(out: Path, records: list[dict]) -> dict:
     pairs = [record for record in records if record["split"] == "multi_unseen"]
     return read_json(out / "scores.json") | {
         TWO_IMAGES: two | {"colour": score_words(pairs, COLOURS), "shape": score_words(pairs, SHAPES)},
-        "videos": multi["videos_unseen"],
+        VIDEOS: multi["videos_unseen"],
         "said_yes": count_yes(records),
     }
 
@@ -230,18 +233,70 @@ def draw_answer(axes, record: dict, font: font_manager.FontProperties | None) ->
     axes.annotate(mark, (1, 0.5), (4, 0), **beside, va="center", fontsize=26)
 
 
-def closing_text(world: Path, out: Path, scores: dict, seconds: dict) -> str:
-    splits = {split: kinds for split, kinds in scores.items() if split != "said_yes"}
-    rows = {(split, kind): values for split, kinds in splits.items() for kind, values in kinds.items()}
+def closing_table(scores: dict, records: list[dict], promises: dict | None) -> str:
+    """A row for every kind: what the model and the controls get right, of how many questions, the 95 %
+    interval of the first, and what is promised."""
+    lowest = promises["lowest"] if promises else {}
+    numbers = count_questions(records)
+    rows = {}
+    for split, kind, values in score_rows(scores):
+        number, score = numbers[split, kind], values["real"]
+        low, high = wilson(round(score * number), number)
+        promised = lowest.get(split, {}).get(kind)
+        rows[split, kind] = {
+            "real": f"{score:.2f}",
+            "95 %": f"{low:.2f}-{high:.2f}",
+            "promised": "" if promised is None else f"{promised:.2f}" + " !" * (score < promised),
+            "of": str(number),
+            **{name: f"{value:.2f}" for name, value in values.items() if name != "real"},
+        }
+    return pandas.DataFrame.from_dict(rows, orient="index").fillna("").to_string()
+
+
+def count_questions(records: list[dict]) -> dict[tuple[str, str], int]:
+    """(split, kind) as in the report -> how many questions are behind a figure."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        if record["control"] != "real":
+            continue
+        split, kind = record["split"], record["kind"]
+        if split == "multi_unseen":
+            counts[TWO_IMAGES, kind.removeprefix(f"{TWO_IMAGES}_")] += 1
+            counts.update((TWO_IMAGES, name) for name in ("colour", "shape"))
+        else:
+            counts[VIDEOS if split == "videos_unseen" else split, kind] += 1
+    return counts
+
+
+def verdict(scores: dict, promises: dict | None) -> str:
+    """One sentence: whether this run is as good as README.md says."""
+    if not promises:
+        return "Of this kind of world README.md promises nothing."
+    failed = below(scores, promises)
+    runs = promises["runs"]
+    if not failed:
+        return f'No figure is lower than promised: the worst of {runs} runs (README.md, "The demo world").'
+    named = ", ".join(
+        f"{split} {kind} {score:.3f} ({promised:.3f})" for split, kind, score, promised in failed
+    )
+    return (
+        f"LOWER than the worst of the {runs} runs that README.md promises: {named}. Another processor takes\n"
+        "other bits; where it is by more than the interval, something is wrong: please report it."
+    )
+
+
+def closing_text(
+    world: Path, out: Path, scores: dict, records: list[dict], promises: dict | None, seconds: dict
+) -> str:
     yes = ", ".join(f"{split}: {said['real']:.2f} said yes" for split, said in scores["said_yes"].items())
-    table = pandas.DataFrame.from_dict(rows, orient="index")
-    table = table.to_string(float_format="{:.2f}".format, na_rep="")
     return f"""
 What was learnt (share of answers that are right to the letter; blank and shuffled: the model was shown \
 nothing, or
-another image, so these columns say what guessing gives):
+another image, so these columns say what guessing gives; 95 %: the interval of so many questions):
 
-{table}
+{closing_table(scores, records, promises)}
+
+{verdict(scores, promises)}
 
 known: new images of combinations seen in training; unseen: colour + shape + position never seen together;
 unseen_pairs: colour + shape never seen together; several_unseen: things never seen side by side.
@@ -272,14 +327,13 @@ def main(argv: list[str] | None = None) -> None:
     scores = gather_scores(args.out, records)
     marks = {name: args.out / f".{name}.seconds" for name in STAGES}
     seconds = {name: float(mark.read_text()) for name, mark in marks.items() if mark.is_file()}
-    details = {
-        f"world/{part}": value
-        for part, value in read_json(args.world / "world.json").get("seconds", {}).items()
-    }
+    made = read_json(args.world / "world.json")
+    details = {f"world/{part}": value for part, value in made.get("seconds", {}).items()}
+    promises = promises_of(made.get("identity", {}))
     write_json(args.out / "report.json", scores | {"seconds": {**seconds, **details}})
     seen = [record for record in records if record["control"] == "real" and were_never_shown(record)]
     draw_answers(seen, args.out / "answers.png")
-    print(closing_text(args.world, args.out, scores, seconds))
+    print(closing_text(args.world, args.out, scores, records, promises, seconds))
 
 
 if __name__ == "__main__":
