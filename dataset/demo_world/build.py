@@ -34,7 +34,7 @@ from trainer.loop import train
 from trainer.script import quote_word
 from trainer.stage import LoadedStage
 
-WORLD_VERSION = 5  # raised when a change of the recipe makes existing worlds outdated
+WORLD_VERSION = 6  # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
 # (The last stage does without, see write_recipes.)

@@ -14,6 +14,7 @@ from dataset.demo_world.things import Thing
 
 ATTRIBUTES = ("colour", "shape", "position", "size")
 DESCRIPTION = "description"
+SEVERAL = "description_of_more"  # how many there are is said first: none is then told twice or left out
 # About an image of one thing, which the question need not name; then about any image.
 SINGLE_KINDS = (*ATTRIBUTES, DESCRIPTION)
 SEVERAL_KINDS = ("count", "colour_of", "shape_of", "where", "presence", "left_of", DESCRIPTION)
@@ -36,7 +37,7 @@ class Language:
     yes: str  # how an answer about presence ends
     no: str
     thing: str  # one of the things of a description
-    list: str  # a description; {things} are joined by `joint`, the first begun by `begin`
+    list: str  # a description of one, begun by `begin`
     begin: str
     joint: str
     object: str  # one of the two objects in the answer about two images
@@ -99,6 +100,7 @@ CHINESE = Language(
         "position": "它|在{position}。",
         "size": "它|是{size}。",
         "count": "有{number}|图形。",
+        SEVERAL: "有{number}|图形：{things}。",
         "colour_of": "{asked_shape}是{colour}。",
         "shape_of": "{asked_colour}图形|是{shape}。",
         "where": "{asked_colour}{asked_shape}在{position}。",
@@ -172,6 +174,7 @@ ENGLISH = Language(
         "position": "It is{position}.",
         "size": "It is{size}.",
         "count": "There are{number}.",
+        SEVERAL: "There are{number}: a{things}.",
         "colour_of": "The{asked_shape} is{colour}.",
         "shape_of": "The{asked_colour} one is a{shape}.",
         "where": "The{asked_colour}{asked_shape} is{position}.",
@@ -210,4 +213,7 @@ def name_attributes(thing: Thing, language: Language) -> dict[str, str]:
 def describe(scene: Scene, language: Language) -> str:
     """All things of a scene in one sentence, in reading order."""
     things = [fill(language.thing, **name_attributes(thing, language)) for thing in scene.things]
-    return fill(language.list, things=language.begin + language.joint.join(things))
+    if len(things) == 1:
+        return fill(language.list, things=language.begin + things[0])
+    number = language.numbers[len(things) - 1]
+    return fill(language.answers[SEVERAL], number=number, things=language.joint.join(things))
