@@ -64,6 +64,8 @@ def check_inputs(args: argparse.Namespace, stage: Stage) -> None:
     check_clip_folder(Path(args.clip_path or CLIP_PATH))
     for path in filter(None, (args.data_path, args.val_data_path)):
         check_data_file(Path(path))
+    if args.sample_questions and not Path(args.sample_questions).is_file():
+        raise FileNotFoundError(f"--sample_questions: there is no file {args.sample_questions}")
     check_image_dir(Path(args.image_dir))
     read_about(args.about)
 
