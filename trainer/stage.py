@@ -85,6 +85,12 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     run.check_agreement(comparable(run, args))
     weights_out = weights_path(args.out_dir, make_config(args), stage.weights_out)
     run.hold(claim_outputs(weights_out))
+    return load_parts(run, args, stage, weights_path(args.out_dir, make_config(args), stage.weights_in))
+
+
+def load_parts(run: Run, args: argparse.Namespace, stage: Stage, source: Path) -> LoadedStage:
+    """Tokenizer, CLIP, data, and the model with the weights in `source`, which are those of stage.weights_in.
+    Raises as load_stage()."""
     torch.manual_seed(args.seed)
     tokenizer_path, clip_path = args.tokenizer_path or TOKENIZER_PATH, args.clip_path or CLIP_PATH
     tokenizer = load_tokenizer(tokenizer_path)
@@ -93,7 +99,6 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     config = make_config(
         args, len(tokenizer), vision_model.config.hidden_size, num_image_tokens(vision_model)
     )
-    source = weights_path(args.out_dir, config, stage.weights_in)
     check_fit(config, tokenizer, vision_model, source, clip_path)
     inputs = compare_inputs(source, tokenizer, vision_model, image_processor, args.allow_other_inputs)
     model, report = load_model(config, source, stage.weights_in)
@@ -114,7 +119,7 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
         model,
         vision_model,
         datasets[0],
-        weights_out,
+        weights_path(args.out_dir, config, stage.weights_out),
         {
             "stage": stage.weights_out,
             "tokenizer_path": str(tokenizer_path),

@@ -64,23 +64,10 @@ class Validation:
         return list(dict.fromkeys([*places, *others]))
 
     def measure(self, trainer) -> dict:
-        """The losses, the same on every rank; {} without validation rows.
-
-        val_loss          of all rows, as they are
-        val_loss_real     of those that show images; and of the same rows
-        val_loss_blank    with blank images
-        val_loss_another  with another row's images; without the rows that no other could stand in for
-        visual_gain       blank - real
-        """
+        """mean_losses() of all rows, the same on every rank; {} without validation rows."""
         if not self.rows:
             return {}
-        sums = self.run.sum(sum_up(self.row_losses(trainer)))
-        values = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-        names = ("val_loss", "val_loss_real", "val_loss_blank", "val_loss_another")
-        counted = (1, *sums[1:, 1].tolist())
-        self.last = {name: value for name, value, n in zip(names, values, counted, strict=True) if n}
-        if "val_loss_blank" in self.last:
-            self.last["visual_gain"] = self.last["val_loss_blank"] - self.last["val_loss_real"]
+        self.last = mean_losses(self.run.sum(sum_up(self.row_losses(trainer))))
         return self.last
 
     def row_losses(self, trainer, progress: str = "") -> list[RowLoss]:
@@ -135,15 +122,7 @@ class Validation:
         ]
 
     def summary(self) -> str:
-        """What the last measurement says; "" if it says nothing about images."""
-        if "visual_gain" not in self.last:
-            return ""
-        real, blank = self.last["val_loss_real"], self.last["val_loss_blank"]
-        another = self.last.get("val_loss_another")
-        return (
-            f"the image is worth {blank - real:.2f} nats per token: real {real:.2f}, blank {blank:.2f}, "
-            + (f"another's {another:.2f}" if another is not None else "no other row shows another")
-        )
+        return describe_worth(self.last)
 
 
 def collate_places(samples: list[dict | BadSample]) -> dict:
@@ -174,3 +153,35 @@ def sum_up(rows: list[RowLoss]) -> Tensor:
             if loss is not None:
                 line[0], line[1] = line[0] + loss, line[1] + row.num_targets
     return torch.tensor(sums, dtype=torch.float64)
+
+
+def mean_losses(sums: Tensor) -> dict[str, float]:
+    """What sum_up() adds up, per target.
+
+    val_loss          of all rows, as they are; those without an image count here alone
+    val_loss_real     of those that show images; and of the same rows
+    val_loss_blank    with blank images
+    val_loss_another  with another row's images; without the rows that no other could stand in for
+    visual_gain       blank - real
+    """
+    names = ("val_loss", "val_loss_real", "val_loss_blank", "val_loss_another")
+    losses = {
+        name: loss / max(1, n)
+        for name, (loss, n) in zip(names, sums.tolist(), strict=True)
+        if n or name == "val_loss"
+    }
+    if "val_loss_blank" in losses:
+        losses["visual_gain"] = losses["val_loss_blank"] - losses["val_loss_real"]
+    return losses
+
+
+def describe_worth(losses: dict[str, float]) -> str:
+    """What they say of the images, in words; "" if no row shows one."""
+    if "visual_gain" not in losses:
+        return ""
+    another = losses.get("val_loss_another")
+    return (
+        f"the image is worth {losses['visual_gain']:.2f} nats per token: real {losses['val_loss_real']:.2f}, "
+        f"blank {losses['val_loss_blank']:.2f}, "
+        + ("no other row to compare with" if another is None else f"another's {another:.2f}")
+    )
