@@ -22,6 +22,7 @@ CURVES = (
 )
 
 
+SEES = 0.05  # nats per token
 MOST_COLUMNS = 9  # steps on a sheet of answers
 PAPER, LINES, INK, PALE = "#ffffff", "#d9dde3", "#1f2328", "#6b7280"
 RIGHT, WRONG = ("#e3f4e6", "#14642b"), ("#fbeceb", "#a3261f")  # paper and ink of an answer
@@ -40,12 +41,27 @@ def draw_loss_curve(records: Sequence[dict], title: str, path: Path) -> None:
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, markersize=4, **style)
+    if (step := first_seeing(records)) is not None:
+        axes.axvline(step, color=GREY, linewidth=0.8, alpha=0.6, zorder=0)
+        axes.annotate(f" sees from step {step}", (step, 0.02), xycoords=("data", "axes fraction"), color=INK)
     axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def first_seeing(records: Sequence[dict]) -> int | None:
+    """The first step from which on another row's images were always worse than a row's own, by SEES or more;
+    None if none was."""
+    measured = [record for record in records if record.get("val_loss_another") is not None]
+    first = None
+    for record in reversed(measured):
+        if record["val_loss_another"] - record["val_loss_real"] < SEES:
+            break
+        first = record["step"]
+    return first
 
 
 def chinese_font():
