@@ -150,7 +150,7 @@ def test_one_row_alone_has_no_other_and_the_words_say_so(workplace, trainer, ren
     assert describe_worth(losses) == expected
 
 
-@pytest.mark.parametrize("flags", [[], ["--num_workers=1"], ["--feature_cache={}/features"]])
+@pytest.mark.parametrize("flags", [["--num_workers=1"], ["--feature_cache={}/features"]])
 def test_two_processes_measure_what_one_does(workplace, flags):
     """Rows share images here (six for all), and the first measurement is before the first step."""
     flags = [flag.format(workplace) for flag in flags]
@@ -199,7 +199,9 @@ def test_the_rule_is_at_work_and_can_be_turned_off(workplace, monkeypatch, capsy
     monkeypatch.setattr("trainer.batches.LARGE", 24)
     monkeypatch.setattr("trainer.batches.NUM_VALIDATED", 4)
     run_inside(SCRIPT, f"@{workplace}/args", "--epochs=1")
-    assert "20 samples, 4 per step" in capsys.readouterr().out and len(measured(workplace)) == 2
+    output = capsys.readouterr().out
+    assert "4 of 24 rows are kept out of training" in output and "20 samples, 4 per step" in output
+    assert len(measured(workplace)) == 2
     run_inside(SCRIPT, f"@{workplace}/args", "--epochs=1", "--val_fraction=0")
     assert "24 samples, 4 per step" in capsys.readouterr().out and not measured(workplace)
 

@@ -137,6 +137,18 @@ def test_what_cannot_be_asked_is_refused(workplace, capsys, flags, message):
     assert not (workplace / "out" / "32_vlm_pretrain.pth").exists()
 
 
+def test_wandb_has_the_answers_and_the_sheet(workplace, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_inside(
+        SCRIPT, f"@{workplace}/args", "--val_fraction=0.5", "--samples=2", "--max_steps=2", "--use_wandb"
+    )
+    media = next((workplace / "out" / "wandb").glob("offline-run-*")) / "files" / "media"
+    assert len(list(media.glob("table/samples_*.json"))) == 2 and list(
+        media.glob("images/samples_sheet_*.png")
+    )
+    assert "records no more" not in capsys.readouterr().out
+
+
 def test_answers_that_fail_cost_one_line_and_not_the_run(workplace, monkeypatch, capsys):
     monkeypatch.setattr(SampleAnswers, "answer", lambda *_: 1 / 0)
     run_inside(SCRIPT, f"@{workplace}/args", "--val_fraction=0.5", "--samples=2", "--max_steps=2")

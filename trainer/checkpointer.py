@@ -148,6 +148,7 @@ class Checkpointer:
         worth = self.validation.summary()
         sheet = f", answers {self.answers.sheet.name}" if self.answers.samples else ""
         return (
-            f"{worth}{worth and chr(10)}saved {self.files.path} after {self.step} steps{self.meter.summary()}"
+            (f"{worth}\n" if worth else "")
+            + f"saved {self.files.path} after {self.step} steps{self.meter.summary()}"
             f"{self.trainer.summary()}; metrics {self.log.path.name}, curve {self.log.curve.name}{sheet}"
         )

@@ -264,7 +264,8 @@ class Check:
         """The plan, in the run's own words, and what becomes of the files in --out_dir."""
         args, model = self.args, self.model
         choose_trained(model, args.train)
-        settle_val_fraction(args, len(self.dataset or ()))
+        if note := settle_val_fraction(args, len(self.dataset or ())):
+            report("data", note)
         sets = self.dataset and self.attempt(
             split_off, self.dataset, self.val_dataset, args.val_fraction, args.seed
         )

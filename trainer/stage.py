@@ -236,7 +236,8 @@ def make_plan(run: Run, args: argparse.Namespace, stage: LoadedStage) -> Plan:
             run.print(f"indexed {data.rows.path}: {len(data)} rows in {data.rows.index_seconds:.1f} s (once)")
         if args.on_bad_sample == "stop":
             data.check_rows()
-    settle_val_fraction(args, len(stage.dataset))
+    if note := settle_val_fraction(args, len(stage.dataset)):
+        run.print(note)
     train_set, val_set = split_off(stage.dataset, stage.val_dataset, args.val_fraction, args.seed)
     choose_trained(stage.model, args.train)
     memory = plan_memory(run, args, stage.model, stage.vision_model, train_set)
@@ -249,10 +250,18 @@ def make_plan(run: Run, args: argparse.Namespace, stage: LoadedStage) -> Plan:
     return Plan(run, args, stage, train_set, val_set, batches, memory, settings)
 
 
-def settle_val_fraction(args: argparse.Namespace, num_rows: int) -> None:
-    """Put the share of the rows that is kept for validation in the place of a flag that was not given."""
-    if args.val_fraction is None:
-        args.val_fraction = 0.0 if args.val_data_path else automatic_share(num_rows, args.max_steps)
+def settle_val_fraction(args: argparse.Namespace, num_rows: int) -> str:
+    """Put the share of the rows that is kept for validation in the place of a flag that was not given.
+    Returns what a person should know of it."""
+    if args.val_fraction is not None:
+        return ""
+    args.val_fraction = 0.0 if args.val_data_path else automatic_share(num_rows, args.max_steps)
+    if not args.val_fraction:
+        return ""
+    return (
+        f"{round(args.val_fraction * num_rows)} of {num_rows} rows are kept out of training for the "
+        "validation loss: --val_fraction 0 trains on them, too"
+    )
 
 
 def make_batches(run: Run, args: argparse.Namespace, train_set: Dataset) -> GlobalBatches:

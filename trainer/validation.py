@@ -138,7 +138,7 @@ def sum_by_row(trainer, inputs: dict) -> tuple[list[int], list[float]]:
         logits, _ = trainer.model(**inputs)  # (L, V); the bare model: no DDP exchange
     positions, (B, T) = inputs["target_positions"], inputs["labels"].shape
     losses = F.cross_entropy(logits.float(), inputs["labels"].flatten()[positions], reduction="none")
-    rows, losses = (positions // T).cpu(), losses.double().cpu()
+    rows, losses = (positions // T).cpu(), losses.cpu().double()
     count = partial(torch.bincount, rows, minlength=B)
     return count().tolist(), count(losses).tolist()
 
