@@ -50,7 +50,8 @@ class Checkpointer:
         self.answers = SampleAnswers(
             self.run, args, files.path, trainer, plan, self.log, saved_run and saved_run["answers"]
         )
-        self.at_start: Measured | None = None  # until the first step is done, and the record is this run's
+        # Kept until the first step is done: before it, the record may still be an earlier run's.
+        self.at_start = None if self.step else self.measure()
         self.bar = progress_bar(
             total=self.total_steps,
             initial=self.step,
@@ -120,8 +121,6 @@ class Checkpointer:
     def finishing(self, interruption: Interruption) -> Iterator[None]:
         """Around the loop: whatever ends it, what is not saved yet is saved, and the record is closed. A run
         that was asked to stop then ends the process."""
-        if not self.step:
-            self.at_start = self.measure()
         self.meter.start()
         try:
             yield
