@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from model.chat import Chat
@@ -35,7 +36,7 @@ from trainer.stand_ins import Numbered
 
 GROWTH = 1.25  # a save is asked at if at least so many times the steps are done than when it was asked last
 MAX_NEW_TOKENS = 48  # of an answer: longer ones are cut here
-SIDE = 224  # pixels of an image on the sheet
+SIDE, GAP = 224, 12  # pixels of an image on the sheet, and between two
 
 
 @dataclass
@@ -130,7 +131,7 @@ class SampleAnswers:
         try:
             if self.record.close():
                 records, _ = find_records(self.record.path)
-                images = {sample.row: open_first(sample.images) for sample in self.samples}
+                images = {sample.row: open_shown(sample.images) for sample in self.samples}
                 draw_answers(
                     records, images, self.record.path.name.removesuffix(".samples.jsonl"), self.sheet
                 )
@@ -142,14 +143,21 @@ class SampleAnswers:
             self.run.print(f"cannot draw {self.sheet}: {first_line(error)}")
 
 
-def open_first(images: list):
-    """The first of a sample's images, small; None if it cannot be read any more."""
+def open_shown(images: list) -> Image.Image | None:
+    """A sample's image, small, or the first four of several side by side; None if they cannot be read any
+    more."""
     try:
-        image = next(open_images(images[:1]))
-        image.thumbnail((SIDE, SIDE))
-        return image
+        parts = list(open_images(images[:4]))
     except CONTENT:
         return None
+    for part in parts:
+        part.thumbnail((SIDE, SIDE))
+    if len(parts) == 1:
+        return parts[0]
+    sheet = Image.new("RGB", (2 * SIDE + GAP, (len(parts) + 1) // 2 * (SIDE + GAP) - GAP), "white")
+    for number, part in enumerate(parts):
+        sheet.paste(part, (number % 2 * (SIDE + GAP), number // 2 * (SIDE + GAP)))
+    return sheet
 
 
 def choose_samples(args: argparse.Namespace, trainer, plan) -> list[Sample]:
