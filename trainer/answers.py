@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from model.chat import Chat
@@ -36,7 +36,7 @@ from trainer.stand_ins import Numbered
 
 GROWTH = 1.25  # a save is asked at if at least so many times the steps are done than when it was asked last
 MAX_NEW_TOKENS = 48  # of an answer: longer ones are cut here
-SIDE, GAP = 224, 12  # pixels of an image on the sheet, and between two
+SIDE, GAP = 224, 6  # pixels of an image on the sheet, and between two
 
 
 @dataclass
@@ -150,13 +150,12 @@ def open_shown(images: list) -> Image.Image | None:
         parts = list(open_images(images[:4]))
     except CONTENT:
         return None
-    for part in parts:
-        part.thumbnail((SIDE, SIDE))
     if len(parts) == 1:
-        return parts[0]
-    sheet = Image.new("RGB", (2 * SIDE + GAP, (len(parts) + 1) // 2 * (SIDE + GAP) - GAP), "white")
+        return ImageOps.contain(parts[0], (SIDE, SIDE))
+    sheet = Image.new("RGB", (2 * SIDE + GAP, (len(parts) + 1) // 2 * (SIDE + GAP) - GAP), "lightgrey")
     for number, part in enumerate(parts):
-        sheet.paste(part, (number % 2 * (SIDE + GAP), number // 2 * (SIDE + GAP)))
+        tile = ImageOps.pad(part, (SIDE, SIDE), color="white")
+        sheet.paste(tile, (number % 2 * (SIDE + GAP), number // 2 * (SIDE + GAP)))
     return sheet
 
 
