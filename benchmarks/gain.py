@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 def print_areas(found: list[dict], rows: list[dict]) -> None:
     kinds = np.array([rows[record["row"] - 1].get(SPOILT, "") for record in found])
     real, blank = (np.array([record[name] for record in found]) for name in ("real", "blank"))
+    print(f"{OTHERS_IMAGE}, by the largest loss with its own image: {area(real, kinds == OTHERS_IMAGE):.3f}")
     print(f"{OTHERS_IMAGE}, by the least gain: {area(real - blank, kinds == OTHERS_IMAGE):.3f}")
     print(f"{TOLD}, by the least loss with a blank image: {area(-blank, kinds == TOLD):.3f}")
     for kind in ("", OTHERS_IMAGE, TOLD):
