@@ -37,12 +37,16 @@ class Chat:
         self,
         decoder: Decoder,
         tokenizer,
-        vision_model,
-        image_processor,
-        report: LoadReport,
+        vision_model=None,
+        image_processor=None,
+        report: LoadReport | None = None,
         about: dict | None = None,
     ):
-        """about: what the weights say of themselves: knows, questions, image_dir, max_rounds"""
+        """
+        vision_model, image_processor  not needed where nothing is encoded
+        about                          what the weights say of themselves: knows, questions, image_dir,
+                                       max_rounds
+        """
         self.decoder, self.tokenizer, self.report, self.about = decoder, tokenizer, report, about or {}
         self.vision_model, self.image_processor = vision_model, image_processor
         self.renderer = Renderer(tokenizer, decoder.config.num_image_tokens, decoder.config.max_seq_len)

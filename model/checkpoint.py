@@ -34,8 +34,9 @@ from model.seal import check_seal, seal_archive
 
 # Copies of the frozen CLIP that other programs save with the model: CLIP is read from its own folder.
 VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
-SET = (".pth", ".json", ".metrics.jsonl", ".png", ".best.pth", ".best.json")  # what a run leaves
-NOT_REPLACED = (".png", ".best.pth", ".best.json")  # by every run that comes after
+# What is not replaced by every run that comes after.
+NOT_REPLACED = (".png", ".best.pth", ".best.json", ".samples.jsonl", ".samples.png")
+SET = (".pth", ".json", ".metrics.jsonl", *NOT_REPLACED)  # what a run leaves
 LAYER = re.compile(r"layers\.(\d{1,6})\.")
 V1_SIZES = {(512, 8, 6400), (768, 16, 6400)}  # width, layers, vocabulary: known without a description
 

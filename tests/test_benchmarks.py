@@ -4,10 +4,12 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, make_row, run_script
 
+from benchmarks import gain
 from benchmarks.step import pad_batch
 from benchmarks.synthetic import save_tokenizer
 from benchmarks.variants import ABLATION, LLAVA, OURS, Variant, make_network
@@ -55,6 +57,21 @@ def test_the_benchmark_of_data_runs(tmp_path):
     report = json.loads((tmp_path / "data_scale.json").read_text())
     assert [one["kind"] for one in report["results"]] == ["rows", "list"]
     assert all(len(one["at_work"]["rss_mb"]) == 2 for one in report["results"])  # trainer and worker
+
+
+def test_captions_are_spoilt_and_found_as_the_benchmark_of_gains_says():
+    rows = [make_row(answer=f"answer {n}", image=f"{n}.png") for n in range(50)]
+    spoilt = gain.spoil(rows, seed=1)
+    changed = [row for row, before in zip(spoilt, rows, strict=True) if row["image"] != before["image"]]
+    told = [row for row in spoilt if row["conversations"][1]["value"] in row["conversations"][0]["value"]]
+    assert len(changed) == len(told) == 10 and sorted(row["image"] for row in spoilt) == sorted(
+        row["image"] for row in rows
+    )
+    assert {row[gain.SPOILT] for row in changed} == {gain.OTHERS_IMAGE}
+    assert {row[gain.SPOILT] for row in told} == {gain.TOLD}
+    found = np.array([True, False, True, False])
+    assert gain.area(np.array([4.0, 1, 3, 2]), found) == 1
+    assert gain.area(np.array([1.0, 2, 3, 4]), found) == 0.25
 
 
 def test_no_benchmark_reaches_around_the_imports():

@@ -134,7 +134,7 @@ def run(command: str, monkeypatch) -> None:
     words = shlex.split(command)
     if words[1] == "-m":
         module, flags = words[2], words[3:]
-        flags = small(flags) if module == "trainer.check" else flags
+        flags = small(flags) if module in ("trainer.check", "trainer.gain") else flags
         importlib.import_module(
             {"dataset.demo_world": "dataset.demo_world.__main__"}.get(module, module)
         ).main(flags)

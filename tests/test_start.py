@@ -11,10 +11,10 @@ from test_structure import SCRIPTS, load_script
 from dataset.demo_world import __main__ as demo_world
 from dataset.demo_world import recipe
 from model.checkpoint import save_weights
-from trainer import check
+from trainer import check, gain
 from trainer.script import Parser
 
-COMMANDS = (*SCRIPTS, "trainer.check", "dataset.demo_world")
+COMMANDS = (*SCRIPTS, "trainer.check", "trainer.gain", "dataset.demo_world")
 # What takes a tenth of a second or more to import.
 HEAVY = {
     "torch",
@@ -83,6 +83,7 @@ def test_help_waits_for_no_heavy_import(command):
         ("3-eval_chat.py", "--max_new_token", "--max_new_tokens"),
         ("web_server.py", "--prot=8080", "--port"),
         ("trainer.check", "--learning-rate=1", "--learning_rate"),
+        ("trainer.gain", "--learning-rate=1", "--learning_rate"),
         ("dataset.demo_world", "--sed=1", "--seed"),
     ],
 )
@@ -146,6 +147,8 @@ def parser_of(command: str, monkeypatch) -> Parser:
     with pytest.raises(Caught) as caught:
         if command == "trainer.check":
             check.main([])
+        elif command == "trainer.gain":
+            gain.main([])
         elif command == "dataset.demo_world":
             demo_world.parse_args([])
         else:

@@ -124,9 +124,9 @@ def add_data_flags(parser: Parser, data_path: str, image_dir: str) -> None:
     group.add_argument(
         "--val_fraction",
         type=at_least(0, float, below=1),
-        default=0.0,
         metavar="SHARE",
-        help="or: keep this share of the rows (0.01 = 1 %%) out of training for it",
+        help="or: keep this share of the rows (0.01 = 1 %%) out of training for it (default: 128 rows of a "
+        "file of 20,000 or more in a run without --max_steps, else none)",
     )
     group.add_argument(
         "--feature_cache",
@@ -267,6 +267,20 @@ def add_saving_flags(parser: Parser) -> None:
         action="store_true",
         help="also keep the weights of the lowest validation loss (*.best.pth)",
     )
+    group.add_argument(
+        "--samples",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="at saves, ask about the images of N validation rows: answers and a sheet of them lie beside "
+        "the weights (*.samples.jsonl, *.samples.png); at fewer and fewer saves as the run goes on",
+    )
+    group.add_argument(
+        "--sample_questions",
+        metavar="FILE",
+        help="for --samples: the first N questions of this file instead, as 3-eval_chat.py --questions "
+        "takes it",
+    )
     group.add_argument("--use_wandb", action="store_true", help="mirror the metrics log to Weights & Biases")
     group.add_argument("--wandb_project", default="MiniMind-V", help="project there")
     group.add_argument("--wandb_run_name", help="default: made of stage, size and batch")
@@ -279,6 +293,8 @@ def check_training_args(args: argparse.Namespace) -> argparse.Namespace:
         problems.append("--val_fraction and --val_data_path exclude each other")
     if args.keep_best and not (args.val_fraction or args.val_data_path):
         problems.append("--keep_best needs a validation loss: give --val_fraction or --val_data_path")
+    if args.sample_questions and not args.samples:
+        problems.append("--sample_questions needs --samples N: how many of them are asked")
     if args.resume and args.resume_weights_only:
         problems.append(
             "--resume continues the old schedule, --resume_weights_only begins a new one: give one of them"

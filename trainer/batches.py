@@ -12,6 +12,8 @@ from torch.utils.data import Dataset, Sampler, Subset
 from model.data.dataset import VLMDataset
 from trainer.distributed import Run
 
+LARGE, NUM_VALIDATED = 20_000, 128  # rows
+
 
 class GlobalBatches(Sampler):
     """Which samples this rank loads, for the whole run: each once per epoch, every epoch in a new order.
@@ -84,6 +86,12 @@ def group_micro_batches(batches: Iterable[dict], accumulation_steps: int) -> Ite
     batches = iter(batches)
     while micro_batches := list(islice(batches, accumulation_steps)):
         yield micro_batches
+
+
+def automatic_share(num_rows: int, max_steps: int) -> float:
+    """Of the rows for validation where no flag says: NUM_VALIDATED of a large file that a long run trains on,
+    none else."""
+    return NUM_VALIDATED / num_rows if num_rows >= LARGE and not max_steps else 0.0
 
 
 def split_off(

@@ -12,45 +12,24 @@ trained.
 Exit status 0 if all is in place; else 2, after one line per problem that says what cures it.
 """
 
-import importlib.util
 import sys
-from pathlib import Path
-from types import ModuleType
 
 from trainer.script import Parser, clean_exit
+from trainer.stages import parse_stage
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"pretrain": ROOT / "1-pretrain_vlm.py", "sft": ROOT / "2-sft_vlm.py"}
 NUM_LOADED = 200  # rows loaded with their images, spread over the file
 
 
-def load_script(path: Path) -> ModuleType:
-    """A numbered script as a module; `import` could not take its name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no stage {path}: name {' or '.join(SCRIPTS)}, or a script")
-    spec = importlib.util.spec_from_file_location("stage", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    name, *rest = argv if argv and not argv[0].startswith(("-", "@")) else ["pretrain", *argv]
     parser = Parser(__doc__)
     parser.prog = "python -m trainer.check"
-    parser.fromfile_prefix_chars = None  # the script's own parser, which knows all flags, reads recipes
     parser.add_argument(
         "--all_images",
         "--all_pictures",
         action="store_true",
         help=f"load all rows with their images, instead of {NUM_LOADED} of them",
     )
-    own, flags = parser.parse_known_args(rest)
-    path = SCRIPTS.get(name, Path(name))
-    script = load_script(path)
-    args = script.parse_args(flags)
-    stage = script.make_stage(args)
+    own, args, stage, path = parse_stage(parser, sys.argv[1:] if argv is None else argv)
 
     from trainer.inspection import inspect  # only now: loading PyTorch takes seconds
 

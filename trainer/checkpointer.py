@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
+from trainer.answers import SampleAnswers
 from trainer.health import check_finite
 from trainer.interrupt import Interruption
 from trainer.loader import WorkerDied
@@ -13,6 +15,14 @@ from trainer.logger import MetricsLog, describe_step, progress_bar
 from trainer.meter import Meter
 from trainer.saves import RunFiles
 from trainer.validation import Validation
+
+
+class Measured(NamedTuple):
+    """What is looked at at a save: losses of the validation rows, and answers."""
+
+    step: int
+    losses: dict
+    answers: list[dict]
 
 
 class Checkpointer:
@@ -35,8 +45,13 @@ class Checkpointer:
             self.run.print(f"resuming from step {self.step} of {self.total_steps}")
         self.log = MetricsLog(files.path, self.run, args, saved_run and saved_run["log"])
         self.validation = Validation(
-            self.run, plan.val_set, args.batch_size, args.num_workers, args.on_bad_sample
+            self.run, plan.val_set, args.batch_size, args.num_workers, args.on_bad_sample, args.seed
         )
+        self.answers = SampleAnswers(
+            self.run, args, files.path, trainer, plan, self.log, saved_run and saved_run["answers"]
+        )
+        # Kept until the first step is done: before it, the record may still be an earlier run's.
+        self.at_start = None if self.step else self.measure()
         self.bar = progress_bar(
             total=self.total_steps,
             initial=self.step,
@@ -49,6 +64,9 @@ class Checkpointer:
         """Record and save what is due after a step."""
         self.step, is_last = step, step == self.total_steps
         self.files.begin()
+        if self.at_start:
+            self.record(self.at_start)
+            self.at_start = None
         with contextlib.suppress(OSError):  # a terminal that is gone
             self.bar.update()
         if step % self.args.log_interval == 0 or is_last:
@@ -67,24 +85,37 @@ class Checkpointer:
         after that; AgreedError rather than save a wreck."""
         model = self.trainer.model
         check_finite(model, self.trainer.optimizer)
-        measured, problem = {}, None
+        losses, problem = {}, None
         try:
-            measured = self.validation.measure(self.trainer) if validate else {}
+            if validate:
+                measured = self.measure()
+                losses = measured.losses
+                self.record(measured)
         except Exception as error:
             problem = error
-        is_best = bool(measured) and self.files.is_best(measured["val_loss"], self.step)
-        if measured:
-            self.log.write(step=self.step, **measured)
+        is_best = bool(losses) and self.files.is_best(losses["val_loss"], self.step)
         state = {
             "trainer": self.trainer.state_dict(),
             "meter": self.meter.state_dict(),
             "log": self.log.state_dict(),
+            "answers": self.answers.state_dict(),
         }
-        self.files.save(model, self.step, self.total_steps, state, **measured)
+        self.files.save(model, self.step, self.total_steps, state, **losses)
         if is_best:
-            self.files.save_best(model, self.step, measured["val_loss"])
+            self.files.save_best(model, self.step, losses["val_loss"])
         if problem:
             raise problem
+
+    def measure(self) -> Measured:
+        """What is measured at a save, and once before the first step. It draws no random number that a step
+        would, and counts in no statistics of the experts: the run's bits are the same without."""
+        losses = self.validation.measure(self.trainer)
+        return Measured(self.step, losses, self.answers.ask(self.trainer, self.step))
+
+    def record(self, measured: Measured) -> None:
+        if measured.losses:
+            self.log.write(step=measured.step, **measured.losses)
+        self.answers.write(measured.answers)
 
     @contextlib.contextmanager
     def finishing(self, interruption: Interruption) -> Iterator[None]:
@@ -104,6 +135,7 @@ class Checkpointer:
                     # Before the end of the run nothing is validated: the other ranks may be gone.
                     self.save(validate=self.step == self.total_steps)
             finally:
+                self.answers.close()
                 self.log.close()
         if self.step < self.total_steps:
             self.run.print(
@@ -112,7 +144,10 @@ class Checkpointer:
             interruption.leave()
 
     def summary(self) -> str:
+        worth = self.validation.summary()
+        sheet = f", answers {self.answers.sheet.name}" if self.answers.samples else ""
         return (
-            f"saved {self.files.path} after {self.step} steps{self.meter.summary()}"
-            f"{self.trainer.summary()}; metrics {self.log.path.name}, curve {self.log.curve.name}"
+            (f"{worth}\n" if worth else "")
+            + f"saved {self.files.path} after {self.step} steps{self.meter.summary()}"
+            f"{self.trainer.summary()}; metrics {self.log.path.name}, curve {self.log.curve.name}{sheet}"
         )

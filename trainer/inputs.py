@@ -22,7 +22,11 @@ from model.locks import claimed
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
 
 ABOUT = ("knows", "questions", "image_dir")  # what --about may say of the data
-TRAINED_BY = {"vlm_pretrain": "1-pretrain_vlm.py", "vlm_sft": "2-sft_vlm.py"}
+TRAINED_BY = {
+    "vlm_pretrain": "1-pretrain_vlm.py",
+    "vlm_sft": "2-sft_vlm.py",
+    "vlm_sft_multi": "2-sft_vlm.py --multi",
+}
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,17 @@ def check_inputs(args: argparse.Namespace, stage: Stage) -> None:
     check_weight_file(
         weights_path(args.out_dir, config, stage.weights_in), weights_cure(stage.weights_in, config.use_moe)
     )
+    check_sources(args)
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """The same of all but the weights."""
     check_tokenizer_folder(Path(args.tokenizer_path or TOKENIZER_PATH))
     check_clip_folder(Path(args.clip_path or CLIP_PATH))
     for path in filter(None, (args.data_path, args.val_data_path)):
         check_data_file(Path(path))
+    if args.sample_questions and not Path(args.sample_questions).is_file():
+        raise FileNotFoundError(f"--sample_questions: there is no file {args.sample_questions}")
     check_image_dir(Path(args.image_dir))
     read_about(args.about)
 

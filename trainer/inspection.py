@@ -45,7 +45,14 @@ from trainer.optimizer import choose_trained
 from trainer.samples import Measured, bad_rows, decode_sample, measure, well_formed
 from trainer.saves import RunFiles
 from trainer.script import MOST_SHOWN
-from trainer.stage import LoadedStage, compare_inputs, load_model, make_batches, settings_of
+from trainer.stage import (
+    LoadedStage,
+    compare_inputs,
+    load_model,
+    make_batches,
+    settings_of,
+    settle_val_fraction,
+)
 
 NUM_ANSWERS = 8  # rows whose answers the language model is measured on
 NUM_SHOWN = 3  # samples decoded; bad rows named one by one
@@ -257,6 +264,8 @@ class Check:
         """The plan, in the run's own words, and what becomes of the files in --out_dir."""
         args, model = self.args, self.model
         choose_trained(model, args.train)
+        if note := settle_val_fraction(args, len(self.dataset or ())):
+            report("data", note)
         sets = self.dataset and self.attempt(
             split_off, self.dataset, self.val_dataset, args.val_fraction, args.seed
         )

@@ -3,8 +3,7 @@
 import contextlib
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 
@@ -88,9 +87,9 @@ class Watched(Dataset):
 class Loader:
     """Batches of a VLMDataset or a Subset of one, loaded by num_workers processes (0 = this one).
 
-    batches   lists of positions
-    multiple  rows are padded to a multiple of this many tokens
-    raises    WorkerDied
+    batches     lists of positions
+    make_batch  from samples to a batch
+    raises      WorkerDied
     """
 
     def __init__(
@@ -99,14 +98,14 @@ class Loader:
         batches: Iterable,
         num_workers: int,
         pin_memory: bool = False,
-        multiple: int = 1,
+        make_batch: Callable[[list], dict] = collate,
     ):
         self.watched = Watched(dataset)
         self.loader = DataLoader(
             self.watched,
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=partial(collate, multiple=multiple),
+            collate_fn=make_batch,
             pin_memory=pin_memory,
             worker_init_fn=ignore_interrupts,
         )

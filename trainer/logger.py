@@ -8,17 +8,17 @@ import netrc
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
 from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from model.files import atomic_write
 from model.transformer import Transformer
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
+from trainer.drawing import draw_loss_curve
+from trainer.record import Record
 
 ABSURD = 1.0  # a learning rate from which on nothing has ever been learnt
 
@@ -28,12 +28,11 @@ class MetricsLog:
     the run."""
 
     def __init__(self, weights_out: Path, run: Run, args: argparse.Namespace, resumed: dict | None = None):
-        """resumed: what state_dict() said at the save that the run resumes from; what was recorded after it
-        is dropped, since those steps come again."""
+        """resumed: what state_dict() said at the save that the run resumes from"""
         self.run, self.path = run, weights_out.with_suffix(".metrics.jsonl")
         self.curve = weights_out.with_suffix(".png")
-        self.length = resumed["length"] if resumed else 0
-        self.file = self.wandb = self.wandb_id = None
+        self.record = Record(self.path, run, resumed["length"] if resumed else 0)
+        self.wandb = self.wandb_id = None
         if run.is_main and args.use_wandb:
             self.wandb_id = resumed["wandb_id"] if resumed else None
             self.wandb = start_wandb(weights_out, run, args, self.wandb_id)
@@ -41,52 +40,31 @@ class MetricsLog:
 
     def write(self, **values) -> None:
         """Record the values of one step."""
-        if not self.run.is_main:
-            return
-        try:
-            if self.file and os.fstat(self.file.fileno()).st_nlink == 0:
-                self.run.print(f"{self.path} was removed: the record begins anew at step {values['step']}")
-                self.file, self.length = None, 0
-            self.file = self.file or self.open()
-            self.file.write(json.dumps(values) + "\n")
-            self.length = os.fstat(self.file.fileno()).st_size
-        except OSError as error:
-            self.run.print(f"cannot write {self.path}: {error.strerror}")
+        self.record.write(values)
+        self.mirror(values["step"], values)
+
+    def mirror(self, step: int, values: dict) -> None:
+        """Send values to wandb, if it was asked for."""
         if self.wandb:
             try:
-                self.wandb.log(values, step=values["step"])
+                self.wandb.log(values, step=step)
             except Exception as error:  # wandb raises its own types, and those of its transport
                 self.run.print(f"wandb records no more: {first_line(error)}")
                 self.wandb = None
 
-    def open(self) -> TextIO:
-        """Opened by the first record only: a run that fails before it leaves that of an earlier run alone."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        found = self.path.stat().st_size if self.path.is_file() else 0
-        if not self.length:
-            self.path.unlink(missing_ok=True)  # an earlier run's, which may be kept under another name
-        elif found < self.length:
-            self.run.print(f"{self.path} lacks steps that were recorded before: it was cut or removed")
-        # Line-buffered, so every step is on disk at once.
-        file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        file.truncate(min(self.length, found))
-        return file
-
     def state_dict(self) -> dict:
         """What the record holds now, all of it on disk."""
-        if self.file:
-            with contextlib.suppress(OSError):
-                os.fsync(self.file.fileno())
-        return {"length": self.length, "wandb_id": self.wandb_id}
+        return {"length": self.record.sync(), "wandb_id": self.wandb_id}
 
     def close(self) -> None:
-        if self.file:
-            try:
-                self.file.close()
-                if bad_lines := draw_loss_curve(self.path, self.curve):
+        try:
+            if self.record.close():
+                records, bad_lines = find_records(self.path)
+                draw_loss_curve(records, self.path.name.removesuffix(".metrics.jsonl"), self.curve)
+                if bad_lines:
                     self.run.print(f"{self.path}: {bad_lines} of its lines are damaged and not in the curve")
-            except Exception as error:  # matplotlib's own, a full disk, a record that somebody changed
-                self.run.print(f"cannot draw {self.curve}: {first_line(error)}")
+        except Exception as error:  # matplotlib's own, a full disk, a record that somebody changed
+            self.run.print(f"cannot draw {self.curve}: {first_line(error)}")
         if self.wandb:
             try:
                 self.wandb.finish()
@@ -168,34 +146,6 @@ def find_records(path: str | Path) -> tuple[list[dict], int]:
         else:
             bad_lines += 1
     return records, bad_lines
-
-
-def draw_loss_curve(metrics_path: Path, image_path: Path) -> int:
-    """Loss over optimizer steps, of training and, where there was one, of validation, as a PNG. Returns how
-    many lines of the record are damaged."""
-    from matplotlib.figure import Figure  # half a second, needed once; Figure alone needs no display
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    records, bad_lines = find_records(metrics_path)
-    for name, label, style in (
-        ("loss", "training", {"color": "#2a6fbb"}),
-        ("val_loss", "validation", {"color": "#d1701f", "marker": "o"}),
-    ):
-        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(
-        xlabel="optimizer step",
-        ylabel="loss per target token",
-        title=metrics_path.name.removesuffix(".metrics.jsonl"),
-    )
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    atomic_write(image_path, lambda file: figure.savefig(file, format="png", dpi=120))
-    return bad_lines
 
 
 # ---- what is printed --------------------------------------------------------------------------------------

@@ -123,19 +123,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total_loss, grad_norm, skipped
 
-    def loss(self, batch: dict, model: nn.Module | None = None) -> Tensor:
-        """The mean loss over the targets of one batch; `model`: without the DDP wrapper."""
-        batch = to_device(batch, self.run.device)
-        image_features = self.image_features(batch)
-        with torch.autocast(self.run.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            _, loss = (model or self.ddp_model)(
-                batch["input_ids"],
-                image_features,
-                batch["image_slots"],
-                batch["labels"],
-                batch["target_positions"],
-            )
+    def loss(self, batch: dict) -> Tensor:
+        """The mean loss over the targets of one batch."""
+        inputs = self.inputs(batch)
+        with self.autocast():
+            _, loss = self.ddp_model(**inputs)
         return loss
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.run.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def inputs(self, batch: dict) -> dict[str, Tensor | None]:
+        """What the model is given of a batch: Transformer.forward's arguments, on the device."""
+        batch = to_device(batch, self.run.device)
+        given = {name: batch[name] for name in ("input_ids", "image_slots", "labels", "target_positions")}
+        return given | {"image_features": self.image_features(batch)}
 
     def image_features(self, batch: dict) -> Tensor | None:
         """(M, N, V) from the feature cache, or from CLIP; None for a language model's conversations."""

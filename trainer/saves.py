@@ -4,6 +4,7 @@
     512_vlm_sft.best.pth        those of the lowest validation loss (--keep_best)
     512_vlm_sft.resume          all that an unfinished run needs to resume to the same bits; gone at its end
     512_vlm_sft.resume.1, ...   those of the saves before (--keep)
+    512_vlm_sft.samples.*       what it answered at each save (--samples, see answers.py)
     512_vlm_sft.previous.*      weights, record and curve of the run before, once this one has done a step
 
 All files of a save are written before the first is moved into place, the .resume first: where it is, the run
@@ -34,7 +35,7 @@ from model.locks import claimed
 from model.seal import check_seal, seal_archive
 from trainer.distributed import Run, versions
 
-RESUME_FORMAT = 3
+RESUME_FORMAT = 4
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ make_plan      which rows are trained on when, what memory that takes, what a re
 import argparse
 import contextlib
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from model.checkpoint import LoadReport, load_weights, read_state_dict
+from model.data.batch import collate
 from model.data.dataset import VLMDataset
 from model.data.sources import is_embedded
 from model.description import read_description
@@ -30,7 +32,7 @@ from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
 from model.prompt import Renderer, load_tokenizer, normalise_turns
 from model.transformer import Transformer
 from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
-from trainer.batches import GlobalBatches, lengths_of, split_off, spread
+from trainer.batches import GlobalBatches, automatic_share, lengths_of, split_off, spread
 from trainer.distributed import Run, versions
 from trainer.features import fill_feature_cache
 from trainer.inputs import Stage, make_config, read_about, weights_cure
@@ -49,6 +51,7 @@ LOCAL_FLAGS = (
     "val_data_path",
     "image_dir",
     "about",
+    "sample_questions",
     "feature_cache",
     "num_workers",
     "device",
@@ -82,6 +85,12 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     run.check_agreement(comparable(run, args))
     weights_out = weights_path(args.out_dir, make_config(args), stage.weights_out)
     run.hold(claim_outputs(weights_out))
+    return load_parts(run, args, stage, weights_path(args.out_dir, make_config(args), stage.weights_in))
+
+
+def load_parts(run: Run, args: argparse.Namespace, stage: Stage, source: Path) -> LoadedStage:
+    """Tokenizer, CLIP, data, and the model with the weights in `source`, which are those of stage.weights_in.
+    Raises as load_stage()."""
     torch.manual_seed(args.seed)
     tokenizer_path, clip_path = args.tokenizer_path or TOKENIZER_PATH, args.clip_path or CLIP_PATH
     tokenizer = load_tokenizer(tokenizer_path)
@@ -90,7 +99,6 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     config = make_config(
         args, len(tokenizer), vision_model.config.hidden_size, num_image_tokens(vision_model)
     )
-    source = weights_path(args.out_dir, config, stage.weights_in)
     check_fit(config, tokenizer, vision_model, source, clip_path)
     inputs = compare_inputs(source, tokenizer, vision_model, image_processor, args.allow_other_inputs)
     model, report = load_model(config, source, stage.weights_in)
@@ -111,7 +119,7 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
         model,
         vision_model,
         datasets[0],
-        weights_out,
+        weights_path(args.out_dir, config, stage.weights_out),
         {
             "stage": stage.weights_out,
             "tokenizer_path": str(tokenizer_path),
@@ -200,7 +208,7 @@ class Plan:
             self.batches,
             self.args.num_workers,
             pin_memory=self.run.device.type == "cuda",
-            multiple=COMPILED_MULTIPLE if self.args.compile else 1,
+            make_batch=partial(collate, multiple=COMPILED_MULTIPLE) if self.args.compile else collate,
         )
 
     def describe(self, dtype: torch.dtype) -> str:
@@ -228,6 +236,8 @@ def make_plan(run: Run, args: argparse.Namespace, stage: LoadedStage) -> Plan:
             run.print(f"indexed {data.rows.path}: {len(data)} rows in {data.rows.index_seconds:.1f} s (once)")
         if args.on_bad_sample == "stop":
             data.check_rows()
+    if note := settle_val_fraction(args, len(stage.dataset)):
+        run.print(note)
     train_set, val_set = split_off(stage.dataset, stage.val_dataset, args.val_fraction, args.seed)
     choose_trained(stage.model, args.train)
     memory = plan_memory(run, args, stage.model, stage.vision_model, train_set)
@@ -238,6 +248,20 @@ def make_plan(run: Run, args: argparse.Namespace, stage: LoadedStage) -> Plan:
     settings = settings_of(run, args, stage, batches)
     run.check_agreement(settings)
     return Plan(run, args, stage, train_set, val_set, batches, memory, settings)
+
+
+def settle_val_fraction(args: argparse.Namespace, num_rows: int) -> str:
+    """Put the share of the rows that is kept for validation in the place of a flag that was not given.
+    Returns what a person should know of it."""
+    if args.val_fraction is not None:
+        return ""
+    args.val_fraction = 0.0 if args.val_data_path else automatic_share(num_rows, args.max_steps)
+    if not args.val_fraction:
+        return ""
+    return (
+        f"{round(args.val_fraction * num_rows)} of {num_rows} rows are kept out of training for the "
+        "validation loss: --val_fraction 0 trains on them, too"
+    )
 
 
 def make_batches(run: Run, args: argparse.Namespace, train_set: Dataset) -> GlobalBatches:

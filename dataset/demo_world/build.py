@@ -8,7 +8,9 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from trainer.stage import LoadedStage
 
 WORLD_VERSION = 6  # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
+NUM_VALIDATED, NUM_SAVES = 64, 8  # rows whose loss is measured at every save of a stage, about so many times
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
 # (The last stage does without, see write_recipes.)
 MIXED_STEPS = "--bucket=False"
@@ -282,7 +285,11 @@ class World:
                 "--num_workers=0",
                 f"--feature_cache={self.folder}/features",
                 f"--about={self.folder}/about.json",
+                f"--val_data_path={self.folder}/validation_{name}.json",
+                f"--save_interval={max(50, self.num_steps(stage) // NUM_SAVES)}",
+                "--samples=8",
             ]
+            write_json(self.folder / f"validation_{name}.json", self.validation_rows(name))
             if name == "sft":
                 flags.append("--max_rounds=0")  # every round of a dialogue is learnt
             # A video is twice as long as two images: side by side, half of a step would be padding.
@@ -292,6 +299,23 @@ class World:
             self.folder / "eval.args",
             [*model, f"--dim={self.preset.dim}", *self.kind(), f"--image_dir={self.folder}/eval_images"],
         )
+
+    def validation_rows(self, name: str) -> list[dict]:
+        """Rows like those of a stage, about images of combinations that no stage ever sees."""
+        rng, half = self.rng(f"validation {name}"), NUM_VALIDATED // 2
+        images = {
+            image: scene
+            for split in ("unseen", "several_unseen")
+            for image, scene in islice(self.images(split).items(), half)
+        }
+        if name == "pretrain":
+            return sentences.pretrain_rows(images, self.preset, rng)
+        if name == "sft":
+            return sentences.sft_rows(images, self.preset, rng)[:NUM_VALIDATED]
+        third = NUM_VALIDATED // 3
+        preset = replace(self.preset, two_image_rows=third, one_image_rows=third)
+        videos_shown = dict(islice(self.videos_of("unseen").items(), third // sentences.ASKED_PER_VIDEO))
+        return sentences.multi_rows(in_folder(images), videos_shown, preset, rng)
 
 
 def in_folder(images: dict[str, scenes.Scene]) -> dict[str, scenes.Scene]:
