@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image
 
 from dataset.demo_world.build import read_json, write_json
@@ -197,7 +198,7 @@ def draw_answers(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=72)
 
 
-def draw_answer(axes, record: dict, font: font_manager.FontProperties | None) -> None:
+def draw_answer(axes, record: dict, font: FontProperties | None) -> None:
     axes.imshow(show(record))
     axes.set(xticks=[], yticks=[])
     question = record["question"].split("\n")[-1]  # before it stand the marks of the images
