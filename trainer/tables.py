@@ -6,6 +6,7 @@ Tab-separated as pandas writes them: a header, and quotes around cells that hold
 import base64
 import contextlib
 import csv
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +22,10 @@ class Table:
     """The rows of a .tsv file as {column: text}; table[i] is read anew at every access."""
 
     def __init__(self, path: Path):
-        """Raises ValueError for a file without a header."""
+        """Raises ValueError for a file that is empty."""
         self.path, self.file = path, SteadyFile(path)
         self.spans: list[tuple[int, int]] = []  # first byte and end of each row that scan() came by
-        self.columns: list[str] = []
-        self.columns = next((fields for _, _, fields in self.records()), [])
+        self.columns = next((fields for _, _, fields in read_records(path, "\t")), [])
         if not self.columns:
             raise ValueError(f"{path} is empty")
 
@@ -35,12 +35,13 @@ class Table:
     def __getitem__(self, position: int) -> dict[str, str]:
         text = str(self.file[slice(*self.spans[position])], "utf-8")
         with long_cells():
-            return self.name_cells(next(csv.reader(text.splitlines(keepends=True), delimiter="\t")), position)
+            fields = next(csv.reader(io.StringIO(text, newline="\n"), delimiter="\t"))
+        return self.name_cells(fields, position)
 
     def scan(self) -> Iterator[dict[str, str]]:
         """All rows in one pass, noting where each begins. Holds one at a time."""
         self.spans = []
-        records = self.records()
+        records = read_records(self.path, "\t")
         next(records)  # the header
         for start, end, fields in records:
             if fields:  # a blank line is no row
@@ -50,32 +51,37 @@ class Table:
     def name_cells(self, fields: list[str], position: int) -> dict[str, str]:
         if len(fields) != len(self.columns):
             raise ValueError(
-                f"{self.path}, row {position + 1}: it has {len(fields)} cells under {len(self.columns)} columns; "
-                "was the file copied as a whole?"
+                f"{self.path}, row {position + 1}: it has {len(fields)} cells under "
+                f"{len(self.columns)} columns; was the file copied as a whole?"
             )
         return dict(zip(self.columns, fields, strict=True))
 
-    def records(self) -> Iterator[tuple[int, int, list[str]]]:
-        """First byte, end and cells of every record. Raises ValueError, naming the file."""
-        end = 0
 
-        def lines() -> Iterator[str]:
-            nonlocal end
-            with open(self.path, "rb") as file:
-                for line in file:
-                    end += len(line)
-                    yield str(line, "utf-8-sig" if end == len(line) else "utf-8")
+def read_records(path: Path, delimiter: str, errors: str = "strict") -> Iterator[tuple[int, int, list[str]]]:
+    """First byte, end and cells of every record of a table, one at a time. Raises ValueError, naming the
+    file; errors: what becomes of bytes that are not UTF-8."""
+    end = 0
 
-        with long_cells():
-            try:
-                start, reader = 0, csv.reader(lines(), delimiter="\t")
-                for fields in reader:
-                    yield start, end, fields
-                    start = end
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{self.path} is not UTF-8 text near byte {end}: {error.reason}") from None
-            except csv.Error as error:
-                raise ValueError(f"{self.path}: cannot read the row that ends at byte {end}: {error}") from None
+    def lines() -> Iterator[str]:
+        nonlocal end
+        with open(path, "rb") as file:
+            for line in file:
+                end += len(line)
+                yield str(line, "utf-8-sig" if end == len(line) else "utf-8", errors)
+
+    start, reader = 0, csv.reader(lines(), delimiter=delimiter)
+    while True:
+        try:
+            with long_cells():
+                fields = next(reader, None)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text behind byte {start}: {error.reason}") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}: cannot read the row behind byte {start}: {error}") from None
+        if fields is None:
+            return
+        yield start, end, fields
+        start = end
 
 
 @contextlib.contextmanager
