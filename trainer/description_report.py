@@ -4,10 +4,12 @@
     question  answer  tokens
     seconds   of its batch, divided by the images in it
     error     why it could not be described; there is then no answer
+    content   fingerprint of the file or the set
     weights   fingerprint of the weights, CLIP and tokenizer
     settings  how the answer was sampled, and in which arithmetic
 
-The last two, and the question, must be those of now wherever a report goes on: no two kinds of answers mix.
+Where a report goes on, the last two, the question, and the content of files that it names must be those of
+now: no two kinds of answers mix.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import torch
 from model.chat import Chat
 from model.data.video import open_images
 from model.files import encode_text, fingerprint_file
-from model.fingerprint import fingerprint
+from model.fingerprint import fingerprint, fingerprint_files
 from model.printable import one_line
 from trainer.describe import check_fitting, compose, list_shown, make_sampling
 from trainer.distributed import Run
@@ -34,7 +36,7 @@ from trainer.logger import name_of, progress_bar
 from trainer.script import AgreedError
 from trainer.tables import read_records
 
-COLUMNS = ("file", "question", "answer", "tokens", "seconds", "error", "weights", "settings")
+COLUMNS = ("file", "question", "answer", "tokens", "seconds", "error", "content", "weights", "settings")
 COMPARED = {"question": "another --prompt", "weights": "other weights", "settings": "other settings"}
 Shown = tuple[Path, list[Path]]  # a name, and the files that are shown together
 
@@ -45,7 +47,7 @@ def describe_to_report(run: Run, args: argparse.Namespace, chat: Chat, weights: 
     shown = list_shown(args)
     check_fitting(args, chat, shown)
     report = Report(args.report)
-    done = run.from_main(lambda: report.read(what_makes_it(args, chat, weights)))
+    done = run.from_main(lambda: find_done(report, shown, what_makes_it(args, chat, weights)))
     todo = [place for place, (name, _) in enumerate(shown) if key_of(name) not in done]
     num_bad = sum(done.get(key_of(name), False) for name, _ in shown)
     if len(todo) < len(shown):
@@ -61,6 +63,17 @@ def describe_to_report(run: Run, args: argparse.Namespace, chat: Chat, weights: 
     run.print(f"{len(shown) - num_bad:,} of {len(shown):,} described in {args.report}")
     if num_bad:
         raise AgreedError(f'{num_bad} of {len(shown)} could not be described: see "error" in {args.report}')
+
+
+def find_done(report: "Report", shown: list[Shown], made_with: dict[str, str]) -> dict[str, bool]:
+    """key_of() every file that has a row -> whether it could not be described. Raises ValueError as
+    Report.read() does, and for a file that was changed since."""
+    rows = report.read(made_with)
+    for name, files in shown:
+        row = rows.get(key_of(name))
+        if row and row["content"] != fingerprint_files(files):
+            raise report.refuse(f"describes {name} as it was before it was changed")
+    return {key: bool(row["error"]) for key, row in rows.items()}
 
 
 def share_out(todo: list[int], batch_size: int, run: Run) -> Iterator[list[int]]:
@@ -80,7 +93,8 @@ def describe_batch(args: argparse.Namespace, chat: Chat, shown: list[Shown], pla
     rows, good, turns, pixels = [], [], [], []
     for place in places:
         name, files = shown[place]
-        rows.append(dict.fromkeys(COLUMNS[:6]) | {"file": str(name), "question": args.prompt})
+        told = {"file": str(name), "question": args.prompt, "content": fingerprint_files(files)}
+        rows.append(dict.fromkeys(COLUMNS[:7]) | told)
         asked, images = compose(args, chat, files)
         try:
             if not files:
@@ -108,19 +122,14 @@ def what_makes_it(args: argparse.Namespace, chat: Chat, weights: Path) -> dict[s
         files = sorted(path for path in weights.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
     sampling = make_sampling(args)
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
-    settings = [f"{name} {getattr(sampling, name)}" for name in names]
+    settings = [name_of(chat.decoder.dtype), *(f"{name} {getattr(sampling, name)}" for name in names)]
+    if args.video:
+        settings.append(f"max_frames {args.max_frames}")
+    inputs = [text for _, text in sorted(chat.inputs.items())]
     return {
         "question": args.prompt,
-        "weights": fingerprint(
-            *map(fingerprint_file, files), *(text for _, text in sorted(chat.inputs.items()))
-        ),
-        "settings": ", ".join(
-            [
-                name_of(chat.decoder.dtype),
-                *settings,
-                *([f"max_frames {args.max_frames}"] if args.video else []),
-            ]
-        ),
+        "weights": fingerprint(*map(fingerprint_file, files), *inputs),
+        "settings": ", ".join(settings),
     }
 
 
@@ -139,9 +148,9 @@ class Report:
         self.path, self.is_csv = path, path.suffix.lower() == ".csv"
         self.made_with: dict[str, str] = {}
 
-    def read(self, made_with: dict[str, str]) -> dict[str, bool]:
-        """key_of() every file that has a row -> whether it could not be described. Of a row that was being
-        written at a kill, the part that is there is cut off.
+    def read(self, made_with: dict[str, str]) -> dict[str, dict]:
+        """key_of() every file that has a row -> the row. What a kill left of one that was being written is cut
+        off.
 
         made_with  what the columns COMPARED hold from now on
         raises     ValueError, naming the report, if it is of another kind
@@ -149,7 +158,7 @@ class Report:
         self.made_with = made_with
         if not self.path.exists():
             return {}
-        done, end, size = {}, 0, self.path.stat().st_size
+        rows, end, size = {}, 0, self.path.stat().st_size
         for stop, row in self.parse():
             if row is None:
                 if stop < size or not (end or self.begins_as_ours()):
@@ -158,9 +167,9 @@ class Report:
                 break
             if row:
                 self.check(row)
-                done[key_of(row["file"])] = bool(row["error"])
+                rows[key_of(row["file"])] = row
             end = stop
-        return done
+        return rows
 
     def parse(self) -> Iterator[tuple[int, dict | None]]:
         """The end of every row, and the row; {} for the header of a .csv, None for what is no whole row."""
@@ -185,7 +194,8 @@ class Report:
         return found == ours[: len(found)]
 
     def check(self, row: dict) -> None:
-        if not all(isinstance(row.get(name), str) for name in ("file", *COMPARED)) or "error" not in row:
+        texts = ("file", "content", *COMPARED)
+        if not all(isinstance(row.get(name), str) for name in texts) or "error" not in row:
             raise self.refuse("is no report of descriptions")
         for name, what in COMPARED.items():
             if row[name] != self.made_with[name]:
