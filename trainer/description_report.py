@@ -149,8 +149,7 @@ class Report:
         self.made_with: dict[str, str] = {}
 
     def read(self, made_with: dict[str, str]) -> dict[str, dict]:
-        """key_of() every file that has a row -> the row. What a kill left of one that was being written is cut
-        off.
+        """key_of() every file that has a row -> the row. A row of which a kill left a part is cut off.
 
         made_with  what the columns COMPARED hold from now on
         raises     ValueError, naming the report, if it is of another kind
