@@ -8,7 +8,7 @@ writes   --report FILE: descriptions as .jsonl or .csv; or scores as JSON, and b
 
     python 3-eval_chat.py                                        # describe dataset/eval_images/*
     python 3-eval_chat.py --image_dir my_images --prompt "What is this?"
-    python 3-eval_chat.py --image_dir my_images --report out/my_images.csv      # in batches
+    python 3-eval_chat.py --image_dir my_images --report out/report.csv         # in batches
     python 3-eval_chat.py --image my_image.jpg --prompt "What is this?"   # the answer alone, for scripts
     python 3-eval_chat.py --chat my_images/cat.jpg             # ask about one image, as often as you like
     python 3-eval_chat.py --multi                                # all images of a set at once
