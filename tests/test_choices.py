@@ -1,6 +1,7 @@
 """Answers that somebody else wrote: how likely they are, and choices in order of that."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks.llava import to_llava, to_llava_ids
 from model.decode import Decoder
 from model.likelihood import log_probabilities
 from model.prompt import render_conversation
+from model.transformer import Transformer
 from model.vision_utils import get_img_embedding, get_vision_model
 
 TEXTS = ["<image>\n图片里有什么？", "它是什么颜色？", "Compare <image> with <image>."]
@@ -66,6 +68,21 @@ def test_choices_of_a_batch_are_as_likely_as_alone(lively, asked):
             ((alone,),) = log_probabilities(decoder, [prompts[number]], [[ids]], [features[number]])
             torch.testing.assert_close(alone, together[number][place], rtol=0, atol=1e-4)
             assert len(alone) == len(ids) and alone.max() < 0
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_the_log_probabilities_are_those_of_the_model_as_defined(config, asked, use_moe):
+    """With experts too, of which the tokens of an answer choose their own."""
+    torch.manual_seed(3)
+    model = Transformer(replace(config, use_moe=use_moe)).eval().requires_grad_(False)
+    prompts, answers, features = asked
+    found = log_probabilities(Decoder(copy.deepcopy(model)), prompts, answers, features)
+    for prompt, given, shown, ours in zip(prompts, answers, features, found, strict=True):
+        for ids, values in zip(given, ours, strict=True):
+            row = torch.tensor([prompt.input_ids + ids])
+            logits = model(row, shown if len(shown) else None)[0][0, len(prompt.input_ids) - 1 : -1]
+            expected = -F.cross_entropy(logits, torch.tensor(ids), reduction="none")
+            torch.testing.assert_close(values, expected, rtol=0, atol=1e-4)
 
 
 def test_an_answer_that_does_not_fit_the_context_is_refused(lively, asked):

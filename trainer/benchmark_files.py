@@ -84,9 +84,9 @@ def is_pope(path: Path) -> bool:
 
 def open_pope(path: Path, image_dir: Path) -> QuestionFile:
     rows = list(read_pope(path))
-    yes, no = yes_no([row["label"] for row in rows], [row["text"] for row in rows]) or YES_NO[0]
+    yes, no = yes_no([row["label"] for _, row in rows], [row["text"] for _, row in rows]) or YES_NO[0]
     entries = []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         name = f"{path}, line {number}"
         asked = {
             "question": row["text"],
@@ -99,8 +99,9 @@ def open_pope(path: Path, image_dir: Path) -> QuestionFile:
     return QuestionFile(path, f"POPE ({yes} or {no})", entries, yes, is_benchmark=True)
 
 
-def read_pope(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8-sig") as file:
+def read_pope(path: Path) -> Iterator[tuple[int, dict]]:
+    """The rows of a file, each with the number of its line."""
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line) if line.strip() else None
@@ -113,7 +114,7 @@ def read_pope(path: Path) -> Iterator[dict]:
                 raise ValueError(
                     f'{path}, line {number}: a row of POPE has "image", "text" and a "label", yes or no'
                 )
-            yield row
+            yield number, row
 
 
 # ---- VLMEvalKit --------------------------------------------------------------------------------------------
