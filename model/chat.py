@@ -6,7 +6,7 @@ for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}],
     print(text, end="", flush=True)
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,12 +111,17 @@ class Chat:
         return [self.read(ids) for ids in self.answer_ids(conversations, image_features, sampling)]
 
     def answer_ids(
-        self, conversations: list[list[dict]], image_features: list[Tensor], sampling: Sampling | None = None
+        self,
+        conversations: list[list[dict]],
+        image_features: list[Tensor],
+        sampling: Sampling | None = None,
+        streams: Sequence[int] = (),
     ) -> list[list[int]]:
-        """The same as token ids, without the closing </s>."""
+        """The same as token ids, without the closing </s>; streams: as for generate()."""
         prompts = [self.render(turns) for turns in conversations]
         answers: list[list[int]] = [[] for _ in prompts]
-        for ids in generate(self.decoder, prompts, self.tokenizer.eos_token_id, sampling, image_features):
+        eos_id = self.tokenizer.eos_token_id
+        for ids in generate(self.decoder, prompts, eos_id, sampling, image_features, streams):
             for answer, token in zip(answers, ids, strict=True):
                 if token is not None:
                     answer.append(token)

@@ -3,7 +3,7 @@
 Letters: B prompts, T tokens of the longest, M images, N tokens per image, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,6 @@ class Sampling:
     repetition_penalty: float = 1.0  # > 1 makes tokens of the prompt and of the answer so far less likely
     max_new_tokens: int = 256  # of the answer alone, whatever the prompt's length
     seed: int = 0  # row b of a batch draws from its own stream, seed + b
-    offsets: tuple[int, ...] = ()  # of each row, where its stream is seed + offset instead
 
     def __post_init__(self):
         problems = []
@@ -50,10 +49,12 @@ def generate(
     eos_id: int,
     sampling: Sampling | None = None,
     image_features: list[Tensor] | None = None,
+    streams: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
     """Answer a batch of prompts of any lengths.
 
     image_features  of each prompt the features of its images, (n, N, vision_dim), n may be 0
+    streams         of each prompt what is added to the seed, where that is not its row
     yields          one id per prompt and step; None for a prompt whose answer has ended (at eos_id, which is
                     not yielded, after max_new_tokens, or where the model's context is full)
     raises          ValueError if a prompt does not fit the context, or holds another number of placeholders
@@ -65,7 +66,7 @@ def generate(
         decoder, prompts, sampling.max_new_tokens, image_features
     )
     num_steps = min(sampling.max_new_tokens, limit - min(lengths))
-    sampler = TokenSampler(sampling, input_ids, lengths, decoder.config.vocab_size)
+    sampler = TokenSampler(sampling, input_ids, lengths, decoder.config.vocab_size, streams)
 
     rows = list(range(len(prompts)))  # the prompts that the cache holds
     answering = set(rows)
@@ -131,15 +132,22 @@ class TokenSampler:
     """Chooses the next token of every row; equal to transformers' logits processors in the order they apply
     them."""
 
-    def __init__(self, sampling: Sampling, input_ids: Tensor, lengths: list[int], vocab_size: int):
+    def __init__(
+        self,
+        sampling: Sampling,
+        input_ids: Tensor,
+        lengths: list[int],
+        vocab_size: int,
+        streams: Sequence[int] = (),
+    ):
         self.sampling = sampling
         self.seen = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=input_ids.device)  # (B, V)
         for row, length in enumerate(lengths):
             self.seen[row, input_ids[row, :length]] = True
         # One generator per row: an answer does not depend on what else is in the batch.
         self.generators = [
-            torch.Generator(input_ids.device).manual_seed(sampling.seed + offset)
-            for offset in sampling.offsets or range(len(lengths))
+            torch.Generator(input_ids.device).manual_seed(sampling.seed + stream)
+            for stream in streams or range(len(lengths))
         ]
 
     def __call__(self, logits: Tensor) -> Tensor:

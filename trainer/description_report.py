@@ -20,7 +20,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,8 +106,7 @@ def describe_batch(args: argparse.Namespace, chat: Chat, shown: list[Shown], pla
         turns.append(asked)
     if good:
         features = chat.encode_pixels(torch.cat(pixels)).split([len(part) for part in pixels])
-        sampling = replace(make_sampling(args), offsets=tuple(good))
-        answers = chat.answer_ids(turns, list(features), sampling)
+        answers = chat.answer_ids(turns, list(features), make_sampling(args), streams=good)
         seconds = round((time.perf_counter() - started) / len(good), 4)
         for row, ids in zip([row for row in rows if not row["error"]], answers, strict=True):
             row |= {"answer": chat.read(ids), "tokens": len(ids), "seconds": seconds}
