@@ -3,10 +3,13 @@ answers.
 
 reads    out/512_vlm_sft.pth (or --stage, or --load_from FILE or FOLDER), images, videos, question files
 --multi  reads out/512_vlm_sft_multi.pth and dataset/eval_multi_images/SET/*
-writes   --report FILE: accuracies as JSON, and every answer beside it (.answers.jsonl)
+writes   --report FILE: descriptions as .jsonl or .csv; or scores as JSON, and beside it every answer
+         (.answers.jsonl) and the scores with their intervals (.scores.csv)
 
     python 3-eval_chat.py                                        # describe dataset/eval_images/*
     python 3-eval_chat.py --image_dir my_images --prompt "What is this?"
+    python 3-eval_chat.py --image_dir my_images --report out/report.csv         # in batches
+    python 3-eval_chat.py --image my_image.jpg --prompt "What is this?"   # the answer alone, for scripts
     python 3-eval_chat.py --chat my_images/cat.jpg             # ask about one image, as often as you like
     python 3-eval_chat.py --multi                                # all images of a set at once
     python 3-eval_chat.py --video my_video.mp4 --prompt "Where does it go?"
@@ -17,173 +20,90 @@ writes   --report FILE: accuracies as JSON, and every answer beside it (.answers
 """
 
 import argparse
+import contextlib
+import sys
 from functools import partial
 from pathlib import Path
 
-from model.data.spec import SFT_MULTI
-from model.names import STAGES, find_recorded
-from trainer.inputs import check_report, claim_report
-from trainer.script import (
-    SEED_LIMIT,
-    Checked,
-    Parser,
-    above,
-    add_loading_flags,
-    at_least,
-    choose_weights,
-    clean_exit,
-    place_in_run,
-    true_or_false,
-)
-
-CONTROLS = ("real", "blank", "shuffled", "swapped", "shuffled_frames")  # scoring.py says what they show
-IMAGE_DIR, PROMPT = Path("dataset/eval_images"), "这个图片描述的是什么内容？"
-MULTI = {
-    "stage": "vlm_sft_multi",
-    "image_dir": Path("dataset/eval_multi_images"),
-    "prompt": "Name all the differences between these pictures.",
-}
+from model.description import read_description
+from model.names import find_recorded
+from trainer.eval_flags import IMAGE_DIR, MULTI, PROMPT
+from trainer.eval_flags import parse_args as read_flags
+from trainer.inputs import answers_path, check_report, claim_report, table_path
+from trainer.script import choose_weights, clean_exit, place_in_run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add_loading_flags(parser)
-    group = parser.add_argument_group("what to do")
-    group.add_argument(
-        "--stage",
-        default="vlm_sft",
-        choices=STAGES[1:],
-        help="weights of this stage (default: vlm_sft, or vlm_sft_multi with --multi or --video)",
-    )
-    group.add_argument(
-        "--image_dir",
-        type=Path,
-        help=f"describe all images in it (default: what the weights say, else {IMAGE_DIR})",
-    )
-    group.add_argument(
-        "--multi",
-        type=true_or_false,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="True|False",
-        help="--image_dir holds a folder for each set of images; all of a set are shown at "
-        f"once, in the order of their names (default: {MULTI['image_dir']})",
-    )
-    group.add_argument("--video", type=Path, metavar="FILE", help="describe a video")
-    group.add_argument(
-        "--max_frames",
-        type=at_least(1),
-        default=SFT_MULTI.max_frames,
-        help="of a video, at most, one per second; fewer where they would not fit (default: %(default)s)",
-    )
-    group.add_argument(
-        "--prompt",
-        help=f"what to ask about each (default: the weights' own example, else {PROMPT}; "
-        f"with --multi: {MULTI['prompt']})",
-    )
-    group.add_argument(
-        "--chat",
-        type=Path,
-        metavar="IMAGE",
-        nargs="?",
-        const=Path(),
-        help="ask questions, typed line by line, about one image; without a name, about the video of --video",
-    )
-    group.add_argument(
-        "--max_rounds",
-        type=at_least(0),
-        help="rounds of a chat that the model sees, the question included (0 = all that fit its context, "
-        "1 = each question stands alone; default: 1 for weights that learned single rounds, else 0)",
-    )
-    group.add_argument(
-        "--questions",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help='score question files: rows of {"image" or "video", "question", "answer", '
-        '"kind"}, the images and videos beside the file',
-    )
-    group.add_argument(
-        "--control",
-        nargs="+",
-        default=["real"],
-        choices=CONTROLS,
-        help="what the model is shown: the images, blank features, another question's "
-        "images, its own images in reverse order, or its video's frames in another (default: real)",
-    )
-    group.add_argument("--report", type=Path, help="write the scores to this JSON file")
-    group.add_argument(
-        "--batch_size", type=at_least(1), default=64, help="questions answered at once when scoring"
-    )
-    group = parser.add_argument_group("answers")
-    group.add_argument(
-        "--seed", type=at_least(0, below=SEED_LIMIT), default=1337, help="of sampling, and of controls"
-    )
-    group.add_argument(
-        "--temperature", type=at_least(0, float), default=0.0, help="0 = always the likeliest token"
-    )
-    group.add_argument(
-        "--top_k", type=at_least(0), default=0, help="choose among the k likeliest tokens (0 = all)"
-    )
-    group.add_argument(
-        "--top_p",
-        type=Checked(float, lambda value: 0 < value <= 1, "above 0 and at most 1"),
-        default=1.0,
-        help="choose among the likeliest tokens of this total probability",
-    )
-    group.add_argument(
-        "--repetition_penalty", type=above(0), default=1.0, help="above 1, seen tokens become less likely"
-    )
-    group.add_argument("--max_new_tokens", type=at_least(1), default=200, help="longest answer, in tokens")
-    args = parser.parse_args(argv)
-    if args.multi:
-        parser.set_defaults(**MULTI)
-    elif args.video:
-        parser.set_defaults(stage=MULTI["stage"], prompt="视频里发生了什么？")
-    args = parser.parse_args(argv)
-    if args.chat and (args.chat == Path()) != bool(args.video):
-        raise ValueError(
-            "--chat IMAGE asks about an image, --video FILE --chat about a video: give one of the two"
-        )
-    return args
+    return read_flags(__doc__, argv)
 
 
 def check_inputs(args: argparse.Namespace) -> Path:
     """The weights that the flags name. Raises FileNotFoundError for what is missing."""
-    for flag, file in (("--chat", args.chat), ("--video", args.video)):
+    named = [
+        ("--chat", args.chat),
+        ("--video", args.video),
+        *(("--image", path) for path in args.image or []),
+    ]
+    for flag, file in named:
         if file and file != Path() and not file.is_file():
             raise FileNotFoundError(f"{flag}: there is no file {file}")
     for path in args.questions or []:
         if not path.is_file():
             raise FileNotFoundError(f"question file not found: {path}")
-    if args.report and not args.questions:
-        raise ValueError("--report keeps the scores of --questions: give both")
     if args.report and place_in_run().rank == 0:
-        check_report(args.report)
-    return choose_weights(args, [args.stage])
+        beside = (answers_path(args.report), table_path(args.report)) if args.questions else ()
+        check_report(args.report, *beside)
+    weights = choose_weights(args, [args.stage])
+    if args.image and len(args.image) > 1:
+        check_sees_several(weights)
+    return weights
+
+
+def check_sees_several(weights: Path) -> None:
+    stage = read_description(weights).get("stage", "")
+    if stage and stage != MULTI["stage"]:
+        raise ValueError(
+            f"{weights} ({stage}) never saw several images at once: give one --image, or weights of "
+            f"{MULTI['stage']}"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     weights = check_inputs(args)
+    if args.image:  # for scripts: standard output is the answer's alone
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = evaluate(args, weights)
+        print(answer)
+    else:
+        evaluate(args, weights)
 
+
+def evaluate(args: argparse.Namespace, weights: Path) -> str | None:
+    """Do what the flags say; returns the answer about --image."""
     from model.chat import load_chat  # only now: loading PyTorch takes seconds
     from model.device import choose_dtype
     from serving.terminal import chat_about
-    from trainer.describe import describe_all, make_sampling
+    from trainer.describe import answer_one, describe_all, make_sampling
+    from trainer.description_report import describe_to_report
     from trainer.distributed import start_run
-    from trainer.scoring import check_question_files, score_questions
+    from trainer.question_files import open_question_files
+    from trainer.scoring import score_questions
 
     with start_run(args.device) as run, claim_report(args.report, run.is_main):
-        check_question_files(args.questions or [])
+        if run.world_size > 1 and (args.chat or args.image):
+            raise ValueError(
+                f"{'--chat' if args.chat else '--image'} asks one question at a time: start it with plain "
+                "python, in one process"
+            )
+        questions = open_question_files(args.questions or [], args.image_dir, args.score)
         chat = load_chat(
             weights,
             args.tokenizer_path,
             args.clip_path,
             run.device,
             choose_dtype(args.dtype, run.device),
-            args.batch_size if args.questions else 1,
+            args.batch_size if args.questions or args.report else 1,
             args.allow_other_inputs,
         )
         run.print(str(chat.report))
@@ -192,20 +112,17 @@ def main(argv: list[str] | None = None) -> None:
         args.image_dir = args.image_dir or find_recorded(chat.about.get("image_dir", IMAGE_DIR), weights)
         args.prompt = args.prompt or next(iter(chat.about.get("questions", [])), PROMPT)
         if args.questions:
-            score_questions(run, args, chat, partial(make_sampling, args))
+            score_questions(run, args, chat, questions, partial(make_sampling, args))
         elif args.chat:
-            if run.world_size > 1:
-                raise ValueError("--chat reads the terminal: start it with plain python, in one process")
-            chat_about(
-                chat,
-                args.video or args.chat,
-                bool(args.video),
-                args.max_frames,
-                args.max_rounds,
-                make_sampling(args),
-            )
+            file, sampling = args.video or args.chat, make_sampling(args)
+            chat_about(chat, file, bool(args.video), args.max_frames, args.max_rounds, sampling)
+        elif args.image:
+            return answer_one(args, chat)
+        elif args.report:
+            describe_to_report(run, args, chat, weights)
         else:
             describe_all(run, args, chat)
+    return None
 
 
 if __name__ == "__main__":

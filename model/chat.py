@@ -6,7 +6,7 @@ for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}],
     print(text, end="", flush=True)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from model.description import read_description
 from model.device import without_memory
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
+from model.likelihood import log_probabilities
 from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded
 from model.packing import pack_linears
 from model.prompt import IMAGE_MARK, Prompt, Renderer, load_tokenizer, put_marks
@@ -41,13 +42,16 @@ class Chat:
         image_processor=None,
         report: LoadReport | None = None,
         about: dict | None = None,
+        inputs: dict[str, str] | None = None,
     ):
         """
         vision_model, image_processor  not needed where nothing is encoded
         about                          what the weights say of themselves: knows, questions, image_dir,
                                        max_rounds
+        inputs                         fingerprints of the CLIP and the tokenizer in use
         """
         self.decoder, self.tokenizer, self.report, self.about = decoder, tokenizer, report, about or {}
+        self.inputs = inputs or {}
         self.vision_model, self.image_processor = vision_model, image_processor
         self.renderer = Renderer(tokenizer, decoder.config.num_image_tokens, decoder.config.max_seq_len)
 
@@ -57,11 +61,17 @@ class Chat:
         else 0, all that fit."""
         return 1 if self.about.get("max_rounds") == 1 else 0
 
-    def encode(self, images: list[Image.Image]) -> Tensor:
+    def encode(self, images: Iterable[Image.Image]) -> Tensor:
         """Images to image features, (M, N, vision_dim)."""
+        return self.encode_pixels(self.read_pixels(images))
+
+    def read_pixels(self, images: Iterable[Image.Image]) -> Tensor:
+        """Images to what CLIP takes, (M, 3, S, S). One is open at a time: a photograph takes 300 MB."""
         side = self.image_processor.size
         pixels = [get_img_process(image, self.image_processor) for image in images]
-        pixel_values = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
+        return torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
+
+    def encode_pixels(self, pixel_values: Tensor) -> Tensor:
         return get_img_embedding(pixel_values.to(self.decoder.device), self.vision_model)
 
     def render(self, turns: list[dict]) -> Prompt:
@@ -102,13 +112,41 @@ class Chat:
         self, conversations: list[list[dict]], image_features: list[Tensor], sampling: Sampling | None = None
     ) -> list[str]:
         """The answers to many conversations at once; image_features: (n, N, vision_dim) of each."""
+        return [self.read(ids) for ids in self.answer_ids(conversations, image_features, sampling)]
+
+    def answer_ids(
+        self,
+        conversations: list[list[dict]],
+        image_features: list[Tensor],
+        sampling: Sampling | None = None,
+        streams: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """The same as token ids, without the closing </s>; streams: as for generate()."""
         prompts = [self.render(turns) for turns in conversations]
         answers: list[list[int]] = [[] for _ in prompts]
-        for ids in generate(self.decoder, prompts, self.tokenizer.eos_token_id, sampling, image_features):
+        eos_id = self.tokenizer.eos_token_id
+        for ids in generate(self.decoder, prompts, eos_id, sampling, image_features, streams):
             for answer, token in zip(answers, ids, strict=True):
                 if token is not None:
                     answer.append(token)
-        return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        return answers
+
+    def read(self, ids: list[int]) -> str:
+        """An answer's ids as text."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """An answer as training learns it: its tokens and the closing </s>."""
+        return [*self.renderer.encode(answer), self.tokenizer.eos_token_id]
+
+    def log_probabilities(
+        self, conversations: list[list[dict]], answers: list[list[str]], image_features: list[Tensor]
+    ) -> list[list[Tensor]]:
+        """For each conversation and each of the answers that it might get, the log-probability of every token
+        of that answer, the closing </s> included, (tokens,) float32."""
+        prompts = [self.render(turns) for turns in conversations]
+        ids = [[self.encode_answer(answer) for answer in given] for given in answers]
+        return log_probabilities(self.decoder, prompts, ids, image_features)
 
 
 def load_chat(
@@ -157,11 +195,11 @@ def load_chat(
     del model  # and with it the mapped file, before another one is read
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
+    inputs = {
+        "CLIP": fingerprint_clip(vision_model, image_processor),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+    }
     if not allow_other_inputs:
-        inputs = {
-            "CLIP": fingerprint_clip(vision_model, image_processor),
-            "tokenizer": fingerprint_tokenizer(tokenizer),
-        }
         check_inputs_match(weights, description.get("inputs", {}), inputs)
     vision_model.to(device, dtype)
     if dtype != torch.float32:  # in fp32 CLIP stays mapped from its file: a packed copy would double it
@@ -169,7 +207,7 @@ def load_chat(
     about = description.get("about", {})
     if "knows" in about:
         report.details.append(about["knows"])
-    return Chat(decoder, tokenizer, vision_model, image_processor, report, about)
+    return Chat(decoder, tokenizer, vision_model, image_processor, report, about, inputs)
 
 
 # ---- a chat of several rounds ------------------------------------------------------------------------------

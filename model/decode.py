@@ -4,8 +4,8 @@ transformer.py defines what is computed. Here nothing is computed twice: the key
 stay in a cache. One token then costs what it costs to read every weight once, so the weights are stored for
 that (packing.py), and the operations between the products are few.
 
-Letters: B rows, T tokens of the longest prompt, S slots in use, D model width, H query heads, K key/value
-heads, E head width, M images, N tokens per image, V vocabulary.
+Letters: B rows, T tokens of the longest prompt, S slots in use, C tokens that follow, D model width, H query
+heads, K key/value heads, E head width, M images, N tokens per image, V vocabulary.
 """
 
 import copy
@@ -177,6 +177,28 @@ class Decoder:
             h = self.finish(layer, h, attended.flatten(1, 2).unsqueeze(2))
         cache.used, cache.positions = S, (cache.positions + 1).clamp(max=len(self.rope) - 1)
         return self.output(self.norm(h[:, 0]))
+
+    @torch.inference_mode()
+    def extend(self, next_ids: Tensor, cache: KVCache) -> Tensor:
+        """Read several more tokens per row at once. The cache stays as it is, so that other tokens can follow
+        the same prompts.
+
+        next_ids  (B, C), padded on the right
+        returns   (B, C, D), of which output() makes the logits of the token after each
+        """
+        S, C = cache.used, next_ids.shape[1]
+        all_keys, all_values = (tensor[:, :, :, :S].unbind() for tensor in (cache.keys, cache.values))
+        later = torch.full((C, C), -math.inf, dtype=self.dtype, device=self.device).triu(1)
+        mask = cache.mask[..., :S].expand(-1, -1, C, -1)  # (B, 1, C, S)
+        mask = torch.cat([mask, later.expand(len(mask), 1, C, C)], dim=-1)  # (B, 1, C, S + C)
+        places = cache.positions[:, None] + torch.arange(C, device=self.device)  # (B, C)
+        rope = self.rope[places.clamp(max=len(self.rope) - 1)]
+        h = self.embed(next_ids, None, None)
+        for layer, keys, values in zip(self.layers, all_keys, all_values, strict=True):
+            q, k, v = self.project(layer, h, rope)
+            k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)  # (B, K, S + C, E)
+            h = self.finish(layer, h, F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
+        return self.norm(h)
 
     def project(self, layer: Layer, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E) and keys and values (B, K, T, E), rotated by rope (..., T, E / 2)."""

@@ -3,7 +3,7 @@
 Letters: B prompts, T tokens of the longest, M images, N tokens per image, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.data.batch import flat_slots, pad_rows
-from model.decode import Decoder
+from model.decode import Decoder, KVCache
 from model.prompt import Prompt
 from model.vision_proj import check_each_row
 
@@ -49,40 +49,25 @@ def generate(
     eos_id: int,
     sampling: Sampling | None = None,
     image_features: list[Tensor] | None = None,
+    streams: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
     """Answer a batch of prompts of any lengths.
 
     image_features  of each prompt the features of its images, (n, N, vision_dim), n may be 0
+    streams         of each prompt what is added to the seed, where that is not its row
     yields          one id per prompt and step; None for a prompt whose answer has ended (at eos_id, which is
                     not yielded, after max_new_tokens, or where the model's context is full)
     raises          ValueError if a prompt does not fit the context, or holds another number of placeholders
                     than it has images
     """
     sampling = sampling or Sampling()
-    lengths = [len(prompt.input_ids) for prompt in prompts]
     limit = decoder.config.max_seq_len
-    if max(lengths) >= limit:
-        raise ValueError(
-            f"the prompt has {max(lengths)} tokens, but the model's context holds {limit} with the answer"
-        )
-    if image_features is not None:
-        check_each_row(
-            [len(prompt.image_slots) for prompt in prompts], [len(part) for part in image_features]
-        )
-        image_features = torch.cat(image_features)  # (M, N, V)
-    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0)  # (B, T)
-    input_ids = input_ids.to(decoder.device)
-    slots = [
-        torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, decoder.config.num_image_tokens)
-        for prompt in prompts
-    ]
-    slots = flat_slots(slots, input_ids.shape[1]).to(decoder.device)  # (M, N)
-    num_steps = min(sampling.max_new_tokens, limit - min(lengths))
-    sampler = TokenSampler(sampling, input_ids, lengths, decoder.config.vocab_size)
-
-    logits, cache = decoder.prefill(
-        input_ids, torch.tensor(lengths, device=decoder.device), num_steps, image_features, slots
+    input_ids, lengths, logits, cache = read_prompts(
+        decoder, prompts, sampling.max_new_tokens, image_features
     )
+    num_steps = min(sampling.max_new_tokens, limit - min(lengths))
+    sampler = TokenSampler(sampling, input_ids, lengths, decoder.config.vocab_size, streams)
+
     rows = list(range(len(prompts)))  # the prompts that the cache holds
     answering = set(rows)
     for step in range(num_steps):
@@ -107,18 +92,62 @@ def generate(
         logits = decoder.step(next_ids, cache)
 
 
+def read_prompts(
+    decoder: Decoder, prompts: list[Prompt], max_new_tokens: int, image_features: list[Tensor] | None
+) -> tuple[Tensor, list[int], Tensor, KVCache]:
+    """Prompts of any lengths, checked and read in one call, as generate() takes them.
+
+    returns  their ids (B, T), padded on the right; their lengths; the logits of the token after each (B, V);
+             and the cache, with room for max_new_tokens or what the context leaves
+    """
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    limit = decoder.config.max_seq_len
+    if max(lengths) >= limit:
+        raise ValueError(
+            f"the prompt has {max(lengths)} tokens, but the model's context holds {limit} with the answer"
+        )
+    if image_features is not None:
+        check_each_row(
+            [len(prompt.image_slots) for prompt in prompts], [len(part) for part in image_features]
+        )
+        image_features = torch.cat(image_features)  # (M, N, V)
+    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0)  # (B, T)
+    input_ids = input_ids.to(decoder.device)
+    slots = [
+        torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, decoder.config.num_image_tokens)
+        for prompt in prompts
+    ]
+    slots = flat_slots(slots, input_ids.shape[1]).to(decoder.device)  # (M, N)
+    logits, cache = decoder.prefill(
+        input_ids,
+        torch.tensor(lengths, device=decoder.device),
+        min(max_new_tokens, limit - min(lengths)),
+        image_features,
+        slots,
+    )
+    return input_ids, lengths, logits, cache
+
+
 class TokenSampler:
     """Chooses the next token of every row; equal to transformers' logits processors in the order they apply
     them."""
 
-    def __init__(self, sampling: Sampling, input_ids: Tensor, lengths: list[int], vocab_size: int):
+    def __init__(
+        self,
+        sampling: Sampling,
+        input_ids: Tensor,
+        lengths: list[int],
+        vocab_size: int,
+        streams: Sequence[int] = (),
+    ):
         self.sampling = sampling
         self.seen = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=input_ids.device)  # (B, V)
         for row, length in enumerate(lengths):
             self.seen[row, input_ids[row, :length]] = True
         # One generator per row: an answer does not depend on what else is in the batch.
         self.generators = [
-            torch.Generator(input_ids.device).manual_seed(sampling.seed + row) for row in range(len(lengths))
+            torch.Generator(input_ids.device).manual_seed(sampling.seed + stream)
+            for stream in streams or range(len(lengths))
         ]
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from model.checkpoint import config_of, read_state_dict, save_weights
 from model.prompt import load_tokenizer
 from model.vision_utils import get_vision_model
 from trainer.inputs import read_about
-from trainer.scoring import check_question_files
+from trainer.question_files import open_question_files
 from trainer.script import read_recipe
 
 MARK = "here"
@@ -126,7 +126,7 @@ def test_spoilt_words_about_the_data_and_questions(tmp_path):
     (tmp_path / "images").mkdir()
     save_image(tmp_path / "images" / "0.png", 0)
     path = write_questions(tmp_path / "q.jsonl", make_question())
-    check_spoilt(path, lambda: check_question_files([path]))
+    check_spoilt(path, lambda: open_question_files([path]))
 
 
 def test_spoilt_recipes(tmp_path):

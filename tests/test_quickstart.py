@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LONG, ROOT, check_refused, run_script
+from conftest import LONG, ROOT, check_refused, run_script, write_questions
 from PIL import Image
 
 from benchmarks.llava import to_llava, to_llava_ids
@@ -18,6 +18,7 @@ from model.generate import Sampling, generate
 from model.images import open_image
 from model.transformer import Transformer
 from model.vision_utils import get_img_process, get_vision_model
+from trainer.intervals import wilson
 
 
 def quickstart(place: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -92,6 +93,37 @@ def test_the_trained_model_answers_as_transformers_llava_does(place):
         )[0, ids.shape[1] :].tolist()
         assert answer == [token for token in theirs if token != 2]
     assert len({tuple(answer) for answer in ours}) > 5
+
+
+def balanced_choices(place: Path) -> list[dict]:
+    """Questions about colours and shapes never seen, each with all answers of its language to choose from,
+    and every one of them right as often as the others: blind, nothing is better than guessing."""
+    lines = (place / "demo" / "questions_unseen.jsonl").read_text().splitlines()
+    groups: dict[tuple[str, bool], dict[str, list[dict]]] = {}
+    for row in map(json.loads, lines):
+        if row["kind"] in ("colour", "shape"):
+            answers = groups.setdefault((row["kind"], row["answer"].isascii()), {})
+            answers.setdefault(row["answer"], []).append(row | {"image": f"{place}/demo/{row['image']}"})
+    return [
+        row | {"choices": sorted(answers)}
+        for answers in groups.values()
+        for rows in answers.values()
+        for row in rows[: min(map(len, answers.values()))]
+    ]
+
+
+def test_choices_are_right_by_seeing_and_blind_at_chance(place, tmp_path):
+    rows = balanced_choices(place)
+    assert len(rows) > 80 and {len(row["choices"]) for row in rows} == {4}
+    write_questions(tmp_path / "q.jsonl", *rows)
+    flags = [f"@{place}/demo/eval.args", f"--questions={tmp_path}/q.jsonl", f"--report={tmp_path}/r.json"]
+    result = run_script("3-eval_chat.py", *flags)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "r.json").read_text())["q"]
+    for kind in ("colour", "shape"):
+        assert report[kind]["real"] >= 0.8 and report[kind]["chance"] == 0.25, report
+    low, high = wilson(round(report["all"]["blank"] * len(rows)), len(rows))
+    assert low <= 0.25 <= high, report
 
 
 def test_a_second_call_repeats_nothing(place):

@@ -2,10 +2,11 @@
 sets."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from conftest import load_script, run_inside, run_script, save_image, save_video
+from conftest import run_inside, run_script, save_image, save_video
 
 from model.chat import load_chat
 from model.checkpoint import save_weights
@@ -16,10 +17,12 @@ from model.data.video import Frame, find_frames, open_images
 from model.generate import Sampling
 from model.printable import printable
 from model.vision_utils import ImageProcessor
-from trainer import scoring
+from trainer.controls import ImageFeatures, find_stand_ins, resample, show, successors
 from trainer.distributed import Run
+from trainer.question_files import open_question_file
+from trainer.questions import Question, read_questions
 from trainer.samples import decode_sample
-from trainer.scoring import Question, find_stand_ins, read_questions, resample, show, successors
+from trainer.scoring import ask_all, ask_exact
 
 # As the documents show them: image edits and bird comparisons.
 EDITS = {
@@ -207,7 +210,7 @@ def test_questions_are_scored_under_every_control_by_one_process_as_by_two(place
 
 def test_what_the_model_sees_under_a_control(place, workplace, chat, monkeypatch):
     """The features that reach the model, compared with those of the files encoded here."""
-    questions = read_questions(workplace / "questions_x.jsonl", chat, max_frames=8)
+    questions = read_questions(open_question_file(workplace / "questions_x.jsonl"), chat, max_frames=8)
     seen = {}
 
     def answer_batch(conversations, image_features, sampling):
@@ -215,15 +218,13 @@ def test_what_the_model_sees_under_a_control(place, workplace, chat, monkeypatch
         return ["" for _ in conversations]
 
     monkeypatch.setattr(chat, "answer_batch", answer_batch)
-    args = load_script("3-eval_chat.py").parse_args(["--batch_size=4"])
     run = Run(0, 1, torch.device("cpu"))
-    features = scoring.ImageFeatures(
-        chat, [image for asked in questions for part in asked.parts for image in part]
-    )
+    features = ImageFeatures(chat, [image for asked in questions for part in asked.parts for image in part])
+    ask = partial(ask_exact, chat, lambda number: Sampling())
     for control in ("real", "blank", "swapped", "shuffled_frames"):
         seen[control] = []
         asked = [(one, given) for one in questions if (given := show(one, control, {}, 0))]
-        scoring.answer_questions(run, args, chat, asked, features, control, lambda number: Sampling())
+        ask_all(run, 4, asked, features, control, ask)
         seen[control] = torch.cat(seen[control])
     images = [workplace / "images" / f"{n}.png" for n in range(6)]
     videos = [find_frames(workplace / "images" / f"{n}.mp4") for n in range(3)]
@@ -279,7 +280,7 @@ def test_bad_question_rows_are_named(place, workplace, chat, bad, message):
     (workplace / "images" / "0.png.mp4").write_bytes(b"no video")
     (workplace / "bad.jsonl").write_text(json.dumps(bad))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read_questions(workplace / "bad.jsonl", chat, 8)
+        read_questions(open_question_file(workplace / "bad.jsonl"), chat, 8)
 
 
 def test_sets_of_images_are_described_together(place, workplace, chat, capsys):

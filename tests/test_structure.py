@@ -41,6 +41,7 @@ LIGHT = (
     "trainer.script",
     "trainer.args",
     "trainer.inputs",
+    "trainer.eval_flags",
 )
 HEAVY = {"torch", "transformers", "numpy", "pandas", "PIL", "av", "gradio", "tokenizers", "matplotlib"}
 

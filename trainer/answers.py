@@ -30,8 +30,8 @@ from model.vision_utils import get_img_embedding, get_vision_model
 from trainer.distributed import Run
 from trainer.drawing import draw_answers
 from trainer.logger import MetricsLog, find_records, first_line
+from trainer.question_files import parse_questions
 from trainer.record import Record
-from trainer.scoring import parse_questions
 from trainer.stand_ins import Numbered
 
 GROWTH = 1.25  # a save is asked at if at least so many times the steps are done than when it was asked last
@@ -215,12 +215,13 @@ def read_samples(path: Path, dataset: VLMDataset, args: argparse.Namespace, trai
     FileNotFoundError or ValueError, naming file and row."""
     vision_model = trainer.vision_model or get_vision_model(args.clip_path or CLIP_PATH)[0]
     vision_model.to(trainer.run.device)
-    for number, (name, row, files, turns) in enumerate(islice(parse_questions(path), args.samples), 1):
-        if row.get("video"):
-            raise ValueError(f"{name}: --sample_questions asks about images, not videos")
-        pixels = torch.stack(load_images(files, dataset.image_processor)).to(trainer.run.device)
+    for number, entry in enumerate(islice(parse_questions(path), args.samples), 1):
+        if entry.row.get("video"):
+            raise ValueError(f"{entry.name}: --sample_questions asks about images, not videos")
+        pixels = torch.stack(load_images(entry.files, dataset.image_processor)).to(trainer.run.device)
         features = get_img_embedding(pixels, vision_model).float()
-        yield Sample(number, files, turns, without_marks(row["question"]), row["answer"].strip(), features)
+        question, answer = without_marks(entry.row["question"]), entry.row["answer"].strip()
+        yield Sample(number, entry.files, entry.turns, question, answer, features)
 
 
 def without_marks(question: str) -> str:

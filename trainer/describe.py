@@ -1,4 +1,4 @@
-"""What 3-eval_chat.py does with a folder of images, sets of images, or a video: ask one question of each."""
+"""What 3-eval_chat.py does with images, a folder of them, sets, or a video: ask one question of each."""
 
 import argparse
 import math
@@ -33,9 +33,7 @@ def describe_all(run: Run, args: argparse.Namespace, chat: Chat) -> None:
     """One answer for each, streamed; with several processes each answers its share and rank 0 prints all in
     order. What cannot be read is passed over; AgreedError at the end then says how many."""
     shown = list_shown(args)
-    if args.multi:  # what does not fit is reported before the first answer
-        for _, files in shown:
-            compose(args, chat, files)
+    check_fitting(args, chat, shown)
     bad: list[Path] = []
     mine = {}
     for position in range(run.rank, len(shown), run.world_size):
@@ -68,6 +66,12 @@ def describe(
     yield from chat.stream(turns, images, make_sampling(args, position))
 
 
+def answer_one(args: argparse.Namespace, chat: Chat) -> str:
+    """The answer to --prompt about all of --image. Raises ValueError for what cannot be read or shown."""
+    turns, shown = compose(args, chat, args.image)
+    return printable("".join(chat.stream(turns, list(open_images(shown)), make_sampling(args))))
+
+
 def list_shown(args: argparse.Namespace) -> list[tuple[Path, list[Path]]]:
     """What is described one by one: a name, and the files that are shown together."""
     if args.video:
@@ -91,6 +95,12 @@ def list_shown(args: argparse.Namespace) -> list[tuple[Path, list[Path]]]:
     return [(folder, find_images(folder)) for folder in folders]
 
 
+def check_fitting(args: argparse.Namespace, chat: Chat, shown: list[tuple[Path, list[Path]]]) -> None:
+    """Raise ValueError before the first answer for a set of images that does not fit."""
+    for _, files in shown if args.multi else []:
+        compose(args, chat, files)
+
+
 def compose(args: argparse.Namespace, chat: Chat, files: list[Path]) -> tuple[list[dict], list[Path | Frame]]:
     """The question of --prompt about images, or about a video: its turns, and the images and frames that it
     shows.
@@ -102,8 +112,9 @@ def compose(args: argparse.Namespace, chat: Chat, files: list[Path]) -> tuple[li
     config, num_tokens = chat.decoder.config, len(chat.render(turns).input_ids)
     too_many = math.ceil((num_tokens - config.max_seq_len + 1) / config.num_image_tokens)
     if too_many > 0 and len(files) > 1:
+        place = "--image names" if args.image else f"{files[0].parent} holds"
         raise ValueError(
-            f"{files[0].parent} holds {len(files)} images of {config.num_image_tokens} tokens "
+            f"{place} {len(files)} images of {config.num_image_tokens} tokens "
             f"each, {num_tokens} with the question, but the model's context holds "
             f"{config.max_seq_len} with the answer: at most {max(0, len(files) - too_many)} "
             "images fit"

@@ -98,9 +98,14 @@ def answers_path(report: Path) -> Path:
     return report.with_name(f"{report.name.removesuffix('.json')}.answers.jsonl")
 
 
-def check_report(report: Path) -> None:
-    """Raise OSError, now and not in an hour, for a --report that could not be written."""
-    for path in (report, answers_path(report)):
+def table_path(report: Path) -> Path:
+    """Where the scores lie with their intervals: r.scores.csv beside r.json."""
+    return report.with_name(f"{report.name.removesuffix('.json')}.scores.csv")
+
+
+def check_report(*paths: Path) -> None:
+    """Raise OSError, now and not in an hour, for files of a --report that could not be written."""
+    for path in paths:
         try:
             check_writable(path)
         except OSError as error:
