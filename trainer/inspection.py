@@ -19,7 +19,7 @@ from model.data.dataset import VLMDataset, tokenize
 from model.device import choose_device, choose_dtype
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
-from model.printable import one_line, printable
+from model.printable import format_bytes, one_line, printable
 from model.prompt import MARK, Renderer, load_tokenizer, normalise_turns
 from model.transformer import Transformer
 from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
@@ -35,7 +35,6 @@ from trainer.memory import (
     available_memory,
     estimate_loading,
     estimate_step,
-    format_bytes,
     held_memory,
     plan_memory,
     size_in_memory,
