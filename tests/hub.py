@@ -167,7 +167,7 @@ class Answer(BaseHTTPRequestHandler):
 
 def write_table(path: Path, hub: Hub, downloads: dict[str, dict], commit: str = "a" * 40) -> Path:
     """A table of downloads as model/downloads.toml: name -> {"place", "files": {name: content}}, and what
-    else is said of a file, in "more": {name: {...}}. The hub has the files; sizes and checksums are theirs."""
+    else is said of a file, in "more": {name: {...}}. The hub gets the files, with true checksums."""
     lines = [
         "[repositories.all]",
         'id = "someone/all"',

@@ -14,10 +14,15 @@ from pathlib import Path
 import huggingface_hub.utils
 import numpy as np
 import pytest
-from conftest import LONG, ROOT
+import torch
+from conftest import LONG, ROOT, v1_state_dict
 from hub import PAGE, POINTER, Hub, git_sha1, running_hub, write_table
+from PIL import Image
 
-from model.download import main
+from model.download import LINE, main
+from model.download_table import describe_size, read_table
+from model.LMConfig import LMConfig
+from model.names import CLIP_PATH, TOKENIZER_PATH
 from trainer.script import clean_exit
 
 COMMIT = "a" * 40
@@ -468,3 +473,88 @@ def test_a_zip_that_the_disk_cannot_hold(zipped, place, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     (error,) = zipped(content).errors
     assert "5,000 bytes are to be unpacked, 1,000 are free" in error and names_in(place / "images") == set()
+
+
+# ---- bash quickstart.sh --real -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(hub, tmp_path, tokenizer_path, clip_path) -> Path:
+    """A copy of the repository whose table names the stand-in's files: a small CLIP, weights as v1's."""
+    folder = tmp_path / "copy"
+    kept_away = shutil.ignore_patterns(
+        "__pycache__", "*.bin", "*.safetensors", "tokenizer*.json", "minimind-v*"
+    )
+    for name in ("model", "trainer", "serving"):  # without what was downloaded
+        shutil.copytree(ROOT / name, folder / name, ignore=kept_away)
+    for name in ("quickstart.sh", "requirements.txt", "3-eval_chat.py"):
+        shutil.copy(ROOT / name, folder)
+    torch.manual_seed(0)
+    weights = io.BytesIO()
+    torch.save(v1_state_dict(LMConfig(vision_dim=24), bias=True), weights)
+    image = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(image, "PNG")
+
+    def contents(source: Path, *names: str) -> dict[str, bytes]:
+        return {name: (source / name).read_bytes() for name in names}
+
+    clip = contents(clip_path, "config.json", "preprocessor_config.json", "model.safetensors")
+    tokenizer = contents(tokenizer_path, "tokenizer.json", "tokenizer_config.json")
+    downloads = {
+        "clip": {"place": CLIP_PATH, "files": clip},
+        "tokenizer": {"place": TOKENIZER_PATH, "files": tokenizer},
+        "vlm": {"files": {"out/512_vlm_sft.pth": weights.getvalue()}},
+        "eval_images": {"place": "dataset", "files": {"eval_images/red.png": image.getvalue()}},
+    }
+    write_table(folder / "model/downloads.toml", hub, downloads)
+    environment = folder / ".venv/bin"
+    environment.mkdir(parents=True)
+    (environment / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (environment / "python").chmod(0o755)
+    shutil.copy(ROOT / "requirements.txt", folder / ".venv/requirements.installed")
+    return folder
+
+
+def quickstart(copy: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(copy / "quickstart.sh"), "--real", *arguments],
+        cwd=folder,
+        timeout=LONG,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_quickstart_describes_real_photos(copy, hub, tmp_path):
+    """From nothing to the description of a photo, and then of one's own, without another byte."""
+    result = quickstart(copy, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    size_first = next(number for number, line in enumerate(lines) if "MB to download" in line)
+    assert size_first == 0 and "file(s) to transfer" in result.stdout
+    assert "[dataset/eval_images/red.png]" in result.stdout and "web_server.py" in result.stdout
+    assert (copy / "out/512_vlm_sft.pth").is_file() and (copy / CLIP_PATH / "config.json").is_file()
+    (tmp_path / "mine").mkdir()
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "mine/blue.png")
+    hub.requests.clear()
+    result = quickstart(copy, "mine", folder=tmp_path)
+    assert result.returncode == 0 and f"[{tmp_path}/mine/blue.png]" in result.stdout, result.stderr
+    assert not hub.requests
+
+
+def test_quickstart_stops_with_the_cure(copy, hub, tmp_path):
+    result = quickstart(copy, "nowhere", folder=tmp_path)
+    assert result.returncode == 1 and "there is no folder nowhere" in result.stderr and not hub.requests
+    hub.instead["out/512_vlm_sft.pth"] = PAGE
+    result = quickstart(copy, folder=tmp_path)
+    assert result.returncode == 1 and "is a web page" in result.stderr and "run this again" in result.stderr
+    assert "red.png]" not in result.stdout
+
+
+def test_quickstart_says_what_it_will_transfer():
+    table, text = read_table(), (ROOT / "quickstart.sh").read_text()
+    downloads = [download for name in ("clip", "tokenizer", "vlm") for download in table[name]]
+    assert f"{describe_size(downloads)} to download" in text and "about a minute at 100 Mbit/s" in text
+    assert "names=(clip tokenizer vlm)" in text
+    seconds = sum(source.num_bytes for download in downloads for source in download.files) / LINE
+    assert 45 < seconds < 75
