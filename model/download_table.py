@@ -152,13 +152,14 @@ def describe_size(downloads: Iterable[Download]) -> str:
         unknown += sizes.count(None)
     if not known:
         return "size not known"
-    return format_bytes(known) + (f" and {unknown} file(s) of unknown size" if unknown else "")
+    more = f" and {unknown} file{'s' * (unknown > 1)} of unknown size" if unknown else ""
+    return format_bytes(known) + more
 
 
 def command_line(table: Table, names: list[str]) -> str:
     """As README shows it, with what it will transfer."""
     size = describe_size(download for name in names for download in table[name])
-    return f"{COMMAND} {' '.join(names):20} # {size}"
+    return f"{COMMAND + ' ' + ' '.join(names):50}  # {size}"
 
 
 def markdown_lines(table: Table) -> list[str]:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,19 +11,24 @@ import sys
 import zipfile
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub.file_download
 import huggingface_hub.utils
 import numpy as np
 import pytest
 import torch
-from conftest import LONG, ROOT, v1_state_dict
+from conftest import LONG, ROOT, v1_state_dict, wait_until
 from hub import PAGE, POINTER, Hub, git_sha1, running_hub, write_table
 from PIL import Image
 
+from model.chat import load_chat
 from model.download import LINE, main
-from model.download_table import describe_size, read_table
+from model.download_table import COMMAND, describe_size, find_download, read_table
 from model.LMConfig import LMConfig
-from model.names import CLIP_PATH, TOKENIZER_PATH
+from model.names import CLIP_PATH, TOKENIZER_PATH, find_weights
+from trainer.check import main as check
+from trainer.inputs import weights_cure
 from trainer.script import clean_exit
 
 COMMIT = "a" * 40
@@ -41,7 +47,8 @@ def hub(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", hub.address)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         huggingface_hub.utils.close_session()
-        monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's attempts
+        impatient = SimpleNamespace(sleep=lambda _: None)  # between the library's attempts
+        monkeypatch.setattr(huggingface_hub.file_download, "time", impatient)
         yield hub
 
 
@@ -154,8 +161,7 @@ def test_ctrl_c_is_one_line_and_the_next_call_goes_on(table, hub, tmp_path, plac
     process = start(table, tmp_path / "place", "model")
     assert hub.stalled.wait(LONG)
     (part,) = place.glob("out/*.part")
-    while part.stat().st_size < 1 << 20 and process.poll() is None:  # until it has written what was sent
-        pass
+    wait_until(lambda: part.stat().st_size >= 1 << 20)  # what was sent is written
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=LONG)
     assert process.returncode == 130 and "Traceback" not in err
@@ -473,6 +479,55 @@ def test_a_zip_that_the_disk_cannot_hold(zipped, place, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     (error,) = zipped(content).errors
     assert "5,000 bytes are to be unpacked, 1,000 are free" in error and names_in(place / "images") == set()
+
+
+# ---- the table, and who asks it ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["pretrain"], ["clip", "tokenizer", "llm", "data_pretrain"]),
+        (["sft"], ["clip", "tokenizer", "vlm_pretrain", "data_sft"]),
+        (["sft", "--multi"], ["clip", "tokenizer", "vlm", "multi"]),
+    ],
+)
+def test_the_check_names_the_download_of_whatever_is_missing(command, names, tmp_path, monkeypatch, capsys):
+    """In an empty folder, one line for each; and what they name brings files to where they are looked for."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        check([*command, "--device=cpu"])
+    problems = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(problems) == 5, problems
+    for name in names:
+        matching = [line for line in problems if re.search(rf"python -m model.download {name}\b", line)]
+        assert len(matching) == (2 if name in ("data_pretrain", "data_sft", "multi") else 1), (name, problems)
+
+
+def test_weights_of_v1s_sizes_alone_are_offered():
+    assert "model.download llm," in weights_cure("llm", LMConfig(dim=512))
+    assert "model.download vlm_768," in weights_cure("vlm_sft", LMConfig(dim=768))
+    assert "model.download --list" in weights_cure("llm", LMConfig(dim=64))
+    assert "download" not in weights_cure("llm", LMConfig(dim=512, use_moe=True))
+
+
+def test_chat_and_page_name_their_downloads(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="python -m model.download vlm,"):
+        find_weights(tmp_path, ["vlm_sft"])
+    with pytest.raises(FileNotFoundError, match="python -m model.download vlm_pretrain_768"):
+        load_chat("out/768_vlm_pretrain.pth")
+    assert find_download(ROOT / "dataset/eval_images") == f"{COMMAND} eval_images"
+    assert find_download("dataset/eval_images/") == f"{COMMAND} eval_images"
+    assert find_download("my_images") == find_download(tmp_path) == find_download("dataset") == ""
+
+
+def test_the_table_knows_v1s_files():
+    """Sizes and checksums of the weights, as the hub's pages have them; nothing is said that is not known."""
+    table = read_table()
+    weights = [table[name][0].files[0] for name in table if name.startswith(("llm", "vlm"))]
+    assert len(weights) == 6 and all(source.sha256 for source in weights)
+    assert sum(source.size is not None for source in weights) == 5
+    assert [source.name for source in table["data_sft"][0].files if source.size or source.sha256] == []
 
 
 # ---- bash quickstart.sh --real -----------------------------------------------------------------------------
