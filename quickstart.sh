@@ -79,12 +79,15 @@ case "$*" in
     --real | "--real ${2:-}")
         echo "CLIP, MiniMind's tokenizer and v1's model: 715 MB to download, once; about a minute at 100 Mbit/s"
         ;;
-    *) fail "unknown argument: $1" "bash quickstart.sh, with --setup, --real or --from-scratch or nothing behind it" ;;
+    *) fail "unknown argument: $*" "bash quickstart.sh, with --setup, --real or --from-scratch or nothing behind it" ;;
 esac
 set_up
 case "${1:-}" in
-    --setup) exit ;;
-    --real) describe_photos "${2:-}" && exit ;;
+    --setup) exit 0 ;;
+    --real)
+        describe_photos "${2:-}"
+        exit 0
+        ;;
 esac
 mkdir -p "$OUT"
 again="look at the message above; run this again to go on, or remove $WORLD and $OUT to start anew"

@@ -112,6 +112,8 @@ def make_download(name: str, entry: dict, repositories: dict[str, Repository]) -
     for source in files:
         if any(map(leads_out, (entry.get("place") or ".", source.name, source.unpack or "."))):
             raise ValueError(f"{name}: {source.name!r} leads out of its folder")
+        if not all(isinstance(number, int | None) for number in (source.size, source.about)):
+            raise ValueError(f"{name}: the size of {source.name} is no number of bytes")
         if source.sha256 and not SHA256.fullmatch(source.sha256):
             raise ValueError(f"{name}: {source.sha256} is no SHA-256 of 64 hex digits")
     repository = repositories[entry["from"]]

@@ -20,7 +20,7 @@ from model.locks import claimed
 from model.printable import one_line
 
 HUB = "https://huggingface.co"
-CURE = "name another mirror in HF_ENDPOINT, or none (--help)"
+CURE = "try another mirror (HF_ENDPOINT, see --help)"
 CHUNK = 1 << 20  # bytes; what a cut connection costs at most
 NOT_MEANT = re.compile(r"(^|/)\.|^README")  # in a pattern, as for the shell
 
@@ -207,7 +207,8 @@ def receive(target: Target) -> bool:
                 target.url,
                 file,
                 resume_size=target.arrived,
-                headers=build_hf_headers(token=False),  # all of it is public
+                # All of it is public; and what is compressed on the way cannot go on at a byte.
+                headers=build_hf_headers(token=False) | {"Accept-Encoding": "identity"},
                 expected_size=target.size,
                 displayed_filename=target.name,
             )

@@ -1,6 +1,6 @@
 """python -m model.download against a stand-in of the hub: what is there, cut, wrong, missing or hostile."""
 
-import errno
+import argparse
 import io
 import os
 import re
@@ -29,7 +29,7 @@ from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, find_weights
 from trainer.check import main as check
 from trainer.inputs import weights_cure
-from trainer.script import clean_exit
+from trainer.script import choose_weights, clean_exit
 
 COMMIT = "a" * 40
 
@@ -144,10 +144,12 @@ def test_a_server_without_ranges_is_no_trap(download, hub, place):
     assert download("model").status == 0 and (place / "out/a.pth").read_bytes() == MODEL
 
 
-def start(table: Path, folder: Path, *names: str, **environment: str) -> subprocess.Popen:
+def start(
+    table: Path, folder: Path, *names: str, command=("-m", "model.download"), **environment: str
+) -> subprocess.Popen:
     """The command as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "model.download", *names, f"--dir={folder}", f"--table={table}"],
+        [sys.executable, *command, *names, f"--dir={folder}", f"--table={table}"],
         cwd=ROOT,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
@@ -302,36 +304,39 @@ def test_too_little_room_is_said_before_anything_is_transferred(download, hub, p
     assert not any(method == "GET" for method, _, _ in hub.requests) and not place.exists()
 
 
-def test_a_disk_that_fills_up_on_the_way(download, hub, place, monkeypatch):
-    """RLIMIT_FSIZE would stop the suite's own files, so the write itself fails."""
-    from huggingface_hub import file_download
-
-    original = file_download.http_get
-
-    class Full(io.BufferedWriter):
-        def write(self, block):
-            if self.tell() > 1_000_000:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(block)
-
-    def http_get(url, file, **more):
-        with Full(io.FileIO(file.fileno(), "ab", closefd=False)) as full:
-            return original(url, full, **more)
-
-    monkeypatch.setattr(file_download, "http_get", http_get)
-    result = download("model")
-    (error,) = result.errors
-    assert result.status == 2 and "No space left on device" in error and "what has arrived is kept" in error
-    monkeypatch.undo()
+def test_a_disk_that_fills_up_on_the_way(table, hub, tmp_path, place, download):
+    """RLIMIT_FSIZE stands in for it; the next call goes on from what there was room for."""
+    code = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000)); "
+        "runpy.run_module('model.download', run_name='__main__')"
+    )
+    process = start(table, tmp_path / "place", "model", command=["-c", code])
+    _, err = process.communicate(timeout=LONG)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and "File too large; what has arrived is kept: make room" in error
     (part,) = place.glob("out/*.part")
-    assert 1_000_000 <= part.stat().st_size < len(MODEL)
+    kept = part.stat().st_size
+    assert 1_000_000 <= kept <= 1_500_000
+    hub.requests.clear()
+    assert download("model").status == 0 and hub.sent("out/a.pth") == [f"bytes={kept}-"]
+    assert (place / "out/a.pth").read_bytes() == MODEL
 
 
-def test_a_wrong_name_and_a_wrong_table(download, tmp_path):
+def test_a_wrong_name_and_a_wrong_table(download, table, tmp_path):
     assert "no download is called modle: did you mean model?" in download("modle").errors[0]
     assert "give names, or --list" in download().errors[0].lower()
-    (tmp_path / "t.toml").write_text("[downloads")
-    assert "t.toml is no table of downloads" in download("model", table=tmp_path / "t.toml").errors[0]
+    good = table.read_text()
+    for old, new, words in (
+        ("[downloads", "[downloads[", "Expected"),
+        ('what = "', 'whta = "', "'what' is missing"),
+        ("size = ", "szie = ", "unexpected keyword argument 'szie'"),
+        ("size = ", 'size = "1" #', "the size of out/a.pth is no number of bytes"),
+        ('sha256 = "', 'sha256 = "x', "is no SHA-256"),
+        ("[repositories.all]", "[repositories.other]", "'all' is missing"),
+    ):
+        (tmp_path / "t.toml").write_text(good.replace(old, new))
+        (error,) = download("model", table=tmp_path / "t.toml").errors
+        assert "t.toml" in error and words in error
     assert "there is no table" in download("model", table=tmp_path / "none.toml").errors[0]
 
 
@@ -514,8 +519,12 @@ def test_weights_of_v1s_sizes_alone_are_offered():
 def test_chat_and_page_name_their_downloads(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="python -m model.download vlm,"):
         find_weights(tmp_path, ["vlm_sft"])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="python -m model.download vlm_pretrain_768"):
         load_chat("out/768_vlm_pretrain.pth")
+    flags = argparse.Namespace(load_from=Path("model/minimind-v-v1"))
+    with pytest.raises(FileNotFoundError, match="python -m model.download v1 brings it"):
+        choose_weights(flags, ["vlm_sft"])
     assert find_download(ROOT / "dataset/eval_images") == f"{COMMAND} eval_images"
     assert find_download("dataset/eval_images/") == f"{COMMAND} eval_images"
     assert find_download("my_images") == find_download(tmp_path) == find_download("dataset") == ""
