@@ -24,7 +24,7 @@ from model.download_table import TABLE, Download, Table, describe_size, read_tab
 from model.files import describe_placeholder_file, read_json, write_text
 from model.hub import NOT_MEANT, Target, ask, find_wrong, list_targets, set_aside, transfer
 from model.names import ROOT
-from model.printable import format_bytes, one_line, printable
+from model.printable import format_bytes, one_line
 from model.unpack import unpack_zip
 from trainer.script import MOST_SHOWN, Parser, clean_exit
 
@@ -68,7 +68,7 @@ def choose(table: Table, names: list[str]) -> list[Download]:
 
 def show(path: Path) -> str:
     """As people would type it."""
-    return printable(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
+    return one_line(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path), MOST_SHOWN)
 
 
 # ---- what is there -----------------------------------------------------------------------------------------

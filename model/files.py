@@ -131,7 +131,7 @@ def find_cause(error: BaseException) -> str:
     """The system's words for what went wrong, from wherever they were wrapped."""
     while not getattr(error, "strerror", None) and (inner := error.__cause__ or error.__context__):
         error = inner
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_json(path: Path, cure: str = "download it again") -> dict:

@@ -7,6 +7,7 @@ goes on from any byte, and keeps the unfinished part itself.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from model.printable import one_line
 
 HUB = "https://huggingface.co"
 CURE = "try another mirror (HF_ENDPOINT, see --help)"
+NO_HUB = "does not answer as a hub does (a page that wants a login first?)"
 CHUNK = 1 << 20  # bytes; what a cut connection costs at most
 NOT_MEANT = re.compile(r"(^|/)\.|^README")  # in a pattern, as for the shell
 
@@ -76,15 +78,16 @@ def explaining(what: str, repository: Repository) -> Iterator[None]:
         raise ConnectionError(
             f"{endpoint()} answers with status {status}: run this again later, or {CURE}"
         ) from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{endpoint()} {NO_HUB}: {CURE}") from None
     except (OSError, ValueError):
         raise
     except Exception as error:  # of the HTTP library, which is another one in each version of huggingface_hub
         if os.environ.get("MINIMIND_DEBUG"):
             raise
-        reason = one_line(find_cause(error)) or type(error).__name__
         raise ConnectionError(
-            f"{endpoint()} is out of reach ({reason}): look at the network and run this again, or {CURE}; "
-            "what has been transferred is kept"
+            f"{endpoint()} is out of reach ({one_line(find_cause(error))}): look at the network and run this "
+            f"again, or {CURE}; what has been transferred is kept"
         ) from None
 
 
@@ -144,7 +147,7 @@ def ask(target: Target) -> None:
     etag, commit = offer.etag or "", offer.commit_hash or ""
     wrong = ""
     if not etag or not commit:
-        wrong = "does not answer as a hub does (a page that wants a login first?)"
+        wrong = NO_HUB
     elif COMMIT.fullmatch(repository.revision) and commit != repository.revision:
         wrong = f"answers with commit {one_line(commit, 12)}, not {repository.revision[:12]}..."
     elif None not in (target.size, offer.size) and target.size != offer.size:
@@ -229,7 +232,7 @@ def receive(target: Target) -> bool:
 def find_wrong(path: Path, target: Target) -> str:
     """How a file differs from what is meant, in words; "" if in nothing that is known of it."""
     size = path.stat().st_size
-    if words := describe_placeholder_file(path):
+    if target.size != 0 and (words := describe_placeholder_file(path)):
         return words
     if target.size is not None and size != target.size:
         return f"has {size:,} bytes, not {target.size:,}"

@@ -258,10 +258,12 @@ def test_a_missing_file_a_missing_revision_and_a_refusal(download, hub, table):
     assert "answers with status 503" in download("model").errors[0]
 
 
-def test_a_network_that_wants_a_login_first(download, hub, place):
+def test_a_network_that_wants_a_login_first(download, hub, place, tmp_path):
     hub.pages = True
     result = download("model")
     assert result.status == 2 and all("does not answer as a hub does" in error for error in result.errors)
+    table = pattern_table(hub, tmp_path / "t.toml", {"photos/a": b"a"}, '{ name = "photos/*" }')
+    assert "does not answer as a hub does" in download("all", table=table).errors[0]
     assert not place.exists()
 
 
@@ -362,14 +364,15 @@ def test_a_folder_comes_whole_by_what_the_hub_lists(download, hub, tmp_path, pla
     files = {
         "photos/a.png": noise(20_000),
         "photos/b.png": b"small",
+        "photos/empty": b"",
         "photos/.hidden": b"x",
         "other/c.png": b"c",
     }
     table = pattern_table(hub, tmp_path / "t.toml", files, '{ name = "photos/*" }')
     assert download("all", table=table).status == 0
-    assert names_in(place) == {"photos/a.png", "photos/b.png"}
+    assert names_in(place) == {"photos/a.png", "photos/b.png", "photos/empty"}
     hub.requests.clear()
-    assert download("all", table=table).out.count("is there (compared)") == 2
+    assert download("all", table=table).out.count("is there (compared)") == 3
     assert [method for method, _, _ in hub.requests] == ["GET"]  # the list alone
     hub.instead["photos/b.png"] = b"big!!"
     (place / "photos/b.png").unlink()
