@@ -102,10 +102,7 @@ def was_unpacked(target: Target) -> bool:
     record = record_of(target.path)
     if not target.source.unpack or not record.is_file():
         return False
-    folder, number = (
-        target.path.parent / target.source.unpack,
-        read_json(record, "delete it").get("num_files"),
-    )
+    folder, number = target.path.parent / target.source.unpack, read_json(record).get("num_files")
     found = sum(len(files) for _, _, files in os.walk(folder))
     if is_enough := isinstance(number, int) and 0 < number <= found:
         print(f"{show(target.path)} is unpacked ({number:,} files in {show(folder)})")
@@ -119,6 +116,8 @@ def describe_download(download: Download, root: Path) -> list[str]:
     for source in download.files:
         paths = [path for path in place.glob(source.name) if not NOT_MEANT.search(path.name)]
         found.append(bool(paths) or record_of(place / source.name).is_file())
+    if all(source.is_pattern for source in download.files):  # not each of them need fit a file
+        found = [any(found)]
     count = "there" if all(found) else f"{sum(found)} of {len(found)} there" if any(found) else "not there"
     revision = "main, no commit is known" if repository.revision == "main" else repository.revision[:12]
     return [
