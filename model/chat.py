@@ -19,6 +19,7 @@ from model.data.video import Frame, expand_videos
 from model.decode import Decoder
 from model.description import read_description
 from model.device import without_memory
+from model.download_table import COMMAND, find_download
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
 from model.likelihood import log_probabilities
@@ -166,7 +167,8 @@ def load_chat(
     the file and the cure; also for another tokenizer or CLIP than the weights were trained with, unless
     allow_other_inputs.
     """
-    cure = "train it (README, 'Stages') or download it (README, 'Weights')"
+    command = find_download(weights) or f"{COMMAND} vlm"
+    cure = f"train it (README, 'Stages'), or download v1's with {command}"
     config, description = config_of(weights, read_state_dict(weights, cure)), read_description(weights)
     if not config.vision_dim:
         raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from model.download_table import find_download
 from model.names import CLIP_CURE, TOKENIZER_CURE
 
 READ_WHOLE = 1 << 30  # bytes
@@ -130,7 +131,7 @@ def find_cause(error: BaseException) -> str:
     """The system's words for what went wrong, from wherever they were wrapped."""
     while not getattr(error, "strerror", None) and (inner := error.__cause__ or error.__context__):
         error = inner
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_json(path: Path, cure: str = "download it again") -> dict:
@@ -180,13 +181,21 @@ def check_weight_file(path: str | Path, cure: str) -> None:
 def check_data_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
-            f"data file not found: {path} (README, 'Train on the real data'; name yours with --data_path)"
+            f"data file not found: {path} ({offer_download(path)}name yours with --data_path)"
         )
 
 
 def check_image_dir(path: Path) -> None:
     if not path.is_dir():
-        raise FileNotFoundError(f"image folder not found: {path} (name it with --image_dir)")
+        raise FileNotFoundError(
+            f"image folder not found: {path} ({offer_download(path)}name yours with --image_dir)"
+        )
+
+
+def offer_download(path: Path) -> str:
+    """The download that would bring it, in front of another cure; "" if none would."""
+    command = find_download(path)
+    return f"{command}, or " if command else ""
 
 
 def check_tokenizer_folder(path: Path) -> None:

@@ -25,14 +25,9 @@ FEATURE_DTYPES = ("float16", "float32")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 TOKENIZER_CURE = (
-    "MiniMind's own lies in the model folders: hf download jingyaogong/minimind-v-v1-small "
-    "tokenizer.json tokenizer_config.json --local-dir model/minimind_tokenizer, "
-    "or name yours with --tokenizer_path"
+    "MiniMind's own comes with: python -m model.download tokenizer, or name yours with --tokenizer_path"
 )
-CLIP_CURE = (
-    "download it with: hf download openai/clip-vit-base-patch32 config.json "
-    "preprocessor_config.json pytorch_model.bin --local-dir model/clip_model/clip-vit-base-patch32"
-)
+CLIP_CURE = "download it with: python -m model.download clip"
 
 
 def find_recorded(path: str | Path, weights: str | Path) -> Path:
@@ -73,7 +68,7 @@ def find_weights(
         )
     raise FileNotFoundError(
         f"no *_vlm_*.pth in {folder}: bash quickstart.sh trains a demo; or train yours (README, 'Stages'), "
-        "download them (README, 'Weights'), or name a file with --load_from"
+        "download v1's with python -m model.download vlm, or name a file with --load_from"
     )
 
 

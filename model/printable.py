@@ -30,3 +30,12 @@ def one_line(text: str, limit: int = 300) -> str:
 
 def spell(match: re.Match) -> str:
     return repr(match[0])[1:-1]
+
+
+def format_bytes(num_bytes: int) -> str:
+    unit, name = next(
+        pair
+        for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+        if num_bytes >= pair[0] or pair[0] == 1
+    )
+    return f"{num_bytes / unit:.3g} {name}"

@@ -129,14 +129,18 @@ def wrong_rows(workplace, text):
         (
             lambda w: None,
             ["--clip_path=nowhere"],
-            ["no CLIP folder at nowhere", "hf download openai/clip-vit-base-patch32"],
+            ["no CLIP folder at nowhere", "python -m model.download clip, or name yours with --clip_path"],
         ),
         (lambda w: None, ["--tokenizer_path=nowhere"], ["no tokenizer at nowhere", "--tokenizer_path"]),
         (lambda w: None, ["--max_seq_len=64"], ["row", "max_seq_len 64"]),
         (lambda w: None, ["--max_seq_len=40"], ["max_seq_len 40 cannot hold 1 image(s) of 50 tokens each"]),
         (damage_weights, [], ["32_llm.pth is a git-lfs pointer"]),
         (other_size, [], ["tok_embeddings.weight (581, 64) in the file", "--dim 64", "--n_layers 3"]),
-        (lambda w: (w / "out" / "32_llm.pth").unlink(), [], ["32_llm.pth not found", "README"]),
+        (
+            lambda w: (w / "out" / "32_llm.pth").unlink(),
+            [],
+            ["32_llm.pth not found", "python -m model.download --list"],
+        ),
         (lambda w: None, ["--use_moe"], ["32_moe_llm.pth not found", "--out dataset/demo_moe --use_moe"]),
         (
             lambda w: None,

@@ -37,7 +37,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 def any_tokenizer(request):
     if request.param == "minimind":
         if not (MINIMIND_TOKENIZER / "tokenizer_config.json").is_file():
-            pytest.skip(f"MiniMind's own tokenizer is not at {MINIMIND_TOKENIZER} (README, 'Weights')")
+            pytest.skip(f"no tokenizer at {MINIMIND_TOKENIZER}: python -m model.download tokenizer")
         return load_tokenizer(MINIMIND_TOKENIZER)
     return request.getfixturevalue("tokenizer" if request.param == "demo" else "merging_tokenizer")
 
@@ -109,7 +109,7 @@ def test_a_question_ends_where_its_answer_begins(any_tokenizer):
 
 def test_minimind_ids_of_the_answer_header():
     if not (MINIMIND_TOKENIZER / "tokenizer_config.json").is_file():
-        pytest.skip(f"MiniMind's own tokenizer is not at {MINIMIND_TOKENIZER} (README, 'Weights')")
+        pytest.skip(f"no tokenizer at {MINIMIND_TOKENIZER}: python -m model.download tokenizer")
     prompt = Renderer(load_tokenizer(MINIMIND_TOKENIZER)).render(human("hi"))
     assert prompt.input_ids[-5:] == [1, 1078, 538, 501, 201]
 

@@ -5,6 +5,7 @@ import base64
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -20,6 +21,7 @@ from benchmarks.drawn import make_family
 from dataset.demo_world import recipe
 from dataset.demo_world.__main__ import main as make_demo_world
 from model.checkpoint import save_weights
+from model.download_table import COMMAND, TABLE, command_line, describe_size, markdown_lines, read_table
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
 from model.prompt import load_tokenizer
@@ -172,10 +174,10 @@ def run(command: str, monkeypatch) -> None:
 
 
 def is_ours(command: str) -> bool:
-    """Is it run here? The suite, quickstart.sh and the benchmarks have tests of their own; compiling takes
-    minutes (tests/test_gpu_paths.py compiles a small model)."""
+    """Is it run here? The suite, quickstart.sh, the downloads and the benchmarks have tests of their own;
+    compiling takes minutes (tests/test_gpu_paths.py compiles a small model)."""
     words = shlex.split(command)
-    elsewhere = ("ruff", "benchmarks", "--compile")
+    elsewhere = ("ruff", "benchmarks", "--compile", "model.download")
     return words[0] != "bash" and not any(part in word for part in elsewhere for word in words)
 
 
@@ -218,3 +220,41 @@ def test_every_other_documented_command_names_a_file_or_module_of_ours():
         elif words[1] == "-m":
             assert words[2] in ("pip", "venv") or importlib.util.find_spec(words[2]), command
     assert len(COMMANDS) > 40
+
+
+# ---- downloads ---------------------------------------------------------------------------------------------
+
+
+def test_the_downloads_are_those_of_the_table():
+    """Two of them once named no revision of a repository whose main branch had been rewritten."""
+    table, text = read_table(), (ROOT / "README.md").read_text()
+    assert "\n".join(markdown_lines(table)) in text, "\n".join(markdown_lines(table))
+    lines = [line for line in text.splitlines() if line.startswith(COMMAND)]
+    assert len(lines) >= 4
+    for line in lines:
+        names = line.removeprefix(COMMAND).partition("#")[0].split()
+        assert line == command_line(table, names)
+    real = describe_size(download for name in ("clip", "tokenizer", "vlm") for download in table[name])
+    assert f"{real} to download" in text
+
+
+def test_no_other_file_says_how_to_download():
+    """One table: every command that is named anywhere is one of its names, and nothing goes around it."""
+    files = [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "quickstart.sh"]
+    for folder in ("model", "trainer", "serving", "dataset", "out"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")]
+    table, found = read_table(), set()
+    for path in files:
+        text = path.read_text()
+        assert not re.search(r"hf download|huggingface-cli|wget |curl |git lfs clone", text), path
+        found |= {name for name in re.findall(rf"{COMMAND} (\w+)", text) if name != "NAME"}
+    assert found <= table.keys() and len(found) >= 7
+
+
+def test_v1s_data_and_weights_are_pinned():
+    pinned = "dbe331826f7dd6bf9e66d33cb7f4b15fbcb88afe"
+    downloads = [download for downloads in read_table().values() for download in downloads]
+    data = [one for one in downloads if one.repository.id == "jingyaogong/minimind-v_dataset"]
+    assert len(data) > 8 and all(one.repository.revision == pinned for one in data)
+    assert all(one.repository.revision == "main" or len(one.repository.revision) == 40 for one in downloads)
+    assert TABLE.read_text().count(pinned) == 1

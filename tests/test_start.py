@@ -96,7 +96,7 @@ def test_a_wrong_flag_names_the_nearest_before_any_heavy_import(command, wrong, 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_missing_weights_are_reported_before_any_heavy_import(command, tmp_path):
     result, loaded = run_watched(AT_THE_END, command, f"--out_dir={tmp_path}")
-    check_refused(result, str(tmp_path), "README")
+    check_refused(result, str(tmp_path), "python -m model.download ")
     assert not loaded & HEAVY
 
 

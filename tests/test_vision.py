@@ -149,7 +149,7 @@ def test_the_tower_is_frozen(clip_path):
     [
         (
             lambda folder: shutil.rmtree(folder),
-            "no CLIP folder at .*hf download openai/clip-vit-base-patch32",
+            "no CLIP folder at .*python -m model.download clip",
         ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (

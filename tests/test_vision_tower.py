@@ -192,7 +192,7 @@ def test_weights_or_settings_that_do_not_fit_are_refused_in_one_line(clip_path, 
     change(folder)
     with pytest.raises(ValueError, match=message) as caught:
         get_vision_model(folder)
-    assert "\n" not in str(caught.value) and "hf download" in str(caught.value)
+    assert "\n" not in str(caught.value) and "python -m model.download clip" in str(caught.value)
 
 
 def test_a_config_without_a_vision_tower_is_refused(clip_path, tmp_path):

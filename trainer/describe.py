@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.chat import Chat
 from model.data.video import Frame, open_images
-from model.files import check_image_dir
+from model.files import check_image_dir, offer_download
 from model.generate import Sampling
 from model.images import find_images
 from model.printable import printable
@@ -81,7 +81,8 @@ def list_shown(args: argparse.Namespace) -> list[tuple[Path, list[Path]]]:
         shown = [(image, [image]) for image in find_images(args.image_dir)]
         if not shown:
             raise FileNotFoundError(
-                f"no images in {args.image_dir}: put some there, or name a folder with --image_dir"
+                f"no images in {args.image_dir}: {offer_download(args.image_dir)}put some there, "
+                "or name a folder with --image_dir"
             )
         return shown
     folders = sorted(

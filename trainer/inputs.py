@@ -8,6 +8,7 @@ from pathlib import Path
 
 from model.data.spec import DatasetSpec
 from model.description import check_about
+from model.download_table import COMMAND, find_download
 from model.files import (
     check_clip_folder,
     check_data_file,
@@ -62,7 +63,7 @@ def check_inputs(args: argparse.Namespace, stage: Stage) -> None:
     """Raise FileNotFoundError or ValueError for the first thing that the stage would miss."""
     config = make_config(args)
     check_weight_file(
-        weights_path(args.out_dir, config, stage.weights_in), weights_cure(stage.weights_in, config.use_moe)
+        weights_path(args.out_dir, config, stage.weights_in), weights_cure(stage.weights_in, config)
     )
     check_sources(args)
 
@@ -123,13 +124,16 @@ def claim_report(report: Path | None, is_main: bool) -> Iterator[None]:
         yield
 
 
-def weights_cure(weights_in: str, use_moe: bool) -> str:
+def weights_cure(weights_in: str, config: LMConfig) -> str:
     """What to do where the weights of a stage are missing or wrong."""
-    cure = "make a demo world with python -m dataset.demo_world"
-    if use_moe:
-        cure += " --out dataset/demo_moe --use_moe"
+    cure, experts = "make a demo world with python -m dataset.demo_world", ""
+    if config.use_moe:
+        experts = " --use_moe"
+        cure += f" --out dataset/demo_moe{experts}"
     if weights_in != "llm":
-        cure = f"run {TRAINED_BY[weights_in]}{' --use_moe' if use_moe else ''} first"
-    section = "Train on the real data" if weights_in == "llm" else "Weights"
-    download = "" if use_moe else f"download it (README, '{section}'), "
+        cure = f"run {TRAINED_BY[weights_in]}{experts} first"
+    command = find_download(weights_path("out", config, weights_in))
+    if not command and not config.use_moe:
+        command = f"{COMMAND} --list"
+    download = f"download v1's with {command}, " if command else ""
     return f"{cure}, {download}or name the folder where it lies with --out_dir"

@@ -17,9 +17,10 @@ from model.checkpoint import is_finished, read_state_dict, sizes_of
 from model.data.batch import collate
 from model.data.dataset import VLMDataset, tokenize
 from model.device import choose_device, choose_dtype
+from model.files import check_image_dir
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
-from model.printable import one_line, printable
+from model.printable import format_bytes, one_line, printable
 from model.prompt import MARK, Renderer, load_tokenizer, normalise_turns
 from model.transformer import Transformer
 from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
@@ -35,7 +36,6 @@ from trainer.memory import (
     available_memory,
     estimate_loading,
     estimate_step,
-    format_bytes,
     held_memory,
     plan_memory,
     size_in_memory,
@@ -175,7 +175,7 @@ class Check:
         if not config:
             return False
         source = weights_path(self.args.out_dir, config, self.stage.weights_in)
-        state = self.attempt(read_state_dict, source, weights_cure(self.stage.weights_in, config.use_moe))
+        state = self.attempt(read_state_dict, source, weights_cure(self.stage.weights_in, config))
         sizes = config.to_dict() | sizes_of(state or {})
         config = make_config(
             self.args,
@@ -185,7 +185,7 @@ class Check:
         )
         if self.tokenizer and self.vision_model:
             self.attempt(check_fit, config, self.tokenizer, self.vision_model, source, self.clip_path)
-            self.inputs = self.attempt(
+            self.inputs = state and self.attempt(
                 compare_inputs,
                 source,
                 self.tokenizer,
@@ -203,11 +203,10 @@ class Check:
 
     def check_images(self) -> bool:
         folder = Path(self.args.image_dir)
-        if not folder.is_dir():
-            self.problem(f"image folder not found: {folder} (name it with --image_dir)")
-            return False
-        report("images", f"{folder}: {sum(1 for _ in os.scandir(folder))} files")
-        return True
+        self.attempt(check_image_dir, folder)
+        if has_images := folder.is_dir():
+            report("images", f"{folder}: {sum(1 for _ in os.scandir(folder))} files")
+        return has_images
 
     def check_rows(self, name: str, path: str) -> VLMDataset | None:
         """A data file, with a look at each of its rows."""
@@ -323,7 +322,7 @@ class Check:
         if self.stage.weights_in == "llm" and not min(losses.values()) < GUESSING * chance:
             self.problem(
                 f"the weights of stage {self.stage.weights_in} look random: {text}; "
-                f"{weights_cure(self.stage.weights_in, self.args.use_moe)}, or name the tokenizer they "
+                f"{weights_cure(self.stage.weights_in, self.model.config)}, or name the tokenizer they "
                 "were trained with (--tokenizer_path)"
             )
         if self.vision_model and self.good:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from model.data.batch import collate
+from model.printable import format_bytes
 from model.transformer import Transformer
 from trainer.args import AUTO
 from trainer.batches import lengths_of
@@ -148,15 +149,6 @@ def clip_work(vision_model: nn.Module | None) -> int:
     config = vision_model.config
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     return FLOAT * tokens * (6 * config.hidden_size + 2 * config.intermediate_size)
-
-
-def format_bytes(num_bytes: int) -> str:
-    unit, name = next(
-        pair
-        for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
-        if num_bytes >= pair[0] or pair[0] == 1
-    )
-    return f"{num_bytes / unit:.3g} {name}"
 
 
 def estimate_loading(num_workers: int, batch_bytes: int) -> int:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from model.download_table import find_download
 from model.names import CLIP_PATH, DEVICE, DTYPES, TOKENIZER_PATH, find_weights
 from model.printable import one_line, printable
 
@@ -244,7 +245,9 @@ def add_loading_flags(parser: Parser) -> None:
 def choose_weights(args: argparse.Namespace, stages: Sequence[str]) -> Path:
     """The weights that the flags of add_loading_flags() name. Raises FileNotFoundError."""
     if args.load_from and not args.load_from.exists():
-        raise FileNotFoundError(f"--load_from: there is no file or folder {args.load_from}")
+        command = find_download(args.load_from)
+        cure = f": {command} brings it" if command else ""
+        raise FileNotFoundError(f"--load_from: there is no file or folder {args.load_from}{cure}")
     return args.load_from or find_weights(args.out_dir, stages, args.dim, args.use_moe)
 
 

@@ -171,7 +171,7 @@ def comparable(run: Run, args: argparse.Namespace) -> dict:
 
 def load_model(config: LMConfig, source: Path, weights_in: str) -> tuple[Transformer, LoadReport]:
     """A model with the weights of an earlier stage. Raises FileNotFoundError or ValueError with the cure."""
-    cure = weights_cure(weights_in, config.use_moe)
+    cure = weights_cure(weights_in, config)
     from_llm = weights_in == "llm"  # it has no projection yet; the published one may, and keeps it
     config.vision_proj_bias = not from_llm and "vision_proj.bias" in read_state_dict(source, cure)
     model = Transformer(config)

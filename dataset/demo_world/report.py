@@ -302,6 +302,7 @@ What to run next
   chat about one       .venv/bin/python 3-eval_chat.py @{world}/eval.args \
 --chat {world}/eval_images/unseen_0000.jpg
   in the browser       .venv/bin/python web_server.py @{world}/eval.args
+  real photos          bash quickstart.sh --real (downloads v1's model)
   the real data        README.md, "Train on the real data"
 """
 
