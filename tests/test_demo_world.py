@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.demo_world import paint, scenes
+from dataset.demo_world import colours, paint, scenes
 from dataset.demo_world.colours import COLOURS, MIN_CONTRAST
 from dataset.demo_world.recipe import PRESETS, Preset
 from dataset.demo_world.scenes import HELD_OUT_PAIRS, TEST_SPLITS, Paper, Scene, draw, make_splits, split_of
@@ -265,6 +265,32 @@ def test_named_colours_lie_in_their_box_and_unnamed_ones_in_none(everything):
         coloured = [rgb for rgb in rgbs if len(set(rgb)) > 1]  # there are only so many greys
         assert len(rgbs) > 60 and len(set(coloured)) > 0.6 * len(coloured)
     assert {len(set(rgb)) == 1 for rgb in found[None]} == {True, False}  # greys, and colours without a name
+
+
+def test_no_pink_is_a_border_case():
+    """Half of all wrong colours were salmons and mauves."""
+    margin = scenes.MIN_NAME_DISTANCE["pink"]
+    some = dataclasses.replace(PRESETS["full"], train_images=1200, test_images=1)
+    pinks = [thing.rgb for thing in things_of(make_splits(some, 0)["train"]) if thing.colour == "pink"]
+    assert len(pinks) > 100
+    assert min(scenes.distance_to_others(np.array(rgb), "pink") for rgb in pinks) > margin - 2  # rounded
+    assert max(scenes.distance_to_others(np.array(rgb), "pink") for rgb in pinks) > margin + 20
+
+
+def test_distance_to_the_colours_of_other_names():
+    def distance(rgb: tuple, colour: str) -> float:
+        return scenes.distance_to_others(np.array(rgb), colour)
+
+    assert distance((200, 0, 0), "pink") == pytest.approx(0, abs=1e-6)  # it is a red
+    # The nearest to pure cyan of another name is a green of full value, at 158 degrees.
+    assert distance((0, 255, 255), "cyan") == pytest.approx(math.dist((0, 255, 255), (0, 255, 161.5)), abs=1)
+    rng = np.random.default_rng(0)
+    boxed = {name: colours.named_rgbs(np.full(3000, n), rng) for n, name in enumerate(COLOURS)}
+    for rgb in ((247, 108, 130), (255, 152, 220), (90, 200, 90)):  # nearly as near as any of them
+        nearest = min(
+            np.linalg.norm(some - rgb, axis=1).min() for name, some in boxed.items() if name != "pink"
+        )
+        assert abs(nearest - distance(rgb, "pink")) < 12
 
 
 def lies_in(name: str, rgb: tuple) -> bool:

@@ -26,7 +26,17 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dataset.demo_world import paint
-from dataset.demo_world.colours import COLOURS, MIN_CONTRAST, Rgb, named_rgbs, to_rgb, unnamed_rgbs
+from dataset.demo_world.colours import (
+    BOXES,
+    COLOURS,
+    MIN_CONTRAST,
+    Rgb,
+    from_hsv,
+    named_rgbs,
+    to_hsv,
+    to_rgb,
+    unnamed_rgbs,
+)
 from dataset.demo_world.recipe import Preset
 from dataset.demo_world.things import GAP, POSITIONS, SHAPES, SIDE, Form, Thing, cover, make_form
 
@@ -43,6 +53,9 @@ JPEG_QUALITY = (75, 96)
 # Of the mean of R, G and B, between a thing and its paper. Where little but the hue differs, outlines are
 # hard to see; the encoder, whose filters are of brightness above all, trains on such images, mistaking many.
 MIN_BRIGHTNESS_CONTRAST = 25
+# In RGB, from every colour of another name. Pink lies between red and purple: half of all wrong colours were
+# salmons and mauves, most of them small and with a dark edge.
+MIN_NAME_DISTANCE = {"pink": 60}
 TRIES = 60  # for a place without overlap, or a colour that stands out, before another scene is begun
 
 
@@ -249,15 +262,34 @@ def has_room(form: Form | Thing, others: Sequence[Thing], size: tuple[int, int])
 
 
 def choose_rgb(colour: str | None, paper: Paper, rng: np.random.Generator) -> Rgb | None:
-    """A colour of this name (None: without one) that stands out from the paper."""
+    """A colour of this name (None: without one) that stands out from the paper and is no border case."""
     for _ in range(TRIES):
         drawn = (
             named_rgbs(np.array([list(COLOURS).index(colour)]), rng) if colour else unnamed_rgbs(1, rng)
         )[0]
         contrast = drawn - paper.rgb
-        if np.linalg.norm(contrast) > MIN_CONTRAST and abs(contrast.mean()) > MIN_BRIGHTNESS_CONTRAST:
+        stands_out = (
+            np.linalg.norm(contrast) > MIN_CONTRAST and abs(contrast.mean()) > MIN_BRIGHTNESS_CONTRAST
+        )
+        margin = MIN_NAME_DISTANCE.get(colour, 0)
+        if stands_out and (not margin or distance_to_others(drawn, colour) > margin):
             return to_rgb(drawn)
     return None
+
+
+def distance_to_others(rgb: np.ndarray, colour: str | None) -> float:
+    """How far (3,), 0..255, is from colours that bear another name: in RGB, to those whose hue, saturation
+    and value differ no more than they must (others may be a little nearer)."""
+    others = BOXES[[name != colour for name in COLOURS]]  # (n, 6)
+    hue, saturation, value = to_hsv(rgb[None].astype(float))
+    middle, half = (others[:, 0] + others[:, 1]) / 2, (others[:, 1] - others[:, 0]) / 2
+    off_centre = (hue - middle + 180) % 360 - 180  # hues are a circle
+    nearest = from_hsv(
+        middle + np.clip(off_centre, -half, half),
+        np.clip(saturation, others[:, 2], others[:, 3]),
+        np.clip(value, others[:, 4], others[:, 5]),
+    )
+    return float(np.linalg.norm(nearest - rgb, axis=1).min())
 
 
 # ---- one image ----
