@@ -8,8 +8,8 @@ SPREAD = 0.45  # of a patch: how far its figure is smoothed over its neighbours
 SIDE = 512  # of the drawing, its longer side
 OPACITY = 0.82  # of the strongest colour
 # From almost nothing to the most; each is told from white, black and grey paper alike.
-WARM = ((255, 224, 120), (255, 168, 40), (240, 92, 20), (196, 24, 30), (130, 0, 40))
-COLD = ((170, 215, 255), (90, 160, 245), (40, 95, 215), (25, 45, 150), (20, 15, 95))
+WARM = ((255, 226, 130), (255, 178, 50), (248, 116, 25), (230, 48, 30), (200, 0, 62))
+COLD = ((180, 225, 255), (110, 180, 250), (55, 125, 240), (40, 80, 215), (40, 40, 180))
 
 
 def draw_heat(image: Image.Image, drops: np.ndarray, scale: float | None = None) -> Image.Image:
