@@ -25,7 +25,7 @@ def draw_heat(image: Image.Image, drops: np.ndarray, scale: float | None = None)
     size = tuple(max(1, round(length * SIDE / longer)) for length in image.size)
     shown = np.asarray(pale(image.resize(size, Image.Resampling.LANCZOS)), dtype=np.float32)
     heat = (smooth(drops, *size) / scale).clip(-1, 1)  # (height, width)
-    opacity = OPACITY * np.abs(heat[..., None]) ** 0.6
+    opacity = OPACITY * np.abs(heat[..., None]) ** 0.75
     laid = (1 - opacity) * shown + opacity * colours_of(heat)
     return Image.fromarray(laid.round().astype(np.uint8))
 
