@@ -118,7 +118,7 @@ def test_where_one_patch_alone_differs_from_nothing_the_map_peaks_there(chat):
     for row, column in ((2, 3), (0, 6), (6, 0)):
         blank = features_of(4, 1)
         seen = blank.clone()
-        seen[0, 1 + 7 * row + column] += 3 * features_of(5, 1)[0, 0]
+        seen[0, 1 + 7 * row + column] += 20 * features_of(5, 1)[0, 0]
         _, drops, _ = occlude(chat.decoder, prompt, answer, seen, blank, windows_of(7))
         bell = np.multiply.outer(
             *(np.interp(np.abs(np.arange(7) - at), [0, 1, 2], [1, 0.5, 0]) for at in (row, column))
