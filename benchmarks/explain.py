@@ -26,7 +26,14 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.machine import describe_machine, save_results
-from benchmarks.synthetic import config_of, make_answering_model, make_clip, save_clip, save_tokenizer
+from benchmarks.synthetic import (
+    config_of,
+    make_answering_model,
+    make_clip,
+    make_words,
+    save_clip,
+    save_tokenizer,
+)
 from dataset.demo_world.build import World, read_json
 from dataset.demo_world.colours import COLOURS
 from dataset.demo_world.scenes import Scene, draw, make_paper
@@ -53,7 +60,6 @@ COLUMNS = {  # what is measured of a question, and how a table calls it
     "nats": "largest drop, nats",
 }
 NUM_BLANK = 40  # sheets without anything on them
-QUESTION = "aeiou" * 4  # of about as many tokens as a question
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -253,12 +259,14 @@ def time_explanations(
     """Tokens of an answer that is given -> seconds of the clock and of the processor for its explanation,
     image included. On a busy machine those of the processor hold."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8))
+    question = " ".join(make_words(3))  # 13 tokens
     seconds: dict[int, list[tuple[float, float]]] = {}
     for length in lengths:
-        answer = chat.tokenizer.decode(range(300, 300 + length))
+        answer = chat.tokenizer.decode(range(4000, 4000 + length))
+        assert len(chat.renderer.encode(answer)) == length
         for _ in range(rounds + 1):
             start, worked = time.perf_counter(), time.process_time()
-            explain(chat, QUESTION, image, answer)
+            explain(chat, question, image, answer)
             taken = (round(time.perf_counter() - start, 3), round(time.process_time() - worked, 3))
             seconds.setdefault(length, []).append(taken)
         seconds[length].pop(0)  # it warmed up
