@@ -59,7 +59,6 @@ COLUMNS = {  # what is measured of a question, and how a table calls it
     "attention_share": "attention: share",
     "nats": "largest drop, nats",
 }
-NUM_BLANK = 40  # sheets without anything on them
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -163,12 +162,12 @@ def measure_all(chat: Chat, world: World, count: int) -> list[dict]:
     return records
 
 
-def measure_blank(chat: Chat) -> dict[str, tuple[float, float]]:
-    """The largest drop, up or down, on sheets without anything, median and worst: of one colour, and as the
-    demo world draws its paper, with light and noise."""
+def measure_blank(chat: Chat, count: int = 40) -> dict[str, tuple[float, float]]:
+    """The largest drop, up or down, median and worst, on so many sheets without anything: of one colour, and
+    as the demo world draws its paper, with light and noise."""
     rng = np.random.default_rng(0)
     largest: dict[str, list[float]] = {"plain": [], "papers": []}
-    for number in range(NUM_BLANK):
+    for number in range(count):
         scene = Scene((), make_paper(rng), noise=3.0 * (number % 2), seed=number)
         colour = tuple(int(value) for value in rng.integers(0, 256, 3))
         for name, image in (("plain", Image.new("RGB", (90, 60), colour)), ("papers", draw(scene))):

@@ -13,7 +13,14 @@ import torch
 from conftest import check_refused, run_clean, save_clip
 from PIL import Image
 
-from benchmarks.explain import judge, patches_of
+from benchmarks.explain import (
+    judge,
+    load_random,
+    measure_blank,
+    other_ways,
+    patches_of,
+    time_explanations,
+)
 from benchmarks.llava import to_llama
 from dataset.demo_world.scenes import make_scene
 from model import explain as explaining
@@ -280,6 +287,25 @@ def test_the_patches_of_a_thing_are_those_that_its_box_touches():
         column, row = (int(place / 128 * 7) for place in thing.centre)
         assert patches[row, column] and 1 <= patches.sum() <= 9
         assert judge(patches.astype(float) - 0.5, patches) == (1.0, 1.0)
+
+
+def test_the_other_ways_to_hide_run(chat):
+    """What the benchmark compares; the first is explain()'s own."""
+    prompt = chat.render([{"from": "human", "value": "<image>\n什么？"}])
+    totals = {}
+    for name, way in other_ways(chat).items():
+        seen, blank, windows = way(noise(7))
+        answer = chat.renderer.encode(ANSWERS[0])
+        totals[name] = occlude(chat.decoder, prompt, answer, seen, blank, windows)[1][0].sum(0).numpy()
+    first, *others = totals.values()
+    np.testing.assert_allclose(first, explain(chat, "什么？", noise(7), ANSWERS[0]).total, atol=1e-4)
+    assert len(others) == 6 and all(np.abs(other - first).max() > 1e-3 for other in others)
+
+
+def test_the_parts_of_the_benchmark_run(chat, tmp_path):
+    assert measure_blank(chat, 4)["plain"][1] < 1e-3
+    seconds = time_explanations(load_random(tmp_path, "64x2", 1), 1)
+    assert [len(rounds) for rounds in seconds.values()] == [1, 1]
 
 
 # ---- 3-eval_chat.py --explain ------------------------------------------------------------------------------
