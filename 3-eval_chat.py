@@ -5,12 +5,14 @@ reads    out/512_vlm_sft.pth (or --stage, or --load_from FILE or FOLDER), images
 --multi  reads out/512_vlm_sft_multi.pth and dataset/eval_multi_images/SET/*
 writes   --report FILE: descriptions as .jsonl or .csv; or scores as JSON, and beside it every answer
          (.answers.jsonl) and the scores with their intervals (.scores.csv)
+         --explain: a drawing
 
     python 3-eval_chat.py                                        # describe dataset/eval_images/*
     python 3-eval_chat.py --image_dir my_images --prompt "What is this?"
     python 3-eval_chat.py --image_dir my_images --report out/report.csv         # in batches
     python 3-eval_chat.py --image my_image.jpg --prompt "What is this?"   # the answer alone, for scripts
     python 3-eval_chat.py --chat my_images/cat.jpg             # ask about one image, as often as you like
+    python 3-eval_chat.py --explain my_images/cat.jpg "What is this?" out/why.png    # what mattered in it
     python 3-eval_chat.py --multi                                # all images of a set at once
     python 3-eval_chat.py --video my_video.mp4 --prompt "Where does it go?"
     python 3-eval_chat.py --load_from model/minimind-v-v1        # v1's own weights
@@ -26,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from model.description import read_description
+from model.files import check_writable
 from model.names import find_recorded
 from trainer.eval_flags import IMAGE_DIR, MULTI, PROMPT
 from trainer.eval_flags import parse_args as read_flags
@@ -43,6 +46,7 @@ def check_inputs(args: argparse.Namespace) -> Path:
         ("--chat", args.chat),
         ("--video", args.video),
         *(("--image", path) for path in args.image or []),
+        *(("--explain", Path(path)) for path in (args.explain or [])[:-2]),
     ]
     for flag, file in named:
         if file and file != Path() and not file.is_file():
@@ -53,6 +57,8 @@ def check_inputs(args: argparse.Namespace) -> Path:
     if args.report and place_in_run().rank == 0:
         beside = (answers_path(args.report), table_path(args.report)) if args.questions else ()
         check_report(args.report, *beside)
+    if args.explain:
+        check_writable(Path(args.explain[-1]))
     weights = choose_weights(args, [args.stage])
     if args.image and len(args.image) > 1:
         check_sees_several(weights)
@@ -91,10 +97,10 @@ def evaluate(args: argparse.Namespace, weights: Path) -> str | None:
     from trainer.scoring import score_questions
 
     with start_run(args.device) as run, claim_report(args.report, run.is_main):
-        if run.world_size > 1 and (args.chat or args.image):
+        alone = [flag for flag in ("chat", "image", "explain") if getattr(args, flag)]
+        if run.world_size > 1 and alone:
             raise ValueError(
-                f"{'--chat' if args.chat else '--image'} asks one question at a time: start it with plain "
-                "python, in one process"
+                f"--{alone[0]} asks one question at a time: start it with plain python, in one process"
             )
         questions = open_question_files(args.questions or [], args.image_dir, args.score)
         chat = load_chat(
@@ -118,6 +124,10 @@ def evaluate(args: argparse.Namespace, weights: Path) -> str | None:
             chat_about(chat, file, bool(args.video), args.max_frames, args.max_rounds, sampling)
         elif args.image:
             return answer_one(args, chat)
+        elif args.explain:
+            from trainer.explanation import explain_files  # matplotlib takes a second
+
+            explain_files(args, chat, make_sampling(args))
         elif args.report:
             describe_to_report(run, args, chat, weights)
         else:

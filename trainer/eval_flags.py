@@ -37,7 +37,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     args = parser.parse_args(argv)
     if args.multi:
         parser.set_defaults(**MULTI)
-    elif args.video:
+    elif args.video or len(args.explain or []) > 3:
         parser.set_defaults(**VIDEO)
     elif args.image and len(args.image) > 1:
         parser.set_defaults(stage=MULTI["stage"], prompt=MULTI["prompt"])
@@ -98,6 +98,12 @@ def add_task_flags(group) -> None:
         nargs="?",
         const=Path(),
         help="ask questions, typed line by line, about one image; without a name, about the video of --video",
+    )
+    group.add_argument(
+        "--explain",
+        nargs="+",
+        metavar=("IMAGE", "IMAGE ... QUESTION OUT.png"),
+        help="answer, and draw what in each image the answer and each of its words rests on",
     )
     group.add_argument(
         "--max_rounds",
@@ -168,7 +174,19 @@ def add_answer_flags(group) -> None:
     group.add_argument("--max_new_tokens", type=at_least(1), default=200, help="longest answer, in tokens")
 
 
+def check_explain(args: argparse.Namespace) -> None:
+    others = [name for name in ("chat", "questions", "video", "multi", "image") if getattr(args, name)]
+    if others:
+        raise ValueError(f"--explain and --{others[0]} are two things to do: give one of them")
+    if len(args.explain) < 3 or not args.explain[-1].lower().endswith(".png"):
+        raise ValueError(
+            '--explain wants an image or several, a question, and a PNG to write: a.jpg "What is it?" out.png'
+        )
+
+
 def check_together(args: argparse.Namespace) -> None:
+    if args.explain:
+        check_explain(args)
     if args.chat and (args.chat == Path()) != bool(args.video):
         raise ValueError(
             "--chat IMAGE asks about an image, --video FILE --chat about a video: give one of the two"
