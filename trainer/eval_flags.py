@@ -37,9 +37,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     args = parser.parse_args(argv)
     if args.multi:
         parser.set_defaults(**MULTI)
-    elif args.video or len(args.explain or []) > 3:
+    elif args.video:
         parser.set_defaults(**VIDEO)
-    elif args.image and len(args.image) > 1:
+    elif len(args.image or []) > 1 or len(args.explain or []) > 3:  # behind --explain: a question, a PNG
         parser.set_defaults(stage=MULTI["stage"], prompt=MULTI["prompt"])
     args = parser.parse_args(argv)
     check_together(args)
