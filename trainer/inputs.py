@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.data.formats import data_files
 from model.data.spec import DatasetSpec
 from model.description import check_about
 from model.files import (
     check_clip_folder,
-    check_data_file,
     check_image_dir,
     check_tokenizer_folder,
     check_weight_file,
@@ -63,7 +63,7 @@ def check_inputs(args: argparse.Namespace, stage: Stage) -> None:
     check_tokenizer_folder(Path(args.tokenizer_path or TOKENIZER_PATH))
     check_clip_folder(Path(args.clip_path or CLIP_PATH))
     for path in filter(None, (args.data_path, args.val_data_path)):
-        check_data_file(Path(path))
+        data_files(path)
     check_image_dir(Path(args.image_dir))
     read_about(args.about)
 
