@@ -1,4 +1,4 @@
-"""Rows as people's data hold them -> the documented row. The one place that knows how others name their columns:
+"""Rows as people's data hold them -> the documented row. The one place that knows what others call a column:
 
     turns    "conversations", or else "messages", or else "texts": a list of {"from", "value"} (LLaVA), of
              {"role", "content"} (OpenAI, Hugging Face; content may be a list of parts), or of
@@ -11,7 +11,6 @@ Imports nothing heavy: parquet.py loads it in a process of its own.
 """
 
 import json
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from model.names import IMAGE_MARK, VIDEO_MARK
@@ -25,6 +24,7 @@ MARK_OF_PART = {
     "input_image": IMAGE_MARK,
     "video": VIDEO_MARK,
 }
+PLACES = ("image", "image_url", "url", "path")  # in a part that brings its image
 TEXT_PARTS = ("text", "input_text")
 SHEET = "dataset/README.md lists what is read"
 
@@ -51,17 +51,17 @@ def find_turns(row: dict) -> tuple[list[dict], bool]:
 
 
 def turns_in(row: dict) -> tuple[str, list]:
-    """The column of the turns, and what stands there. Raises ValueError if it is no list, or there is none."""
+    """The column of the turns, and the list there. Raises ValueError if there is none."""
     column = first_filled(row, TURN_COLUMNS)
     if not column:
         raise ValueError(
-            f'it has no "{TURN_COLUMNS[0]}": its columns are {list_columns(row)}; conversations are read from '
-            f"{', '.join(TURN_COLUMNS)} ({SHEET})"
+            f'it has no "{TURN_COLUMNS[0]}": its columns are {list_columns(row)}; '
+            f"turns are read from {', '.join(TURN_COLUMNS)} ({SHEET})"
         )
     turns = row[column]
     if isinstance(turns, str):
         try:
-            turns = json.loads(turns)
+            turns = json.loads(turns, object_hook=without_places if STORED in turns else None)
         except (ValueError, RecursionError):
             raise ValueError(f'it has no "{column}": the text there is not JSON') from None
     if not isinstance(turns, list) or not turns:
@@ -69,8 +69,13 @@ def turns_in(row: dict) -> tuple[str, list]:
     return column, turns
 
 
+def without_places(inside: dict) -> dict:
+    """What a text says of places is not true."""
+    return {name: value for name, value in inside.items() if name != STORED}
+
+
 def split_pair(given: object) -> list:
-    """The turns in one element of a list of turns: two of {"user", "assistant"}, a system text before them."""
+    """The turns in one element of a list of turns: of {"user", "assistant"} two, or with "system" three."""
     if not isinstance(given, dict) or not {"user", "assistant"} <= given.keys():
         return [given]
     roles = ("system", "user", "assistant") if given.get("system") else ("user", "assistant")
@@ -78,8 +83,13 @@ def split_pair(given: object) -> list:
 
 
 def with_text(turn: object) -> object:
-    """The same turn, with one text in the place of a list of parts. Raises ValueError for a part of another
-    kind than text, image and video."""
+    """The same turn, with one text in the place of a list of parts. Raises ValueError for a turn without a
+    role, and for a part of another kind than text, image and video."""
+    if isinstance(turn, dict) and not {"from", "role"} & turn.keys():
+        raise ValueError(
+            'a turn must look like {"from": ..., "value": ...}, {"role": ..., "content": ...} or '
+            f'{{"user": ..., "assistant": ...}}, but its keys are {list_columns(turn)}'
+        )
     if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
         return turn
     texts = [text_of_part(part) for part in turn["content"]]
@@ -115,19 +125,19 @@ def find_images(row: dict) -> str | list[str | Stored] | None:
     return image if isinstance(given, str) else [image]
 
 
-def images_in_turns(row: dict) -> Iterator[object]:
+def images_in_turns(row: dict) -> list:
     """What the parts of the turns hold besides their kind: {"type": "image", "image": "a.jpg"}."""
     if not first_filled(row, TURN_COLUMNS):
-        return
-    for turn in turns_in(row)[1]:
-        parts = turn.get("content") if isinstance(turn, dict) else None
-        for part in parts if isinstance(parts, list) else []:
-            if isinstance(part, dict) and MARK_OF_PART.get(str(part.get("type"))) == IMAGE_MARK:
-                value = next(
-                    (part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None
-                )
-                if value:
-                    yield value.get("url", value) if isinstance(value, dict) else value
+        return []
+    contents = [turn.get("content") for turn in turns_in(row)[1] if isinstance(turn, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    shown = [
+        part
+        for part in parts
+        if isinstance(part, dict) and MARK_OF_PART.get(str(part.get("type"))) == IMAGE_MARK
+    ]
+    found = [next((part[key] for key in PLACES if part.get(key)), None) for part in shown]
+    return [place.get("url", place) if isinstance(place, dict) else place for place in found if place]
 
 
 def image_in(value: object, column: str) -> str | Stored:

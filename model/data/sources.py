@@ -27,8 +27,8 @@ MAX_EMBEDDED = 256 << 20  # letters of base64: 192 MB
 
 @dataclass(frozen=True)
 class Embedded:
-    """An image that stands in a row, as base64 or as bytes; stands where an image's path may stand. It is read
-    when it is asked for: a data file may hold more of them than the memory does."""
+    """An image that stands in a row, as base64 or as bytes; stands where an image's path may stand. It is
+    read when it is asked for: a data file may hold more of them than the memory does."""
 
     name: str
     rows: Sequence = field(compare=False, repr=False)
