@@ -9,8 +9,8 @@ writes   --folder: the parquet file (--gb), its index with a copy of the images,
     python -m benchmarks.embedded_images --gb 0.05 --workers 2 --remove      # in half a minute
 
 The file is as Hugging Face's datasets write one: images [{"bytes", "path"}], texts [{"user", "assistant"}],
-100 rows to a group. No two images are equal, and one is broken. Every part is a fresh process with the data side
-of training alone. Linux only (/proc).
+100 rows to a group. No two images are equal, and one is broken. Every part is a fresh process with the data
+side of training alone. Linux only (/proc).
 """
 
 import argparse

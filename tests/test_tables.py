@@ -1,14 +1,16 @@
 """Images as bytes in tables, data in several files, rows of text alone: what holds of image files and of one
 data file holds of these."""
 
+import gzip
 import json
 import pickle
+import shlex
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import check_refused, run_clean, train, weights_of
+from conftest import ROOT, check_refused, run_clean, run_inside, train, weights_of
 from test_schemas import MIXED, SCHEMAS, Others, in_two, make_documented, write_parquet
 
 from model.data import rows as rows_module
@@ -159,6 +161,27 @@ def test_a_path_that_means_nothing_is_one_line(workplace, capsys):
     ):
         flags = [f"@{workplace}/args", f"--data_path={workplace}/{path}"]
         check_refused(run_clean(capsys, "1-pretrain_vlm.py", *flags), path.split("/")[0], *fragments)
+
+
+def test_the_documented_commands_run(workplace, monkeypatch):
+    """Those of dataset/README.md: a folder, a pattern, a file that is compressed."""
+    there, place = Others(workplace / "images"), workplace / "my_data"
+    place.mkdir()
+    columns = {
+        "images": [inside and [inside] for inside in there.structs(there.bytes)],
+        "texts": there.pairs(),
+    }
+    in_two(write_parquet, place / "finevision", ".parquet", columns)
+    rows = [row for row in there.rows if row["image"]]
+    (place / "captions.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (workplace / "images").rename(place / "images")
+    monkeypatch.chdir(workplace)
+    text = (ROOT / "dataset" / "README.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("python ")]
+    assert len(commands) == 3
+    for command in commands:
+        _, script, *flags = shlex.split(command)
+        run_inside(script, "@args", *flags, "--max_steps=2")
 
 
 # ---- rows of text alone ------------------------------------------------------------------------------------
