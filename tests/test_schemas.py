@@ -247,6 +247,20 @@ def test_a_row_without_an_image_says_where_images_are_looked_for(workplace, rend
     check_refused(run_clean(capsys, "1-pretrain_vlm.py", *flags), "rows.json, row 1", "its columns are")
 
 
+def test_a_video_mark_is_a_word_where_a_stage_takes_no_videos(workplace, renderer):
+    pair = {"user": "What is <video>?", "assistant": "A word."}
+    documented = make_row("<image>\nWhat is <video>?", "A word.")
+    dataset = dataset_of(workplace, renderer, {"image": "0.png", "texts": [pair]}, documented)
+    assert torch.equal(dataset[0]["input_ids"], dataset[1]["input_ids"])
+
+
+def test_a_digest_that_a_row_claims_is_no_key(workplace, renderer):
+    """It would be shown another image's features, though it brings none."""
+    dataset = dataset_of(workplace, renderer, make_row(image={"$stored": [0, 9, "0" * 32]}))
+    with pytest.raises(ValueError, match="rows.json, row 1: its bytes are not in this file"):
+        image_keys(dataset.expand(0)[0])
+
+
 def test_several_images_stand_before_the_first_question_where_no_marks_are(workplace, renderer):
     def shows_two(**columns) -> dict:
         return {"images": ["1.png", "2.png"], **columns}

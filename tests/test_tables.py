@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, check_refused, run_clean, run_inside, train, weights_of
+from test_rows import in_processes
 from test_schemas import MIXED, SCHEMAS, Others, in_two, make_documented, write_parquet
 
 from model.data import rows as rows_module
@@ -23,6 +24,7 @@ from model.data.shards import Shards, open_rows
 from model.vision_utils import ImageProcessor
 from trainer.batches import GlobalBatches
 from trainer.distributed import Run
+from trainer.memory import longest_sample
 
 # ---- bytes in a table --------------------------------------------------------------------------------------
 
@@ -138,6 +140,19 @@ def test_rows_of_several_files_are_those_of_one(workplace, monkeypatch):
     assert open_rows(folder).remember("n", lambda: 8) == 8  # not what was said of both files
 
 
+def test_more_files_than_a_process_may_open_at_its_start(tmp_path):
+    """Many systems say 1024; a data set may have thousands of files."""
+    resource = pytest.importorskip("resource")
+    for number in range(200):
+        (tmp_path / f"{number:03}.jsonl").write_text(f"{number}\n")
+
+    def check() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        assert list(open_rows(tmp_path)) == list(range(200))
+
+    assert in_processes(1, check) == [0]
+
+
 def test_what_a_folder_or_pattern_means(tmp_path):
     for name in ("b.jsonl", "a.jsonl.gz", ".c.jsonl", "notes.txt", "sub/d.ndjson"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -219,3 +234,14 @@ def test_a_process_whose_batch_is_text_alone_takes_the_same_step(workplace, cach
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
     train(workplace, *flags, "--batch_size=1", "--seed=7")
     assert not torch.allclose(weights_of(workplace)["vision_proj.weight"], expected["vision_proj.weight"])
+
+
+def test_memory_is_planned_with_an_image_though_the_longest_row_has_none(workplace, renderer):
+    """Loader workers get as much shared memory as a batch of images takes."""
+    rows = make_documented()
+    rows[13]["conversations"][1]["value"] = "Hello. " * 60
+    (workplace / "data.json").write_text(json.dumps(rows))
+    dataset = VLMDataset(workplace / "data.json", MIXED, renderer, workplace / "images", ImageProcessor())
+    sample = longest_sample(dataset)
+    assert sample["input_ids"].shape == (1, len(dataset[13]["input_ids"]))
+    assert len(sample["image_slots"]) == len(sample["pixel_values"]) == 1

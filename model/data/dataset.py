@@ -61,7 +61,7 @@ def check_row(
         turns, texts = turns[:end], texts[:end]
     if any(role == "assistant" and not text.strip() for role, text in texts):
         raise ValueError("it has an empty answer")
-    marks = [mark for mark in find_marks(texts) if mark == IMAGE_MARK or spec.max_frames]
+    marks = marks_in(texts, spec)
     images, videos = (
         file_names(row, key, marks.count(mark), is_file)
         for key, mark in (("image", IMAGE_MARK), ("video", VIDEO_MARK))
@@ -80,7 +80,7 @@ def check_row(
         raise ValueError(f"it has {len(videos)} video(s), but this stage takes none")
     if not marks and not has_marks:
         turns = mark_first_question(turns, len(images), len(videos))
-        marks = find_marks(normalise_turns(turns))
+        marks = marks_in(normalise_turns(turns), spec)
     for mark, names, what in ((IMAGE_MARK, images, "image"), (VIDEO_MARK, videos, "video")):
         if marks.count(mark) != len(names):
             raise ValueError(
@@ -89,6 +89,11 @@ def check_row(
             )
     files = {IMAGE_MARK: iter(images), VIDEO_MARK: iter(videos)}
     return [next(files[mark]) for mark in marks], turns
+
+
+def marks_in(texts: list[tuple[str, str]], spec: DatasetSpec) -> list[str]:
+    """The marks in the questions; where a stage takes no videos, "<video>" is a word like any other."""
+    return [mark for mark in find_marks(texts) if mark == IMAGE_MARK or spec.max_frames]
 
 
 def mark_first_question(turns: list[dict], num_images: int, num_videos: int) -> list[dict]:

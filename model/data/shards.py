@@ -1,5 +1,6 @@
 """The rows of a data set that lies in several files, one after another, as if they were one."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 from model.data.formats import data_files
 from model.data.rows import Rows
 from model.fingerprint import fingerprint
+
+FILES_PER_PART, OTHER_FILES = 2, 1024  # that a process holds open: of the rows of one file, and else
 
 
 class Shards:
@@ -18,6 +21,7 @@ class Shards:
     """
 
     def __init__(self, path: str | Path, files: Sequence[Path]):
+        allow_open_files(OTHER_FILES + FILES_PER_PART * len(files))
         self.path, self.parts = Path(path), [Rows(file) for file in files]
         self.ends = np.cumsum([len(part) for part in self.parts])
         self.fingerprint = fingerprint(*(part.fingerprint for part in self.parts))
@@ -45,6 +49,17 @@ class Shards:
     def remember(self, name: str, make: Callable[[], object]):
         """What make() returns (JSON), kept with the index of the first file for just these files."""
         return self.parts[0].remember(f"{name}-{self.fingerprint}", make)
+
+
+def allow_open_files(number: int) -> None:
+    """Have the system let this process and those that it starts open so many files, if it may."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < number:
+            most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def open_rows(path: str | Path) -> Rows | Shards:

@@ -55,7 +55,9 @@ class Embedded:
 
     def digest(self) -> bytes:
         """image_digest() of what would be in its file. Raises ValueError as read() does."""
-        return bytes.fromhex(self.stored.digest) if self.stored else image_digest(self.read())
+        if self.stored and self.rows.images is not None:
+            return bytes.fromhex(self.stored.digest)
+        return image_digest(self.read())
 
 
 def image_digest(content: bytes) -> bytes:
