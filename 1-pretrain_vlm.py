@@ -11,6 +11,7 @@ trains   the projection and the language model; CLIP stays frozen
 """
 
 import argparse
+from dataclasses import replace
 
 from model.data.spec import PRETRAIN
 from trainer.args import check_training_args, training_parser
@@ -29,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_stage(args: argparse.Namespace) -> Stage:
-    return Stage(PRETRAIN, weights_in="llm", weights_out="vlm_pretrain")
+    return Stage(replace(PRETRAIN, min_images=args.min_images), weights_in="llm", weights_out="vlm_pretrain")
 
 
 def main(argv: list[str] | None = None) -> None:

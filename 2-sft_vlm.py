@@ -79,6 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_stage(args: argparse.Namespace) -> Stage:
     spec = replace(
         SFT_MULTI if args.multi else SFT,
+        min_images=args.min_images,
         max_rounds=args.max_rounds,
         max_images=args.max_images,
         max_frames=args.max_frames,

@@ -44,9 +44,9 @@ def read_speed(device: str = "cpu") -> float:
     return numbers.nbytes / min(seconds[1:])
 
 
-def peak_memory() -> int:
-    """Bytes that this process has needed at most (Linux). Not ru_maxrss: a child inherits its parent's."""
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def peak_memory(pid: int | str = "self") -> int:
+    """Bytes that a process has needed at most (Linux). Not ru_maxrss: a child inherits its parent's."""
+    return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
 
 
 def run_module(name: str, *flags) -> str:

@@ -7,10 +7,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from model.data.sources import Embedded
 
 HEAD = 1 << 20  # bytes of a file that are read for its fingerprint; beyond them, its size must do
 
@@ -54,18 +57,26 @@ def fingerprint_tokenizer(tokenizer) -> str:
     return fingerprint(json.dumps([decisive, specials], sort_keys=True))
 
 
-def fingerprint_files(paths: Iterable[Path]) -> str:
-    """Of the first HEAD bytes of each file and its size; a file that is missing counts as such."""
-    parts = []
-    for path in paths:
+def fingerprint_files(files: Iterable[Path | Embedded]) -> str:
+    """Of the first HEAD bytes of each file and its size; a file that is missing counts as such. An image that
+    stands in a row counts as the file that it was, and the same content twice counts once."""
+    contents = {}
+    for file in files:
         try:
-            if not os.path.isfile(path):  # a pipe would be waited for; no file has a name with NUL
-                raise FileNotFoundError
-            with open(path, "rb") as file:
-                parts += [file.read(HEAD), str(path.stat().st_size)]
-        except OSError:
-            parts += ["missing", "-1"]
-    return fingerprint(*parts)
+            contents[head_and_size(file)] = None
+        except (OSError, ValueError):
+            contents[b"missing", "-1"] = None
+    return fingerprint(*chain.from_iterable(contents))
+
+
+def head_and_size(file: Path | Embedded) -> tuple[bytes, str]:
+    if isinstance(file, Embedded):
+        content = file.read()
+        return content[:HEAD], str(len(content))
+    if not os.path.isfile(file):  # a pipe would be waited for; no file has a name with NUL
+        raise FileNotFoundError
+    with open(file, "rb") as opened:
+        return opened.read(HEAD), str(file.stat().st_size)
 
 
 def check_inputs_match(

@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2",
     ".j2k", ".avif", ".heic", ".heif", ".hif", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # in texts: here it stands
 DTYPES = ("float32", "bfloat16", "float16")
 FEATURE_DTYPES = ("float16", "float32")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.files import check_tokenizer_folder
-from model.names import TOKENIZER_CURE
+from model.names import IMAGE_MARK, TOKENIZER_CURE, VIDEO_MARK
 from model.tokenizer import Tokenizer, read_tokenizer
 from model.vision_proj import CLOSE_ID, OPEN_ID, placeholder_ids
 
-IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 MAX_VOCABULARY = 1_000_000
 MAX_TEXT = 500_000  # characters of a conversation: no context holds more, and a tokenizer takes seconds

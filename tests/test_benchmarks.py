@@ -74,6 +74,14 @@ def test_captions_are_spoilt_and_found_as_the_benchmark_of_gains_says():
     assert gain.area(np.array([1.0, 2, 3, 4]), found) == 0.25
 
 
+def test_the_benchmark_of_embedded_images_runs(tmp_path):
+    """It asserts that just the broken image is a bad sample, named by its row."""
+    run_benchmark("embedded_images", "--gb=0.02", "--workers=1", "--remove", f"--folder={tmp_path}")
+    report = json.loads((tmp_path / "embedded_images.json").read_text())
+    assert report["index"]["rows"] == 200 and len(report["epoch"]["looks"]) == 8
+    assert not list(tmp_path.glob("*.parquet")) and not list(tmp_path.glob(".*.index"))
+
+
 def test_no_benchmark_reaches_around_the_imports():
     """They once put the repository on sys.path and patched slow forms into the model."""
     for path in sorted((ROOT / "benchmarks").glob("*.py")):

@@ -102,8 +102,19 @@ def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_
 
 def add_data_flags(parser: Parser, data_path: str, image_dir: str) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default=data_path, help="json, jsonl or parquet file")
+    group.add_argument(
+        "--data_path",
+        default=data_path,
+        metavar="PATH",
+        help='json, jsonl or parquet file, a folder of them, or a pattern in quotes ("data/*.parquet")',
+    )
     group.add_argument("--image_dir", default=image_dir, help="folder of its images")
+    group.add_argument(
+        "--min_images",
+        type=at_least(0),
+        default=1,
+        help="images and videos per row, at least; 0 = rows of text alone are trained on too",
+    )
     group.add_argument(
         "--num_workers",
         type=at_least(0),
@@ -118,7 +129,7 @@ def add_data_flags(parser: Parser, data_path: str, image_dir: str) -> None:
     )
     group.add_argument(
         "--val_data_path",
-        metavar="FILE",
+        metavar="PATH",
         help="rows of their own for the validation loss, computed at every save",
     )
     group.add_argument(

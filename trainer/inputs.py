@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.data.formats import data_files
 from model.data.spec import DatasetSpec
 from model.description import check_about
 from model.download_table import COMMAND, find_download
 from model.files import (
     check_clip_folder,
-    check_data_file,
     check_image_dir,
     check_tokenizer_folder,
     check_weight_file,
@@ -73,7 +73,7 @@ def check_sources(args: argparse.Namespace) -> None:
     check_tokenizer_folder(Path(args.tokenizer_path or TOKENIZER_PATH))
     check_clip_folder(Path(args.clip_path or CLIP_PATH))
     for path in filter(None, (args.data_path, args.val_data_path)):
-        check_data_file(Path(path))
+        data_files(path)
     if args.sample_questions and not Path(args.sample_questions).is_file():
         raise FileNotFoundError(f"--sample_questions: there is no file {args.sample_questions}")
     check_image_dir(Path(args.image_dir))

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from model.checkpoint import is_finished, read_state_dict, sizes_of
 from model.data.batch import collate
 from model.data.dataset import VLMDataset, tokenize
+from model.data.formats import data_files
 from model.device import choose_device, choose_dtype
 from model.files import check_image_dir
 from model.LMConfig import LMConfig
@@ -215,7 +216,9 @@ class Check:
         renderer = Renderer(self.tokenizer, num_tokens, self.args.max_seq_len)
         dataset = self.attempt(VLMDataset, path, self.stage.spec, renderer, folder, self.image_processor)
         if dataset:
-            report(name, f"{path}, {size_of(path)}: {len(dataset)} rows")
+            sizes = [file.stat().st_size for file in data_files(path)]
+            many = f" in {len(sizes)} files" if len(sizes) > 1 else ""
+            report(name, f"{path}, {format_bytes(sum(sizes))}: {len(dataset)} rows{many}")
             self.report_bad(name, [dataset[position].reason for position in bad_rows(dataset)], len(dataset))
         return dataset
 

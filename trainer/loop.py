@@ -144,9 +144,10 @@ class Trainer:
         config = self.model.config
         if "image_features" in batch:
             return batch["image_features"].to(self.dtype)
-        if self.vision_model:
+        if self.vision_model and len(batch["pixel_values"]):
             return get_img_embedding(batch["pixel_values"], self.vision_model)
-        # A batch without a usable sample brings no features; zero of them still take part in the step.
+        # A batch of text alone brings no features; zero of them still take part in the step, for DDP waits
+        # for the gradient of the projection on every rank.
         empty = torch.zeros(0, config.num_image_tokens, config.vision_dim, device=self.run.device)
         return empty if config.vision_dim else None
 

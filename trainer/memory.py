@@ -14,12 +14,14 @@ from model.data.batch import collate
 from model.printable import format_bytes
 from model.transformer import Transformer
 from trainer.args import AUTO
-from trainer.batches import lengths_of
+from trainer.batches import lengths_of, spread
 from trainer.distributed import Run
 
 FLOAT = 4  # bytes; weights, gradients and moments are float32 whatever --dtype computes in
 WORKER = 100 << 20  # what a loader worker's copy of this process comes to hold for itself
 SHARE = 0.8  # of what is available; the rest covers what the estimate misses
+NUM_SEARCHED = 20  # rows in which an image is searched for, where the longest row has none
+SHOWN = ("image_slots", "pixel_values", "image_features")  # of a batch: what its images are
 LARGEST_BATCH = 256  # that --batch_size auto takes, whatever the memory
 
 
@@ -88,11 +90,8 @@ def plan_memory(
     run: Run, args: argparse.Namespace, model: Transformer, vision_model: nn.Module | None, train_set: Dataset
 ) -> StepMemory:
     """What a step takes if its rows are as long as the longest; decides what --batch_size auto is."""
-    longest = int(lengths_of(train_set).argmax())
     local = run.local_world_size if run.device.type == "cpu" else 1
-    memory = plan_step(
-        run.device, model, vision_model, collate([train_set[longest]]), args.num_workers, local
-    )
+    memory = plan_step(run.device, model, vision_model, longest_sample(train_set), args.num_workers, local)
     if args.batch_size == AUTO:
         sizes = run.share(memory.largest_batch())  # the ranks must agree
         if None in sizes:
@@ -104,6 +103,16 @@ def plan_memory(
             )
         args.batch_size = min(sizes)
     return memory
+
+
+def longest_sample(train_set: Dataset) -> dict:
+    """A batch of the longest row; of text alone, it gets the images of another row."""
+    longest = collate([train_set[int(lengths_of(train_set).argmax())]])
+    for position in spread(len(train_set), NUM_SEARCHED):
+        if len(longest["image_slots"]):
+            break
+        longest |= {name: values for name, values in collate([train_set[position]]).items() if name in SHOWN}
+    return longest
 
 
 def plan_step(

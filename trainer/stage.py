@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from model.checkpoint import LoadReport, load_weights, read_state_dict
 from model.data.batch import collate
 from model.data.dataset import VLMDataset
-from model.data.sources import is_embedded
+from model.data.sources import Embedded, locate
 from model.description import read_description
 from model.device import choose_dtype
 from model.fingerprint import (
@@ -316,10 +316,9 @@ def fingerprint_images(dataset: VLMDataset) -> str | None:
     600 k rows would take as long as a part of the training."""
     if not dataset.spec.max_images:
         return None
-    paths: list[Path] = []
+    images: list[Path | Embedded] = []
     for position in spread(len(dataset), NUM_VOUCHED):
         with contextlib.suppress(ValueError):  # a bad row is reported elsewhere
             names, _ = dataset.check(dataset.rows[position])
-            # Those that stand in the rows are vouched for with the rows.
-            paths += [dataset.find_image(name) for name in names if not is_embedded(name)]
-    return fingerprint_files(dict.fromkeys(paths))
+            images += locate(names, dataset.rows, position, dataset.find_image)
+    return fingerprint_files(dict.fromkeys(images))

@@ -76,15 +76,17 @@ def collate(samples: list[dict[str, Tensor] | BadSample], multiple: int = 1) -> 
     input_ids = pad_rows([sample["input_ids"] for sample in good], 0, multiple)  # padding is never seen
     labels = pad_rows([sample["labels"] for sample in good], IGNORE_INDEX, multiple)
     target_positions = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-    images = "image_features" if "image_features" in good[0] else "pixel_values"
+    # Rows of text alone bring no features, even where those of all others come from a cache.
+    images = "image_features" if any("image_features" in sample for sample in good) else "pixel_values"
     for row, sample in enumerate(good):  # VLMDataset checks this too; here it holds whoever made the samples
-        assert len(sample[images]) == len(sample["image_slots"]), f"row {row}: {len(sample[images])} image(s)"
+        num_images = len(sample.get(images, ()))
+        assert num_images == len(sample["image_slots"]), f"row {row}: {num_images} image(s)"
     return {
         "input_ids": input_ids,
         "labels": labels,
         "image_slots": flat_slots([sample["image_slots"] for sample in good], input_ids.shape[1]),
         "target_positions": target_positions,
-        images: join_images([sample[images] for sample in good]),
+        images: join_images([sample[images] for sample in good if images in sample]),
         "num_images": torch.tensor([len(sample["image_slots"]) for sample in good]),
         "num_rows": len(samples) - len(bad),
         "num_tokens": sum(len(sample["input_ids"]) for sample in good),

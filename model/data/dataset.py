@@ -4,6 +4,7 @@
      "video": "a.mp4" | ..., in the same forms (sources.py: images may also stand in the row, as base64),
      "conversations": [{"from": "human", "value": "..."}, ...], or the same as JSON text}
 
+Rows of other schemas, and images as bytes, are read as the documented row that they amount to (schemas.py).
 A video counts as so many images as it has key frames (video.py); images and videos are shown in the order of
 the <image> and <video> marks in the text.
 
@@ -12,7 +13,6 @@ Letters: t tokens of one row, n images of one row, N tokens per image, S pixels,
 
 import contextlib
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Callable
@@ -25,14 +25,15 @@ from torch.utils.data import Dataset
 
 from model.data.batch import IGNORE_INDEX, BadSample
 from model.data.feature_store import FeatureStore
-from model.data.rows import Rows
+from model.data.schemas import IMAGE_COLUMNS, SHEET, Stored, find_turns, list_columns
+from model.data.shards import open_rows
 from model.data.sources import Embedded, file_names, find_file, locate
 from model.data.spec import DatasetSpec
 from model.data.steady import LostFile
 from model.data.video import Frame, expand_videos, load_images
 from model.files import check_image_dir
 from model.printable import one_line
-from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, find_marks, normalise_turns
+from model.prompt import IMAGE_MARK, VIDEO_MARK, Renderer, find_marks, normalise_turns, put_marks
 from model.vision_utils import ImageProcessor
 
 # What the content of a row, an image or a video can cause, in the decoders and in what is computed of it.
@@ -41,15 +42,16 @@ CONTENT = (ValueError, OSError, MemoryError, ArithmeticError, RecursionError, EO
 
 def check_row(
     row: dict, spec: DatasetSpec, is_file: Callable[[str], bool] = lambda name: False
-) -> tuple[list[str], list[dict]]:
+) -> tuple[list[str | Stored], list[dict]]:
     """The names of images and videos, in the order of their marks, and the turns of a row that can be
-    trained on. Raises ValueError saying what is wrong with it.
+    trained on. Where a schema knows no marks, all stand before the first question. Raises ValueError saying
+    what is wrong with the row.
 
     is_file  is there a file of that name? Asked only where a comma may belong to a name
     """
     if not isinstance(row, dict):
         raise ValueError(f"it is a {type(row).__name__}, not an object")
-    turns = read_turns(row)
+    turns, has_marks = find_turns(row)
     texts = normalise_turns(turns)
     answers = [position for position, (role, _) in enumerate(texts) if role == "assistant"]
     if not answers or all(role != "user" for role, _ in texts):
@@ -59,13 +61,16 @@ def check_row(
         turns, texts = turns[:end], texts[:end]
     if any(role == "assistant" and not text.strip() for role, text in texts):
         raise ValueError("it has an empty answer")
-    marks = [mark for mark in find_marks(texts) if mark == IMAGE_MARK or spec.max_frames]
+    marks = marks_in(texts, spec)
     images, videos = (
         file_names(row, key, marks.count(mark), is_file)
         for key, mark in (("image", IMAGE_MARK), ("video", VIDEO_MARK))
     )
     if len(images) + len(videos) < spec.min_images:
-        raise ValueError('it has no "image"')
+        raise ValueError(
+            f'it has no "image": its columns are {list_columns(row)}; images are read from '
+            f"{', '.join(IMAGE_COLUMNS)} ({SHEET}); --min_images 0 takes rows of text alone"
+        )
     if len(images) > spec.max_images:
         raise ValueError(
             f"it has {len(images)} images, but this stage takes {spec.max_images or 'none'}"
@@ -73,6 +78,9 @@ def check_row(
         )
     if videos and not spec.max_frames:
         raise ValueError(f"it has {len(videos)} video(s), but this stage takes none")
+    if not marks and not has_marks:
+        turns = mark_first_question(turns, len(images), len(videos))
+        marks = marks_in(normalise_turns(turns), spec)
     for mark, names, what in ((IMAGE_MARK, images, "image"), (VIDEO_MARK, videos, "video")):
         if marks.count(mark) != len(names):
             raise ValueError(
@@ -83,17 +91,17 @@ def check_row(
     return [next(files[mark]) for mark in marks], turns
 
 
-def read_turns(row: dict) -> list:
-    """The turns of a row; some tables keep them as JSON text. Raises ValueError."""
-    turns = row.get("conversations")
-    if isinstance(turns, str):
-        try:
-            turns = json.loads(turns)
-        except (ValueError, RecursionError):
-            raise ValueError('it has no "conversations": the text there is not JSON') from None
-    if not isinstance(turns, list) or not turns:
-        raise ValueError('it has no "conversations"')
-    return turns
+def marks_in(texts: list[tuple[str, str]], spec: DatasetSpec) -> list[str]:
+    """The marks in the questions; where a stage takes no videos, "<video>" is a word like any other."""
+    return [mark for mark in find_marks(texts) if mark == IMAGE_MARK or spec.max_frames]
+
+
+def mark_first_question(turns: list[dict], num_images: int, num_videos: int) -> list[dict]:
+    """The same turns, with a mark for each image and video in front of the first question."""
+    texts = normalise_turns(turns)
+    first = next(place for place, (role, _) in enumerate(texts) if role == "user")
+    question = {"role": "user", "content": put_marks(texts[first][1], num_images, num_videos)}
+    return [*turns[:first], question, *turns[first + 1 :]]
 
 
 def no_such_file(row: dict, key: str) -> str:
@@ -114,7 +122,7 @@ class VLMDataset(Dataset):
         image_dir: str | Path = ".",
         image_processor: ImageProcessor | None = None,
     ):
-        self.rows = Rows(data_path)
+        self.rows = open_rows(data_path)
         self.spec, self.renderer, self.image_dir = spec, renderer, Path(image_dir)
         self.image_processor = image_processor
         self.feature_store: FeatureStore | None = None  # set it, and samples bring features, not pixels
@@ -199,7 +207,7 @@ class VLMDataset(Dataset):
         label = ""
         with contextlib.suppress(*CONTENT, KeyError, TypeError):  # a bad row may have no id
             label = f" (id {one_line(str(self.rows[position]['id']), 80)})"
-        return f"{self.rows.path}, row {position + 1}{label}"
+        return f"{self.rows.name(position)}{label}"
 
     def sample(self, position: int) -> dict[str, Tensor]:
         """input_ids (t,), labels (t,), image_slots (n, N), and pixel_values (n, 3, S, S), or image_features

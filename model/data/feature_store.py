@@ -63,13 +63,13 @@ def file_digest(path: str | Path | Embedded) -> bytes:
     """128 bits of a file's content; an image that stands in a row counts as the file that it was."""
     if isinstance(path, Embedded):
         try:
-            return hashlib.blake2b(path.read(), digest_size=16).digest()
+            return path.digest()
         except ValueError as error:
             raise ValueError(f"cannot read image {path}: {error}") from None
     check_is_file(path)
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()  # image_digest
     except OSError as error:
         raise ValueError(f"cannot read image {path}: {error.strerror}") from None
 

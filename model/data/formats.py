@@ -6,6 +6,7 @@ Windows likes to write it), or a parquet file is rewritten, once: see Rows.
 
 import codecs
 import contextlib
+import glob
 import gzip
 import json
 import zlib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from model.data.parquet import Bound, read_parquet
-from model.files import describe_placeholder_file
+from model.files import check_data_file, describe_placeholder_file
 
 LINES, LIST, PARQUET = (".jsonl", ".ndjson"), ".json", ".parquet"
 BLOCK = 1 << 20  # bytes rewritten at a time
@@ -27,6 +28,43 @@ OTHERS = {
     b"\xfd7zXZ": "compressed by xz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
 }
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files that --data_path means: one; those of a folder; or those that a pattern matches; in the order
+    of their names. Raises FileNotFoundError or ValueError with the cure."""
+    path = Path(path)
+    if path.is_dir():
+        return files_of_folder(path)
+    if path.exists() or not glob.has_magic(str(path)):
+        check_data_file(path)
+        return [path]
+    found = sorted(
+        file
+        for file in map(Path, glob.glob(str(path), recursive=True))
+        if file.is_file() and not file.name.startswith(".")
+    )
+    if not found:
+        raise FileNotFoundError(f"no file matches {path} (name your data with --data_path)")
+    return found
+
+
+def files_of_folder(folder: Path) -> list[Path]:
+    """Its data files, which must be of one kind: a .json file beside .parquet files is likely about them."""
+    kinds = {LIST: LIST, PARQUET: PARQUET, **dict.fromkeys(LINES, LINES[0])}
+    files = {kind: [] for kind in kinds.values()}
+    for file in sorted(folder.iterdir()):
+        if (kind := kinds.get(kind_of(file))) and file.is_file() and not file.name.startswith("."):
+            files[kind].append(file)
+    found = [kind for kind in files if files[kind]]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no .json, .jsonl or .parquet file")
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds both {' and '.join(found)} files: name those that are meant, as in "
+            f'--data_path "{folder / "*"}{found[-1]}"'
+        )
+    return files[found[0]]
 
 
 @dataclass(frozen=True)
@@ -70,11 +108,12 @@ def kind_of(path: Path) -> str:
     return endings[-1].lower() if endings else ""
 
 
-def rewrite(path: Path, form: Form, file: IO[bytes]) -> array | None:
-    """Write the rows of a file that is not plain as UTF-8 text; of a parquet file, returns their spans (as
-    Rows keeps them). Raises ValueError, naming the file, if it cannot be read."""
+def rewrite(path: Path, form: Form, file: IO[bytes], images: IO[bytes]) -> array | None:
+    """Write the rows of a file that is not plain as UTF-8 text; of a parquet file, write the images in it
+    apart, and return the spans of the rows (as Rows keeps them). Raises ValueError, naming the file, if it
+    cannot be read."""
     if form.kind == PARQUET:
-        return write_parquet_rows(path, file)
+        return write_parquet_rows(path, file, images)
     decoder, bound = codecs.getincrementaldecoder(form.encoding)(), Bound(path)
     with unpacking(path), (gzip.open if form.is_gzip else open)(path, "rb") as source:
         while block := source.read(BLOCK):
@@ -95,10 +134,10 @@ def unpacking(path: Path) -> Iterator[None]:
         raise ValueError(f"cannot unpack {path}: {error}; was it copied as a whole?") from None
 
 
-def write_parquet_rows(path: Path, file: IO[bytes]) -> array:
+def write_parquet_rows(path: Path, file: IO[bytes], images: IO[bytes]) -> array:
     """Write the rows of a parquet file as jsonl; returns their spans."""
     spans, end = array("q"), 0
-    for line in read_parquet(path):
+    for line in read_parquet(path, images):
         file.write(line + b"\n")
         spans.extend((end, end + len(line)))
         end += len(line) + 1
