@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, weights: Path, folder: str) -> None:
         args.max_rounds = chat.max_rounds
     if not args.image_dir:
         args.image_dir = find_recorded(chat.about.get("image_dir", "dataset/eval_images"), weights)
-    site = make_site(folder, chat.image_processor.size)
+    site = make_site(folder, chat)
     serve(build_page(chat, weights, args, site), site, args.host, args.port, args.allow_host)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.data.batch import flat_slots, pad_rows
-from model.decode import Decoder
+from model.decode import Decoder, KVCache
 from model.prompt import Prompt
 from model.vision_proj import check_each_row
 
@@ -59,30 +59,11 @@ def generate(
                     than it has images
     """
     sampling = sampling or Sampling()
+    check_prompts(prompts, decoder.config.max_seq_len)
     lengths = [len(prompt.input_ids) for prompt in prompts]
     limit = decoder.config.max_seq_len
-    if max(lengths) >= limit:
-        raise ValueError(
-            f"the prompt has {max(lengths)} tokens, but the model's context holds {limit} with the answer"
-        )
-    if image_features is not None:
-        check_each_row(
-            [len(prompt.image_slots) for prompt in prompts], [len(part) for part in image_features]
-        )
-        image_features = torch.cat(image_features)  # (M, N, V)
-    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0)  # (B, T)
-    input_ids = input_ids.to(decoder.device)
-    slots = [
-        torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, decoder.config.num_image_tokens)
-        for prompt in prompts
-    ]
-    slots = flat_slots(slots, input_ids.shape[1]).to(decoder.device)  # (M, N)
     num_steps = min(sampling.max_new_tokens, limit - min(lengths))
-    sampler = TokenSampler(sampling, input_ids, lengths, decoder.config.vocab_size)
-
-    logits, cache = decoder.prefill(
-        input_ids, torch.tensor(lengths, device=decoder.device), num_steps, image_features, slots
-    )
+    logits, cache, sampler = read_prompts(decoder, prompts, sampling, num_steps, image_features)
     rows = list(range(len(prompts)))  # the prompts that the cache holds
     answering = set(rows)
     for step in range(num_steps):
@@ -105,6 +86,44 @@ def generate(
             cache.select(still)
             sampler.select(still)
         logits = decoder.step(next_ids, cache)
+
+
+def check_prompts(prompts: list[Prompt], max_seq_len: int) -> None:
+    """Raise ValueError if one leaves no room for an answer."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    if longest >= max_seq_len:
+        raise ValueError(
+            f"the prompt has {longest} tokens, but the model's context holds {max_seq_len} with the answer"
+        )
+
+
+def read_prompts(
+    decoder: Decoder,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    num_steps: int,
+    image_features: list[Tensor] | None = None,
+) -> tuple[Tensor, KVCache, "TokenSampler"]:
+    """The logits of every answer's first token (B, V), a cache with room for num_steps, and what chooses the
+    tokens. Raises ValueError; see generate()."""
+    if image_features is not None:
+        check_each_row(
+            [len(prompt.image_slots) for prompt in prompts], [len(part) for part in image_features]
+        )
+        image_features = torch.cat(image_features)  # (M, N, V)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    input_ids = pad_rows([torch.tensor(prompt.input_ids) for prompt in prompts], 0)  # (B, T)
+    input_ids = input_ids.to(decoder.device)
+    slots = [
+        torch.tensor(prompt.image_slots, dtype=torch.long).view(-1, decoder.config.num_image_tokens)
+        for prompt in prompts
+    ]
+    slots = flat_slots(slots, input_ids.shape[1]).to(decoder.device)  # (M, N)
+    sampler = TokenSampler(sampling, input_ids, lengths, decoder.config.vocab_size)
+    logits, cache = decoder.prefill(
+        input_ids, torch.tensor(lengths, device=decoder.device), num_steps, image_features, slots
+    )
+    return logits, cache, sampler
 
 
 class TokenSampler:
@@ -191,3 +210,36 @@ class TextStreamer:
     def _advance(self, text: str) -> str:
         new, self.shown = text[len(self.shown) :], text
         return new
+
+
+class StopWords:
+    """Cuts a text that comes in pieces before the first of some words; no piece of a word is let through that
+    may still become one.
+
+    found  has one of them come? The rest of the text is then of no use.
+    """
+
+    def __init__(self, words: tuple[str, ...]):
+        self.words, self.held, self.found = words, "", False
+
+    def push(self, text: str) -> str:
+        """What of the text is certain to stay."""
+        text = self.held + text
+        ends = [place for word in self.words if (place := text.find(word)) >= 0]
+        if ends:
+            self.held, self.found = "", True
+            return text[: min(ends)]
+        longest = max(map(len, self.words), default=1) - 1
+        held = next(
+            (size for size in range(min(longest, len(text)), 0, -1) if self.may_begin(text[-size:])), 0
+        )
+        self.held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def may_begin(self, text: str) -> bool:
+        return any(word.startswith(text) for word in self.words)
+
+    def finish(self) -> str:
+        """Whatever is still held back."""
+        held, self.held = self.held, ""
+        return held

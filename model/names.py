@@ -20,6 +20,9 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2",
     ".j2k", ".avif", ".heic", ".heif", ".hif", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp",
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 FEATURE_DTYPES = ("float16", "float32")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
