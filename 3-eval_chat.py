@@ -7,7 +7,7 @@ writes   --report FILE: accuracies as JSON, and every answer beside it (.answers
 
     python 3-eval_chat.py                                        # describe dataset/eval_images/*
     python 3-eval_chat.py --image_dir my_images --prompt "What is this?"
-    python 3-eval_chat.py --chat my_images/cat.jpg             # ask about one image, as often as you like
+    python 3-eval_chat.py --chat my_images/cat.jpg             # chat in the terminal; /help says more
     python 3-eval_chat.py --multi                                # all images of a set at once
     python 3-eval_chat.py --video my_video.mp4 --prompt "Where does it go?"
     python 3-eval_chat.py --load_from model/minimind-v-v1        # v1's own weights
@@ -85,10 +85,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--chat",
         type=Path,
-        metavar="IMAGE",
-        nargs="?",
-        const=Path(),
-        help="ask questions, typed line by line, about one image; without a name, about the video of --video",
+        metavar="FILE",
+        nargs="*",
+        help="chat in the terminal, about these images and videos if there are any; /help there says more. "
+        "Where standard input is no terminal, its lines are the questions, and answers alone are printed",
     )
     group.add_argument(
         "--max_rounds",
@@ -141,18 +141,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**MULTI)
     elif args.video:
         parser.set_defaults(stage=MULTI["stage"], prompt="视频里发生了什么？")
-    args = parser.parse_args(argv)
-    if args.chat and (args.chat == Path()) != bool(args.video):
-        raise ValueError(
-            "--chat IMAGE asks about an image, --video FILE --chat about a video: give one of the two"
-        )
-    return args
+    return parser.parse_args(argv)
 
 
 def check_inputs(args: argparse.Namespace) -> Path:
     """The weights that the flags name. Raises FileNotFoundError for what is missing."""
-    for flag, file in (("--chat", args.chat), ("--video", args.video)):
-        if file and file != Path() and not file.is_file():
+    for flag, file in (*(("--chat", file) for file in args.chat or []), ("--video", args.video)):
+        if file and not file.is_file():
             raise FileNotFoundError(f"{flag}: there is no file {file}")
     for path in args.questions or []:
         if not path.is_file():
@@ -170,7 +165,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from model.chat import load_chat  # only now: loading PyTorch takes seconds
     from model.device import choose_dtype
-    from serving.terminal import chat_about
+    from serving.dialogue import sort_files
+    from serving.terminal import chat_in_terminal, is_terminal
     from trainer.describe import describe_all, make_sampling
     from trainer.distributed import start_run
     from trainer.scoring import check_question_files, score_questions
@@ -186,20 +182,22 @@ def main(argv: list[str] | None = None) -> None:
             args.batch_size if args.questions else 1,
             args.allow_other_inputs,
         )
-        run.print(str(chat.report))
+        if args.chat is None or is_terminal():
+            run.print(str(chat.report))
         if args.max_rounds is None:  # what no flag says, the weights do
             args.max_rounds = chat.max_rounds
         args.image_dir = args.image_dir or find_recorded(chat.about.get("image_dir", IMAGE_DIR), weights)
         args.prompt = args.prompt or next(iter(chat.about.get("questions", [])), PROMPT)
         if args.questions:
             score_questions(run, args, chat, partial(make_sampling, args))
-        elif args.chat:
+        elif args.chat is not None:
             if run.world_size > 1:
                 raise ValueError("--chat reads the terminal: start it with plain python, in one process")
-            chat_about(
+            images, videos = sort_files(args.chat)
+            chat_in_terminal(
                 chat,
-                args.video or args.chat,
-                bool(args.video),
+                images,
+                [*videos, *filter(None, [args.video])],
                 args.max_frames,
                 args.max_rounds,
                 make_sampling(args),

@@ -8,6 +8,7 @@ for text in chat.stream("What happens?", "a.mp4", temperature=0.7, seed=1):
     print(text, end="", flush=True)
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,12 @@ class Chat:
         """In one question: with more there would be no room for words."""
         config = self.decoder.config
         return max(1, (config.max_seq_len - 1) // config.num_image_tokens)
+
+    @functools.cached_property
+    def most_characters(self) -> int:
+        """That the context could hold, all in the longest token; counting a text's tokens takes long."""
+        vocabulary = self.tokenizer.backend_tokenizer.get_vocab()
+        return max(map(len, vocabulary)) * self.decoder.config.max_seq_len
 
     def encode(self, images: Sequence[Shown]) -> Tensor:
         """Images to image features, (M, N, vision_dim)."""
@@ -175,7 +182,10 @@ class Chat:
         front = [{"from": "system", "value": system}] if system else []
 
         def fits(turns: list[dict]) -> bool:
-            return len(self.render(front + turns).input_ids) <= limit
+            num_characters = sum(len(turn["value"]) for turn in turns)
+            return (
+                num_characters <= self.most_characters and len(self.render(front + turns).input_ids) <= limit
+            )
 
         turns, images = recent_turns(rounds, fits, max_rounds)
         return front + turns, images
