@@ -204,8 +204,8 @@ SLOW_AND_SHORT = """
 import time
 from serving import engine
 engine.MOST_WAITING, engine.STARTED, engine.choose_together = 2, 1, lambda decoder: 1
-take = engine.Engine.take
-engine.Engine.take = lambda self, *given: (time.sleep(1), take(self, *given))[1]
+hand = engine.Engine.hand_over
+engine.Engine.hand_over = lambda self, to, text, end: (text and time.sleep(1), hand(self, to, text, end))
 """
 
 
