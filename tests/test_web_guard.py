@@ -14,8 +14,8 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from web_pages import family_of
 
+from benchmarks.machine import family_of
 from model.images import open_image
 from model.vision_utils import ImageProcessor, get_img_process
 from serving import decoding, guard, visitors

@@ -30,7 +30,6 @@ from web_pages import (
     form_of,
     make_folder,
     make_tools,
-    memory_of,
     post,
     question,
     send,
@@ -38,6 +37,7 @@ from web_pages import (
     upload,
 )
 
+from benchmarks.machine import memory_of
 from model.chat import load_chat
 from model.generate import Sampling
 from model.images import open_image
