@@ -118,7 +118,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
             records.append({"size": size, **result})
             print(
                 f"| {size} | {result['together']} "
-                f"| {result['first_median']:.1f} | {result['first_worst']:.1f} | {result['seconds']:.1f} | {result['tokens_per_second']:.0f} "
+                f"| {result['first_median']:.1f} | {result['first_worst']:.1f} "
+                f"| {result['seconds']:.1f} | {result['tokens_per_second']:.0f} "
                 f"| {result['tokens_per_processor_second']:.0f} | {result['peak_mb']:.0f} |",
                 flush=True,
             )
