@@ -238,6 +238,8 @@ def test_a_full_line_and_an_error_leave_the_page_usable(browser, images):
         join()
         page.goto(served.address)
         page.locator("#chat .example").wait_for()
+        page.set_input_files("input[type=file]", str(images / "first.png"))
+        page.locator("#box img").wait_for()
         ask("You are number 1")
         page.locator(".stop-button").click()
         check_usable()
