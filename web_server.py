@@ -1,4 +1,5 @@
-"""The chat behind a web page: an image, a question, a streaming answer.
+"""The chat behind a web page: an image, a question, a streaming answer. And for programs, as OpenAI's API
+speaks: /v1/chat/completions (serving/README.md).
 
 reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth;
          --load_from names others), the tokenizer and CLIP that the .json beside them names, and

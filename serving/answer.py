@@ -5,13 +5,9 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING
 
 from model.generate import Sampling
 from model.prompt import Prompt
-
-if TYPE_CHECKING:
-    from serving.engine import Engine
 
 FIRST_PLACE = 0.2  # seconds until somebody is told to wait: most do not have to
 LOOK, FAR_LOOK = 1, 4  # seconds between two looks at the line and at who asked; from place NEAR on the latter
@@ -30,12 +26,13 @@ class AlreadyWaiting(Exception):
 class Answer:
     """One answer in the making, as the one who asked sees it.
 
+    engine         an Engine, which makes it
     pieces         of its text so far
     finish_reason  "" while it grows; then "stop" (the model has ended it, or a stop word came), "length"
                    (max_new_tokens, or the end of the context), "stopped" (nobody wants it any more), "error"
     """
 
-    def __init__(self, engine: "Engine", owner: str, prompt: Prompt, sampling: Sampling):
+    def __init__(self, engine, owner: str, prompt: Prompt, sampling: Sampling):
         self.engine, self.owner, self.prompt, self.sampling = engine, owner, prompt, sampling
         self.pieces: list[str] = []
         self.finish_reason, self.error = "", None
