@@ -37,11 +37,8 @@ class Answer:
         self.pieces: list[str] = []
         self.finish_reason, self.error = "", None
         self.num_tokens = 0
-        self.asked, self.first, self.last = (
-            time.monotonic(),
-            math.nan,
-            math.nan,
-        )  # when; first: the first token
+        self.asked = time.monotonic()
+        self.first = self.last = math.nan  # when these tokens came
         self.wake: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:

@@ -184,19 +184,24 @@ class Engine:
     # ---- the model's thread --------------------------------------------------------------------------------
 
     def work(self) -> None:
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.is_closed or self.all_rows())
-                if self.is_closed:
-                    return
-                if not self.reading and self.line and len(self.rows) < self.most_started:
-                    self.reading = self.line.popleft()
-                reading = self.reading
-                batch = self.choose_batch()
-            if reading:
-                self.guarded(self.read, [reading])
-            if batch:
-                self.guarded(self.step, batch)
+        while self.make_step():
+            pass  # nothing is held between two steps: an idle engine keeps no cache
+
+    def make_step(self) -> bool:
+        """Wait until there is something to do, and do a little of it; False: there never will be."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_closed or self.all_rows())
+            if self.is_closed:
+                return False
+            if not self.reading and self.line and len(self.rows) < self.most_started:
+                self.reading = self.line.popleft()
+            reading = self.reading
+            batch = self.choose_batch()
+        if reading:
+            self.guarded(self.read, [reading])
+        if batch:
+            self.guarded(self.step, batch)
+        return True
 
     def guarded(self, work: Callable[[list[Row]], None], rows: list[Row]) -> None:
         """What goes wrong ends these answers alone."""
