@@ -5,11 +5,12 @@ import base64
 import http.client
 import io
 import json
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import LONG, wait_until
+from conftest import LONG, ROOT, wait_until
 from PIL import Image
 from test_web_hostile import noise, png_of
 from web_pages import Visitor, make_folder, post, send, serve_page
@@ -92,6 +93,14 @@ def test_the_openai_client_chats_about_an_image_as_the_page_does(client, server,
     assert client.chat.completions.create(model=MODEL, messages=words).choices[0].message.content == expect(
         chat, "Who?", before=system
     )
+
+
+def test_the_program_of_the_readme(server, folder, chat, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "serving/README.md").read_text(), re.DOTALL)
+    (folder / "a.jpg").write_bytes(noise(5))
+    monkeypatch.chdir(folder)
+    exec(blocks[1].replace("http://127.0.0.1:7860", server), {})
+    assert capsys.readouterr().out == expect(chat, "What is this?", noise(5)) + "\n"
 
 
 def test_it_streams_with_usage(client, chat):

@@ -3,12 +3,14 @@ leaves frees the model."""
 
 import asyncio
 import contextlib
+import re
+import shutil
 import threading
 import weakref
 
 import pytest
 import torch
-from conftest import LONG, SIZES, save_image, save_video, wait_until
+from conftest import LONG, ROOT, SIZES, save_image, save_video, wait_until
 from PIL import Image
 
 from model.chat import Chat, load_chat
@@ -266,6 +268,15 @@ def test_a_question_in_python(chat, folder):
     assert chat.ask("Where?", folder / "v.mp4") == chat.ask(
         turns_of("", 0)[:0] + [{"from": "human", "value": frames.question}], frames.images
     )
+
+
+def test_the_three_lines_of_the_readme(chat, folder, monkeypatch, capsys):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "serving/README.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in block.splitlines() if line]) == 3
+    shutil.copy(folder / "0.png", folder / "a.jpg")
+    monkeypatch.chdir(folder)
+    exec(block.replace("out/demo/128_vlm_sft.pth", "32_vlm_sft.pth"), {})
+    assert capsys.readouterr().out == chat.ask("What is this?", "a.jpg") + "\n"
 
 
 def test_python_says_what_is_wrong_and_what_the_model_knows(chat, folder):

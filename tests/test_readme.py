@@ -54,7 +54,9 @@ def fill_with_data(place: Path) -> None:
         shutil.copytree(place / "dataset/pretrain_images", place / folder)
     shutil.copy(place / "my_images/0.png", place / "my_image.jpg")
     shutil.copy(place / "my_images/0.png", place / "my_images/cat.jpg")
-    save_video(place / "my_video.mp4", [20, 120, 220])
+    shutil.copy(place / "my_images/0.png", place / "a.jpg")
+    for name in ("my_video.mp4", "b.mp4"):
+        save_video(place / name, [20, 120, 220])
     save_rows(place, "dataset/LLaVA-Pretrain/chat-translated.json", make_rows(100))
     save_rows(place, "dataset/LLaVA-Instruct/llava_instruct_230k.json", make_rows(12))
     save_rows(place, "my_data/captions.jsonl", make_rows(12))
