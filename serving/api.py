@@ -154,7 +154,7 @@ async def events_of(answer: Answer, reply: Reply, with_usage: bool) -> AsyncIter
 
 
 def as_event(content: dict) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"  # in ASCII: some clients end a line at U+2028 too
 
 
 async def stop_with(receive, answer: Answer) -> None:
