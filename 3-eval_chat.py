@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from model.data.spec import SFT_MULTI
-from model.names import STAGES, find_recorded
+from model.names import STAGES, find_recorded, is_video_name
 from trainer.inputs import check_report, claim_report
 from trainer.script import (
     SEED_LIMIT,
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--stage",
         default="vlm_sft",
         choices=STAGES[1:],
-        help="weights of this stage (default: vlm_sft, or vlm_sft_multi with --multi or --video)",
+        help="weights of this stage (default: vlm_sft; for sets of images and for videos vlm_sft_multi)",
     )
     group.add_argument(
         "--image_dir",
@@ -139,7 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.multi:
         parser.set_defaults(**MULTI)
-    elif args.video:
+    elif args.video or len(args.chat or []) > 1 or any(map(is_video_name, args.chat or [])):
         parser.set_defaults(stage=MULTI["stage"], prompt="视频里发生了什么？")
     return parser.parse_args(argv)
 

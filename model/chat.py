@@ -25,7 +25,7 @@ from model.description import read_description
 from model.device import without_memory
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
-from model.names import CLIP_PATH, TOKENIZER_PATH, VIDEO_SUFFIXES, find_recorded
+from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded, is_video_name
 from model.packing import pack_linears
 from model.prompt import IMAGE_MARK, MARK, VIDEO_MARK, Prompt, Renderer, load_tokenizer, put_marks
 from model.transformer import Transformer
@@ -268,8 +268,7 @@ def load_chat(
 
 
 def is_video(shown: Shown) -> bool:
-    """By its name; an animated GIF is an image."""
-    return isinstance(shown, str | Path) and Path(shown).suffix.lower() in VIDEO_SUFFIXES
+    return isinstance(shown, str | Path) and is_video_name(shown)
 
 
 # ---- a chat of several rounds ------------------------------------------------------------------------------

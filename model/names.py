@@ -38,6 +38,11 @@ CLIP_CURE = (
 )
 
 
+def is_video_name(path: str | Path) -> bool:
+    """An animated GIF is an image."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
 def find_recorded(path: str | Path, weights: str | Path) -> Path:
     """Where a path is that weights name, or a default: from the working directory, as when they were trained;
     else from a folder around the weights, the innermost first; else from the repository. The path itself
