@@ -11,7 +11,7 @@ writes   --report FILE: descriptions as .jsonl or .csv; or scores as JSON, and b
     python 3-eval_chat.py --image_dir my_images --prompt "What is this?"
     python 3-eval_chat.py --image_dir my_images --report out/report.csv         # in batches
     python 3-eval_chat.py --image my_image.jpg --prompt "What is this?"   # the answer alone, for scripts
-    python 3-eval_chat.py --chat my_images/cat.jpg             # ask about one image, as often as you like
+    python 3-eval_chat.py --chat my_images/cat.jpg             # chat in the terminal; /help says more
     python 3-eval_chat.py --explain my_images/cat.jpg "What is this?" out/why.png    # what mattered in it
     python 3-eval_chat.py --multi                                # all images of a set at once
     python 3-eval_chat.py --video my_video.mp4 --prompt "Where does it go?"
@@ -43,13 +43,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_inputs(args: argparse.Namespace) -> Path:
     """The weights that the flags name. Raises FileNotFoundError for what is missing."""
     named = [
-        ("--chat", args.chat),
         ("--video", args.video),
+        *(("--chat", path) for path in args.chat or []),
         *(("--image", path) for path in args.image or []),
         *(("--explain", Path(path)) for path in (args.explain or [])[:-2]),
     ]
     for flag, file in named:
-        if file and file != Path() and not file.is_file():
+        if file and not file.is_file():
             raise FileNotFoundError(f"{flag}: there is no file {file}")
     for path in args.questions or []:
         if not path.is_file():
@@ -89,7 +89,8 @@ def evaluate(args: argparse.Namespace, weights: Path) -> str | None:
     """Do what the flags say; returns the answer about --image."""
     from model.chat import load_chat  # only now: loading PyTorch takes seconds
     from model.device import choose_dtype
-    from serving.terminal import chat_about
+    from serving.dialogue import sort_files
+    from serving.terminal import chat_in_terminal, is_terminal
     from trainer.describe import answer_one, describe_all, make_sampling
     from trainer.description_report import describe_to_report
     from trainer.distributed import start_run
@@ -97,7 +98,7 @@ def evaluate(args: argparse.Namespace, weights: Path) -> str | None:
     from trainer.scoring import score_questions
 
     with start_run(args.device) as run, claim_report(args.report, run.is_main):
-        alone = [flag for flag in ("chat", "image", "explain") if getattr(args, flag)]
+        alone = [flag for flag in ("chat", "image", "explain") if getattr(args, flag) is not None]
         if run.world_size > 1 and alone:
             raise ValueError(
                 f"--{alone[0]} asks one question at a time: start it with plain python, in one process"
@@ -112,16 +113,18 @@ def evaluate(args: argparse.Namespace, weights: Path) -> str | None:
             args.batch_size if args.questions or args.report else 1,
             args.allow_other_inputs,
         )
-        run.print(str(chat.report))
+        if args.chat is None or is_terminal():
+            run.print(str(chat.report))
         if args.max_rounds is None:  # what no flag says, the weights do
             args.max_rounds = chat.max_rounds
         args.image_dir = args.image_dir or find_recorded(chat.about.get("image_dir", IMAGE_DIR), weights)
         args.prompt = args.prompt or next(iter(chat.about.get("questions", [])), PROMPT)
         if args.questions:
             score_questions(run, args, chat, questions, partial(make_sampling, args))
-        elif args.chat:
-            file, sampling = args.video or args.chat, make_sampling(args)
-            chat_about(chat, file, bool(args.video), args.max_frames, args.max_rounds, sampling)
+        elif args.chat is not None:
+            images, videos = sort_files(args.chat)
+            videos += [args.video] if args.video else []
+            chat_in_terminal(chat, images, videos, args.max_frames, args.max_rounds, make_sampling(args))
         elif args.image:
             return answer_one(args, chat)
         elif args.explain:

@@ -1,4 +1,5 @@
-"""The chat behind a web page: an image, a question, a streaming answer.
+"""The chat behind a web page: an image, a question, a streaming answer. And for programs, as OpenAI's API
+speaks: /v1/chat/completions (serving/README.md).
 
 reads    the best weights in out/ (*_vlm_sft_multi.pth, else *_vlm_sft.pth, else *_vlm_pretrain.pth;
          --load_from names others), the tokenizer and CLIP that the .json beside them names, and
@@ -26,6 +27,7 @@ from model.printable import printable
 from serving.hosts import is_host
 from trainer.script import Checked, Parser, add_loading_flags, at_least, choose_weights, clean_exit
 
+BATCH = 8  # the weights are stored for about so many answers at once
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 # Nobody is told what people do here, and nothing is kept for it.
 GRADIO_SETTINGS = {
@@ -98,9 +100,10 @@ def run(args: argparse.Namespace, weights: Path, folder: str) -> None:
     """Load the weights and serve the page; folder: for what Gradio keeps in files."""
     from model.chat import load_chat  # only now: loading PyTorch and Gradio takes seconds
     from model.device import choose_device, choose_dtype
+    from model.generate import Sampling
     from serving.page import build_page
     from serving.server import serve
-    from serving.site import make_site
+    from serving.site import Defaults, make_site
 
     device = choose_device(args.device)
     chat = load_chat(
@@ -109,6 +112,7 @@ def run(args: argparse.Namespace, weights: Path, folder: str) -> None:
         args.clip_path,
         device,
         choose_dtype(args.dtype, device),
+        BATCH,
         allow_other_inputs=args.allow_other_inputs,
     )
     print(printable(str(chat.report)), flush=True)
@@ -116,7 +120,8 @@ def run(args: argparse.Namespace, weights: Path, folder: str) -> None:
         args.max_rounds = chat.max_rounds
     if not args.image_dir:
         args.image_dir = find_recorded(chat.about.get("image_dir", "dataset/eval_images"), weights)
-    site = make_site(folder, chat.image_processor.size)
+    sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    site = make_site(folder, chat, Defaults(weights.stem, sampling, args.max_rounds))
     serve(build_page(chat, weights, args, site), site, args.host, args.port, args.allow_host)
 
 

@@ -1,5 +1,6 @@
 """The machine that a benchmark runs on: what it can do, and what a process needs of it."""
 
+import contextlib
 import json
 import os
 import platform
@@ -47,6 +48,26 @@ def read_speed(device: str = "cpu") -> float:
 def peak_memory(pid: int | str = "self") -> int:
     """Bytes that a process has needed at most (Linux). Not ru_maxrss: a child inherits its parent's."""
     return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+
+
+def family_of(pid: int) -> list[int]:
+    """A process and all that it started."""
+    found = [pid]
+    for one in found:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{one}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def memory_of(pid: int) -> int:
+    """Bytes that a process and all that it started have in memory, what they share counted once."""
+    total = 0
+    for one in family_of(pid):
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{one}/smaps_rollup").read_text()
+            total += 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])
+    return total
 
 
 def run_module(name: str, *flags) -> str:

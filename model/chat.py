@@ -1,11 +1,15 @@
 """Everything that an answer needs, loaded and ready: weights, tokenizer, CLIP.
 
-chat = load_chat("out/512_vlm_sft.pth", "model/minimind_tokenizer",
-                 "model/clip_model/clip-vit-base-patch32")
-for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}], [open_image("a.jpg")]):
+from model.chat import load_chat
+chat = load_chat("out/512_vlm_sft.pth")
+print(chat.ask("What is this?", "a.jpg"))
+
+for text in chat.stream("What happens?", "a.mp4", temperature=0.7, seed=1):
     print(text, end="", flush=True)
 """
 
+import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.checkpoint import LoadReport, config_of, load_weights, read_state_dict
-from model.data.video import Frame, expand_videos
+from model.data.video import Frame, expand_videos, open_images
 from model.decode import Decoder
 from model.description import read_description
 from model.device import without_memory
@@ -23,13 +27,14 @@ from model.download_table import COMMAND, find_download
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
 from model.likelihood import log_probabilities
-from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded
+from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded, is_video_name
 from model.packing import pack_linears
-from model.prompt import IMAGE_MARK, Prompt, Renderer, load_tokenizer, put_marks
+from model.prompt import IMAGE_MARK, MARK, VIDEO_MARK, Prompt, Renderer, load_tokenizer, put_marks
 from model.transformer import Transformer
 from model.vision_utils import check_fit, get_img_embedding, get_img_process, get_vision_model
 
 ANSWER_ROOM = 32  # tokens; a longer answer takes what the question leaves
+Shown = str | Path | Frame | Image.Image  # an image or a video: a file, a frame of one, or a PIL image
 
 
 class Chat:
@@ -56,20 +61,53 @@ class Chat:
         self.vision_model, self.image_processor = vision_model, image_processor
         self.renderer = Renderer(tokenizer, decoder.config.num_image_tokens, decoder.config.max_seq_len)
 
+    def __repr__(self) -> str:
+        decoder = self.decoder
+        facts = [
+            str(self.report.path),
+            f"{decoder.num_parameters / 1e6:.1f} M parameters",
+            f"{decoder.device} {str(decoder.dtype).removeprefix('torch.')}",
+            f"context of {decoder.config.max_seq_len} tokens",
+            *filter(None, [self.knows]),
+        ]
+        return f"Chat({', '.join(facts)})"
+
+    @property
+    def knows(self) -> str:
+        """What the weights say that they know ("coloured shapes and nothing else"), or ""."""
+        return self.about.get("knows", "")
+
+    @property
+    def questions(self) -> list[str]:
+        """Questions that the weights name as examples."""
+        return self.about.get("questions", [])
+
     @property
     def max_rounds(self) -> int:
         """Rounds of a chat to show where no flag says: 1 for a model that learned single rounds alone,
         else 0, all that fit."""
         return 1 if self.about.get("max_rounds") == 1 else 0
 
-    def encode(self, images: Iterable[Image.Image]) -> Tensor:
+    @property
+    def most_images(self) -> int:
+        """In one question: with more there would be no room for words."""
+        config = self.decoder.config
+        return max(1, (config.max_seq_len - 1) // config.num_image_tokens)
+
+    @functools.cached_property
+    def most_characters(self) -> int:
+        """That the context could hold, all in the longest token; counting a text's tokens takes long."""
+        vocabulary = self.tokenizer.backend_tokenizer.get_vocab()
+        return max(map(len, vocabulary)) * self.decoder.config.max_seq_len
+
+    def encode(self, images: Iterable[Shown]) -> Tensor:
         """Images to image features, (M, N, vision_dim)."""
         return self.encode_pixels(self.read_pixels(images))
 
-    def read_pixels(self, images: Iterable[Image.Image]) -> Tensor:
+    def read_pixels(self, images: Iterable[Shown]) -> Tensor:
         """Images to what CLIP takes, (M, 3, S, S). One is open at a time: a photograph takes 300 MB."""
         side = self.image_processor.size
-        pixels = [get_img_process(image, self.image_processor) for image in images]
+        pixels = [get_img_process(image, self.image_processor) for image in open_images(images)]
         return torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
 
     def encode_pixels(self, pixel_values: Tensor) -> Tensor:
@@ -88,26 +126,84 @@ class Chat:
         )
         return expand_videos(turns, files, context, max_frames, frames_per_second=1.0)
 
+    def ask(
+        self,
+        question: str | list[dict],
+        images: Shown | Sequence[Shown] = (),
+        sampling: Sampling | None = None,
+        **settings,
+    ) -> str:
+        """The answer to a question; all that is said of stream() holds."""
+        return "".join(self.stream(question, images, sampling, **settings)).strip()
+
     def stream(
-        self, turns: list[dict], images: list[Image.Image], sampling: Sampling | None = None
+        self,
+        question: str | list[dict],
+        images: Shown | Sequence[Shown] = (),
+        sampling: Sampling | None = None,
+        **settings,
     ) -> Iterator[str]:
-        """The answer to one conversation, piece by piece as it is made."""
+        """The answer, piece by piece as it is made.
+
+        question  as typed; or a conversation, turns of which the last asks, with a mark for each image
+        images    what it is about, one or several: paths of images or (known by their names) of videos, PIL
+                  images; none for a question in words alone
+        settings  of Sampling, by their names: temperature=0.7, max_new_tokens=50, ...
+        raises    FileNotFoundError or ValueError, naming the file or the setting
+        """
+        if sampling and settings:
+            raise ValueError(f"give sampling, or {', '.join(settings)}, not both")
+        sampling = sampling or Sampling(**settings)
+        shown = [images] if isinstance(images, Shown) else list(images)
+        turns = question
+        if isinstance(question, str):
+            videos = [image for image in shown if is_video(image)]
+            stills = [image for image in shown if not is_video(image)]
+            turns, shown = self.recall([self.compose(question, stills, videos)], sampling.max_new_tokens)
         streamer = TextStreamer(self.tokenizer)
         ids = generate(
-            self.decoder, [self.render(turns)], self.tokenizer.eos_token_id, sampling, [self.encode(images)]
+            self.decoder, [self.render(turns)], self.tokenizer.eos_token_id, sampling, [self.encode(shown)]
         )
         for (token,) in ids:
             yield streamer.push(token)
         yield streamer.finish()
 
+    def compose(
+        self,
+        question: str,
+        images: Sequence[Shown] = (),
+        videos: Sequence[str | Path] = (),
+        max_frames: int = 8,
+    ) -> "Round":
+        """A round of a chat: a question as typed, the images and the frames of the videos shown with it.
+        Raises FileNotFoundError or ValueError, naming the video."""
+        if not videos:
+            return Round(question, list(images))
+        if (question.count(IMAGE_MARK), question.count(VIDEO_MARK)) != (len(images), len(videos)):
+            question = without(question, IMAGE_MARK, VIDEO_MARK)
+        marked = put_marks(question, len(images), len(videos))
+        stills, moving = iter(images), iter(map(Path, videos))
+        files = [next(stills if mark == IMAGE_MARK else moving) for mark in MARK.findall(marked)]
+        parts, turns = self.prepare([{"from": "human", "value": marked}], files, max_frames)
+        return Round(turns[0]["value"], [image for part in parts for image in part])
+
     def recall(
-        self, rounds: list["Round"], max_new_tokens: int, max_rounds: int = 0
+        self, rounds: list["Round"], max_new_tokens: int, max_rounds: int = 0, system: str = ""
     ) -> tuple[list[dict], list]:
         """What stream() is to be given for the last question of a chat: recent_turns() that leave room for an
-        answer of max_new_tokens, or for half a context of answer."""
+        answer of max_new_tokens, or for half a context of answer; in front of them a system text."""
         context = self.decoder.config.max_seq_len
         limit = context - min(max_new_tokens, context // 2)
-        return recent_turns(rounds, lambda turns: len(self.render(turns).input_ids) <= limit, max_rounds)
+        front = [{"from": "system", "value": system}] if system else []
+
+        def fits(turns: list[dict]) -> bool:
+            num_characters = sum(len(turn["value"]) for turn in turns)
+            return (
+                num_characters <= self.most_characters and len(self.render(front + turns).input_ids) <= limit
+            )
+
+        turns, images = recent_turns(rounds, fits, max_rounds)
+        return front + turns, images
 
     def answer_batch(
         self, conversations: list[list[dict]], image_features: list[Tensor], sampling: Sampling | None = None
@@ -212,6 +308,13 @@ def load_chat(
     return Chat(decoder, tokenizer, vision_model, image_processor, report, about, inputs)
 
 
+# ---- what is shown -----------------------------------------------------------------------------------------
+
+
+def is_video(shown: Shown) -> bool:
+    return isinstance(shown, str | Path) and is_video_name(shown)
+
+
 # ---- a chat of several rounds ------------------------------------------------------------------------------
 
 
@@ -227,10 +330,13 @@ class Round:
 
 def mark_images(text: str, num_images: int) -> str:
     """Put the marks into a typed question. A typed `<image>` is one only if every image has its own."""
-    if text.count(IMAGE_MARK) != num_images:
-        while IMAGE_MARK in text:  # again: "<ima<image>ge>" leaves a new mark behind
-            text = text.replace(IMAGE_MARK, "")
-    return put_marks(text, num_images)
+    return put_marks(text if text.count(IMAGE_MARK) == num_images else without(text, IMAGE_MARK), num_images)
+
+
+def without(text: str, *marks: str) -> str:
+    while any(mark in text for mark in marks):  # again: "<ima<image>ge>" leaves a new mark behind
+        text = re.sub("|".join(marks), "", text)
+    return text
 
 
 def recent_turns(

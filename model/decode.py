@@ -26,18 +26,48 @@ class KVCache:
     share one.
 
     Slot s holds the s-th token computed, of all rows alike: first the T places of the prompts, then one slot
-    per step. A shorter prompt leaves a gap behind it, which is masked.
+    per step. A shorter prompt leaves a gap behind it (gather(): in front of it), which is masked.
     """
 
-    def __init__(self, config: LMConfig, lengths: Tensor, num_slots: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: LMConfig,
+        lengths: Tensor,
+        num_slots: int,
+        dtype: torch.dtype,
+        gap_in_front: bool = False,
+    ):
+        self.config = config
         shape = (config.n_layers, len(lengths), config.n_kv_heads, num_slots, config.head_dim)
         self.keys, self.values = (torch.empty(shape, device=lengths.device, dtype=dtype) for _ in range(2))
         self.positions = lengths  # where the next token of every row stands, (B,)
         self.used = T = int(lengths.max())
         slots = torch.arange(num_slots, device=lengths.device)
-        gap = (lengths[:, None] <= slots) & (slots < T)
+        gap = slots < T - lengths[:, None] if gap_in_front else (lengths[:, None] <= slots) & (slots < T)
         # Added to the attention scores.
         self.mask = torch.zeros_like(gap, dtype=dtype).masked_fill(gap, -math.inf)[:, None, None]
+
+    @classmethod
+    def gather(cls, rows: list[tuple["KVCache", int]], room: int) -> "KVCache":
+        """A cache of rows of others, for answers that began at different times, with room for so many steps.
+        The last tokens of all rows stand in one slot, so the next ones do too."""
+        first = rows[0][0]
+        filled = [cache.mask[row, 0, 0, : cache.used] == 0 for cache, row in rows]  # (slots,) of each
+        lengths = torch.stack([slots.sum() for slots in filled])
+        new = cls(first.config, lengths, int(lengths.max()) + room, first.keys.dtype, gap_in_front=True)
+        for place, ((cache, row), slots) in enumerate(zip(rows, filled, strict=True)):
+            start = new.used - int(lengths[place])
+            for old, tensor in ((cache.keys, new.keys), (cache.values, new.values)):
+                tensor[:, place, :, start : new.used] = old[:, row, :, : cache.used][:, :, slots]
+                tensor[:, place, :, :start] = (
+                    0  # what stands in a gap is multiplied by 0, so it must be finite
+                )
+        return new
+
+    @property
+    def room(self) -> int:
+        """Steps that still fit."""
+        return self.keys.shape[3] - self.used
 
     def select(self, rows: list[int]) -> None:
         """Forget all rows but these, in their order."""

@@ -92,6 +92,15 @@ def generate(
         logits = decoder.step(next_ids, cache)
 
 
+def check_prompts(prompts: list[Prompt], max_seq_len: int) -> None:
+    """Raise ValueError if one leaves no room for an answer."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    if longest >= max_seq_len:
+        raise ValueError(
+            f"the prompt has {longest} tokens, but the model's context holds {max_seq_len} with the answer"
+        )
+
+
 def read_prompts(
     decoder: Decoder, prompts: list[Prompt], max_new_tokens: int, image_features: list[Tensor] | None
 ) -> tuple[Tensor, list[int], Tensor, KVCache]:
@@ -101,11 +110,8 @@ def read_prompts(
              and the cache, with room for max_new_tokens or what the context leaves
     """
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    limit = decoder.config.max_seq_len
-    if max(lengths) >= limit:
-        raise ValueError(
-            f"the prompt has {max(lengths)} tokens, but the model's context holds {limit} with the answer"
-        )
+    check_prompts(prompts, decoder.config.max_seq_len)
+    room = decoder.config.max_seq_len - min(lengths)
     if image_features is not None:
         check_each_row(
             [len(prompt.image_slots) for prompt in prompts], [len(part) for part in image_features]
@@ -121,7 +127,7 @@ def read_prompts(
     logits, cache = decoder.prefill(
         input_ids,
         torch.tensor(lengths, device=decoder.device),
-        min(max_new_tokens, limit - min(lengths)),
+        min(max_new_tokens, room),
         image_features,
         slots,
     )
@@ -220,3 +226,36 @@ class TextStreamer:
     def _advance(self, text: str) -> str:
         new, self.shown = text[len(self.shown) :], text
         return new
+
+
+class StopWords:
+    """Cuts a text that comes in pieces before the first of some words; no piece of a word is let through that
+    may still become one.
+
+    found  has one of them come? The rest of the text is then of no use.
+    """
+
+    def __init__(self, words: tuple[str, ...]):
+        self.words, self.held, self.found = words, "", False
+
+    def push(self, text: str) -> str:
+        """What of the text is certain to stay."""
+        text = self.held + text
+        ends = [place for word in self.words if (place := text.find(word)) >= 0]
+        if ends:
+            self.held, self.found = "", True
+            return text[: min(ends)]
+        longest = max(map(len, self.words), default=1) - 1
+        held = next(
+            (size for size in range(min(longest, len(text)), 0, -1) if self.may_begin(text[-size:])), 0
+        )
+        self.held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def may_begin(self, text: str) -> bool:
+        return any(word.startswith(text) for word in self.words)
+
+    def finish(self) -> str:
+        """Whatever is still held back."""
+        held, self.held = self.held, ""
+        return held

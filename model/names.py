@@ -21,6 +21,9 @@ IMAGE_SUFFIXES = (
     ".j2k", ".avif", ".heic", ".heif", ".hif", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # in texts: here it stands
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp",
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 FEATURE_DTYPES = ("float16", "float32")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -29,6 +32,11 @@ TOKENIZER_CURE = (
     "MiniMind's own comes with: python -m model.download tokenizer, or name yours with --tokenizer_path"
 )
 CLIP_CURE = "download it with: python -m model.download clip"
+
+
+def is_video_name(path: str | Path) -> bool:
+    """An animated GIF is an image."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def find_recorded(path: str | Path, weights: str | Path) -> Path:

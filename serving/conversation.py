@@ -3,14 +3,16 @@
 [{"role": "user" or "assistant", "content": [{"path": name of an image}, ..., text]}, ...]
 """
 
+import asyncio
+import contextlib
 import html
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 from PIL import Image
 
 from model.chat import Chat, Round
 from model.generate import Sampling
-from serving.visitors import Images
+from serving.site import Site
 
 DEFAULT_QUESTION = "这个图片描述的是什么内容？"
 NO_IMAGE = "请先添加一张图片，再来提问。\nPlease add an image first, then ask about it."
@@ -62,40 +64,50 @@ def rounds_of(messages: list[dict]) -> list[Round]:
     return rounds
 
 
-def reply(chat: Chat, kept: Images, messages: list[dict], settings: dict, max_rounds: int) -> Iterator[str]:
-    """The answer to the last question, growing; or one friendly line about what is missing."""
-    answer = ""
+async def reply(
+    site: Site, session: str, messages: list[dict], settings: dict, max_rounds: int
+) -> AsyncIterator[int | str]:
+    """Numbers: the place in the line. Texts: the answer to the last question, growing; or one friendly line
+    about what is missing. Raises LineFull, AlreadyWaiting."""
+    since, text = site.visitors.clock(), ""
     try:
-        sampling = Sampling(**settings)
-        rounds = rounds_of(messages)
-        if len(rounds[-1].images) > (most := most_images(chat)):
-            yield TOO_MANY_IMAGES.format(most)
+        asked = await asyncio.to_thread(prepare, site, messages, settings, max_rounds)
+        if isinstance(asked, str):
+            yield asked
             return
-        turns, names = chat.recall(rounds, sampling.max_new_tokens, max_rounds)
-        if not names:
-            yield NO_IMAGE
-            return
-        sent = [kept.get(name) for name in names]
-        if missing := [image for image in sent if image is None or image.reduced is None]:
-            yield GONE if missing[0] is None else f"{BAD_IMAGE}\n({missing[0].problem})"
-            return
-        size = (chat.image_processor.size,) * 2
-        images = [Image.frombytes("RGB", size, image.reduced.seen) for image in sent]
-        for piece in chat.stream(turns, images, sampling):
-            if piece:
-                answer += piece
-                yield answer
+        answer = site.engine.submit(*asked, owner=session)
+        events = answer.events(lambda: site.visitors.awaits(session, since))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                text += event if isinstance(event, str) else ""
+                yield text or event
     except ValueError as error:  # a question that does not fit the context, settings that make no sense
         yield f"{NOT_POSSIBLE}{error}"
         return
-    if not answer.strip():
+    if not text.strip() and answer.finish_reason != "stopped":
         yield NO_ANSWER
 
 
+def prepare(
+    site: Site, messages: list[dict], settings: dict, max_rounds: int
+) -> str | tuple[list[dict], list[Image.Image], Sampling]:
+    """What the engine is asked; or what is missing. Raises ValueError."""
+    chat, sampling = site.engine.chat, Sampling(**settings)
+    rounds = rounds_of(messages)
+    if len(rounds[-1].images) > (most := most_images(chat)):
+        return TOO_MANY_IMAGES.format(most)
+    turns, names = chat.recall(rounds, sampling.max_new_tokens, max_rounds)
+    if not names:
+        return NO_IMAGE
+    sent = [site.images.get(name) for name in names]
+    if missing := [image for image in sent if image is None or image.reduced is None]:
+        return GONE if missing[0] is None else f"{BAD_IMAGE}\n({missing[0].problem})"
+    return turns, [image.reduced.image for image in sent], sampling
+
+
 def most_images(chat: Chat) -> int:
-    """In one question: with more there would be no room for words."""
-    config = chat.decoder.config
-    return max(1, min(16, (config.max_seq_len - 1) // config.num_image_tokens))
+    """In one question of a visitor."""
+    return min(16, chat.most_images)
 
 
 def shown(messages: list[dict]) -> list[dict]:

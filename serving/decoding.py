@@ -5,6 +5,7 @@ to a decoder, it meets a limit of memory and of time, holds up no answer, and le
 import asyncio
 import contextlib
 import io
+import math
 import multiprocessing
 import os
 import threading
@@ -48,6 +49,12 @@ class Reduced:
 
     seen: bytes  # (S, S, 3) uint8: what get_img_process() makes of the file
     shown: bytes  # a JPEG of at most SHOWN_SIDE
+
+    @property
+    def image(self) -> Image.Image:
+        """What the model sees; no copy of it."""
+        side = math.isqrt(len(self.seen) // 3)
+        return Image.frombuffer("RGB", (side, side), self.seen, "raw", "RGB", 0, 1)
 
 
 class Upload(Embedded):

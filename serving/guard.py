@@ -20,6 +20,7 @@ from urllib.parse import parse_qs
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from serving.api import Api
 from serving.bodies import Refused, read_body
 from serving.hosts import Hosts
 from serving.messages import clean_cancel, clean_event
@@ -42,6 +43,8 @@ ROUTES = {  # (method, pattern of the path): who answers
     ("POST", r"/gradio_api/reset"): "reset",
     ("POST", r"/gradio_api/upload"): "upload",
     ("GET", r"/gradio_api/file=(?P<name>/.*)"): "image",
+    ("POST", r"/v1/chat/completions"): "api",
+    ("GET", r"/v1/models(/[^/]+)?|/health"): "api",
 }
 PATTERNS = {(method, re.compile(pattern, re.ASCII)): kind for (method, pattern), kind in ROUTES.items()}
 # What Gradio is told of a request. Others would choose the address that the page gives for itself, or more.
@@ -94,6 +97,7 @@ class Guard:
     ):
         self.app, self.hosts, self.quick, self.events, self.forget = app, hosts, quick, events, forget
         self.images, self.visitors, self.uploads = site.images, site.visitors, Uploads(site)
+        self.api = Api(site, ADDED)
         self.cookie = f"visitor_{hosts.port}"  # cookies know no ports
 
     async def __call__(self, scope, receive, send) -> None:
@@ -114,7 +118,10 @@ class Guard:
                 print(f"error: {scope['method']} {scope['path']!r}: {error!r}", file=sys.stderr, flush=True)
                 raise
             refused = error
-            response = PlainTextResponse(refused.line + "\n", refused.status, ADDED)
+            if scope["path"].startswith("/v1/"):
+                response = self.api.refuse(refused)
+            else:
+                response = PlainTextResponse(refused.line + "\n", refused.status, ADDED)
             if scope["method"] == "POST":
                 response.headers["Connection"] = "close"  # the rest of its body is not waited for
             await response(scope, receive, send)
@@ -234,6 +241,9 @@ class Guard:
         else:
             response = Response(NO_IMAGE, media_type="image/svg+xml", headers=headers)
         await response(scope, receive, send)
+
+    async def answer_api(self, scope, receive, send, match, caller: Caller) -> None:
+        await self.api.answer(scope, receive, send)
 
     async def answer_upload(self, scope, receive, send, match, caller: Caller) -> None:
         """Take images in, each reduced at once to what the model sees and the page shows."""

@@ -14,6 +14,7 @@ from model.description import read_description
 from model.generate import Sampling
 from model.images import check_is_file, find_images
 from model.printable import one_line
+from serving.answer import AlreadyWaiting, LineFull
 from serving.conversation import (
     DEFAULT_QUESTION,
     IN_LINE,
@@ -23,7 +24,6 @@ from serving.conversation import (
     reply,
     shown,
 )
-from serving.line import AlreadyWaiting, LineFull
 from serving.site import Site
 from serving.visitors import address_of
 
@@ -148,12 +148,12 @@ def build_page(chat: Chat, weights: Path, args: argparse.Namespace, site: Site) 
             elem_id="box",
         )
         settings = add_settings(args, chat.decoder.config.max_seq_len)
-        connect(chat, args.max_rounds, site, chatbot, box, settings)
+        connect(args.max_rounds, site, chatbot, box, settings)
     return page
 
 
 def connect(
-    chat: Chat, max_rounds: int, site: Site, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings: list
+    max_rounds: int, site: Site, chatbot: gr.Chatbot, box: gr.MultimodalTextbox, settings: list
 ) -> None:
     """What happens when. A visitor's conversation lies in a gr.State: one per visitor, on the server.
 
@@ -197,9 +197,7 @@ def connect(
             return [*messages, {"role": "assistant", "content": [text]}]
 
         try:
-            texts = site.line.answers(
-                request.session_hash, lambda: reply(chat, site.images, messages, chosen, max_rounds)
-            )
+            texts = reply(site, request.session_hash, messages, chosen, max_rounds)
             async with contextlib.aclosing(texts):
                 async for text in texts:
                     waits = isinstance(text, int)

@@ -46,7 +46,7 @@ def serve(page: gr.Blocks, site: Site, host: str, port: int, allowed_hosts: list
     try:
         Announcing(config, f"[{host}]" if ":" in host else host, port, hosts.is_open).run(sockets)
     finally:
-        site.reducer.close()
+        site.close()
 
 
 def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:

@@ -1,21 +1,40 @@
-"""What the page and the guard in front of it share."""
+"""What page, programs and the guard in front of them share."""
 
 from dataclasses import dataclass
 
+from model.chat import Chat
+from model.generate import Sampling
 from serving.decoding import Reducer
-from serving.line import Line
+from serving.engine import Engine
 from serving.visitors import Images, Visitors
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where a visitor says nothing else.
+
+    model       the name that answers are given under
+    max_rounds  see Chat.recall()
+    """
+
+    model: str
+    sampling: Sampling = Sampling()
+    max_rounds: int = 0
 
 
 @dataclass(frozen=True)
 class Site:
     visitors: Visitors
     images: Images
-    line: Line
+    engine: Engine
     reducer: Reducer
+    defaults: Defaults
+
+    def close(self) -> None:
+        self.reducer.close()
+        self.engine.close()
 
 
-def make_site(folder: str, side: int) -> Site:
-    """folder: what the names of images begin with; side: of the square that the model sees, in pixels."""
-    visitors = Visitors()
-    return Site(visitors, Images(folder), Line(visitors), Reducer(side))
+def make_site(folder: str, chat: Chat, defaults: Defaults) -> Site:
+    """folder: what the names of images begin with."""
+    return Site(Visitors(), Images(folder), Engine(chat), Reducer(chat.image_processor.size), defaults)

@@ -1,6 +1,7 @@
 """Who is here, and what images they sent. All on the server's event loop."""
 
 import contextlib
+import math
 import secrets
 import time
 from collections import Counter
@@ -11,6 +12,8 @@ from urllib.parse import quote
 from serving.decoding import Reduced
 
 GRACE = 120  # seconds without a connection, after which a visitor has left
+ARRIVAL = 60  # seconds until a page that asked has opened the connection that brings the answer
+AWAY = 10  # seconds without that connection, after which a question is given up
 MOST_IMAGES = 64  # of one visitor; the oldest goes when another comes
 MOST_BYTES = 128 << 20  # of all images
 
@@ -46,6 +49,14 @@ class Visitors:
 
     def is_here(self, key: str, grace: float = GRACE) -> bool:
         return self.connections[key] > 0 or self.clock() - self.last_seen.get(key, -1e9) <= grace
+
+    def awaits(self, session: str, since: float) -> bool:
+        """Does a page wait for the answer to what it asked then? A closed tab must not hold up others."""
+        key = answers_to(session)
+        if self.is_here(key, AWAY):
+            return True
+        has_come = self.last_seen.get(key, -math.inf) >= since
+        return not has_come and self.clock() - since <= ARRIVAL
 
     def pop_gone(self) -> list[str]:
         """Who has left since the last call."""

@@ -52,6 +52,14 @@ def test_the_benchmark_of_starts_runs():
     assert all(len(taken) == 1 for taken in results_of("start_quick")["seconds"].values())
 
 
+def test_the_benchmark_of_visitors_runs():
+    """It asserts that the answers together are those one by one."""
+    run_benchmark("visitors", "--quick")
+    assert [one["together"] for one in results_of("visitors_quick")["engine"]][0] == 1
+    run_benchmark("visitors", "--quick", "--requests=20")
+    assert [one["requests"] for one in results_of("visitors_server_quick")["server"]][-1] == 20
+
+
 def test_the_benchmark_of_data_runs(tmp_path):
     run_benchmark("data_scale", "--rows=4000", "--workers=1", f"--folder={tmp_path}")
     report = json.loads((tmp_path / "data_scale.json").read_text())

@@ -3,6 +3,7 @@ the places where the real ones would lie. Once they were only parsed, and two of
 
 import base64
 import importlib
+import io
 import json
 import os
 import re
@@ -56,7 +57,9 @@ def fill_with_data(place: Path) -> None:
         shutil.copytree(place / "dataset/pretrain_images", place / folder)
     shutil.copy(place / "my_images/0.png", place / "my_image.jpg")
     shutil.copy(place / "my_images/0.png", place / "my_images/cat.jpg")
-    save_video(place / "my_video.mp4", [20, 120, 220])
+    shutil.copy(place / "my_images/0.png", place / "a.jpg")
+    for name in ("my_video.mp4", "b.mp4"):
+        save_video(place / name, [20, 120, 220])
     save_rows(place, "dataset/LLaVA-Pretrain/chat-translated.json", make_rows(100))
     save_rows(place, "dataset/LLaVA-Instruct/llava_instruct_230k.json", make_rows(12))
     save_rows(place, "my_data/captions.jsonl", make_rows(12))
@@ -166,8 +169,7 @@ def run(command: str, monkeypatch) -> None:
         run_inside(script, *flags)
         assert "127.0.0.1" in pages[0] and pages[0][0].blocks
     elif script == "3-eval_chat.py":
-        lines = iter(["图片里有什么？", ""])
-        monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+        monkeypatch.setattr("sys.stdin", io.StringIO("图片里有什么？\n"))
         run_inside(script, *flags, "--max_new_tokens=2", "--device=cpu")
     else:
         run_inside(script, *small(flags))

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import LONG, ROOT, check_refused, make_rows, run_inside, run_script, train, weights_of
 
+from model.chat import load_chat
 from model.description import read_description
+from model.printable import printable
 from trainer.logger import read_metrics
 
 
@@ -152,7 +154,10 @@ def test_chat_in_the_terminal(workplace):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert result.returncode == 0 and result.stdout.count("> ") == 3, result.stderr
+    chat = load_chat(workplace / "out" / "32_vlm_pretrain.pth")
+    first = "".join(chat.stream("什么颜色？", workplace / "images" / "0.png", max_new_tokens=5))
+    assert result.returncode == 0 and result.stdout.startswith(printable(first) + "\n"), result.stderr
+    assert "tensors loaded" not in result.stdout
 
 
 def test_multi_false_means_false(workplace):

@@ -1,6 +1,7 @@
 """Several images and videos in evaluation: sets, videos, question files with their controls; v1's data
 sets."""
 
+import io
 import json
 from functools import partial
 
@@ -311,11 +312,11 @@ def test_a_video_is_described_and_asked_about(place, workplace, chat, capsys, mo
         capsys.readouterr().out.endswith(f"[{video}] 它往哪里去？\n{printable(answer)}\n")
         and len(frames) == 3
     )
-    typed = iter(["它往哪里去？", "what colour?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    run_inside("3-eval_chat.py", *place, f"--video={video}", "--chat", "--max_frames=3")
-    greeting, first, second = capsys.readouterr().out.splitlines()[-3:]
-    assert str(video) in greeting and first == answer
+    for flags in ([f"--video={video}", "--chat"], ["--chat", str(video)]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("它往哪里去？\nwhat colour?\n"))
+        run_inside("3-eval_chat.py", *place, *flags, "--max_frames=3")
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == printable(answer)
 
 
 @pytest.mark.parametrize(
@@ -330,8 +331,7 @@ def test_a_video_is_described_and_asked_about(place, workplace, chat, capsys, mo
         (["--video={}/gone.mp4"], ["--video: there is no file", "gone.mp4"]),
         (["--chat={}/gone.png"], ["--chat: there is no file", "gone.png"]),
         (["--video={}/args"], ["cannot read video"]),
-        (["--chat"], ["--chat IMAGE", "--video FILE --chat"]),
-        (["--chat={}/images/0.png", "--video={}/images/0.mp4"], ["--video FILE --chat"]),
+        (["--chat", "{}/images/0.png", "{}/gone.mp4"], ["--chat: there is no file", "gone.mp4"]),
         (["--max_frames=0"], ["--max_frames must be at least 1"]),
     ],
 )

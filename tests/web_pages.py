@@ -213,25 +213,5 @@ class Visitor:
 # ---- the process -------------------------------------------------------------------------------------------
 
 
-def family_of(pid: int) -> list[int]:
-    """A process and all that it started."""
-    found = [pid]
-    for one in found:
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{one}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
-    return found
-
-
-def memory_of(pid: int) -> int:
-    """Bytes that a process and all that it started have in memory, what they share counted once."""
-    total = 0
-    for one in family_of(pid):
-        with contextlib.suppress(OSError):
-            text = Path(f"/proc/{one}/smaps_rollup").read_text()
-            total += 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])
-    return total
-
-
 def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]  # the sockets of processes are none

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from model.data.spec import SFT_MULTI
-from model.names import STAGES
+from model.names import STAGES, is_video_name
 from trainer.script import (
     SEED_LIMIT,
     Checked,
@@ -37,7 +37,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     args = parser.parse_args(argv)
     if args.multi:
         parser.set_defaults(**MULTI)
-    elif args.video:
+    elif args.video or len(args.chat or []) > 1 or any(map(is_video_name, args.chat or [])):
         parser.set_defaults(**VIDEO)
     elif len(args.image or []) > 1 or len(args.explain or []) > 3:  # behind --explain: a question, a PNG
         parser.set_defaults(stage=MULTI["stage"], prompt=MULTI["prompt"])
@@ -94,10 +94,10 @@ def add_task_flags(group) -> None:
     group.add_argument(
         "--chat",
         type=Path,
-        metavar="IMAGE",
-        nargs="?",
-        const=Path(),
-        help="ask questions, typed line by line, about one image; without a name, about the video of --video",
+        metavar="FILE",
+        nargs="*",
+        help="chat in the terminal, about these images and videos if there are any; /help there says more. "
+        "Where standard input is no terminal, its lines are the questions, and answers alone are printed",
     )
     group.add_argument(
         "--explain",
@@ -175,7 +175,8 @@ def add_answer_flags(group) -> None:
 
 
 def check_explain(args: argparse.Namespace) -> None:
-    others = [name for name in ("chat", "questions", "video", "multi", "image") if getattr(args, name)]
+    others = [name for name in ("questions", "video", "multi", "image") if getattr(args, name)]
+    others += ["chat"] if args.chat is not None else []
     if others:
         raise ValueError(f"--explain and --{others[0]} are two things to do: give one of them")
     if len(args.explain) < 3 or not args.explain[-1].lower().endswith(".png"):
@@ -187,13 +188,9 @@ def check_explain(args: argparse.Namespace) -> None:
 def check_together(args: argparse.Namespace) -> None:
     if args.explain:
         check_explain(args)
-    if args.chat and (args.chat == Path()) != bool(args.video):
-        raise ValueError(
-            "--chat IMAGE asks about an image, --video FILE --chat about a video: give one of the two"
-        )
     others = {
         "--questions": args.questions,
-        "--chat": args.chat,
+        "--chat": args.chat is not None,
         "--video": args.video,
         "--multi": args.multi,
     }
@@ -202,7 +199,7 @@ def check_together(args: argparse.Namespace) -> None:
     if args.score and not args.questions:
         raise ValueError("--score says how --questions are scored: give both")
     if args.report and not args.questions:
-        if args.image or args.chat:
+        if args.image or args.chat is not None:
             raise ValueError("--report keeps the scores of --questions, or descriptions of --image_dir")
         if args.report.suffix.lower() not in TABLES:
             raise ValueError(

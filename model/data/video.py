@@ -95,11 +95,15 @@ def expand_videos(
     return parts, expand_marks(turns, counts)
 
 
-def open_images(images: Iterable[Path | Frame]) -> Iterator[Image.Image]:
-    """Image files and frames of videos as RGB images, one at a time; the successive frames of a video are
-    decoded in one pass. Raises FileNotFoundError or ValueError, naming the file."""
+def open_images(images: Iterable[str | Path | Frame | Image.Image]) -> Iterator[Image.Image]:
+    """Image files and frames of videos as RGB images, one at a time, and PIL images as they are; the
+    successive frames of a video are decoded in one pass. Raises FileNotFoundError or ValueError, naming the
+    file."""
     for part in one_pass(images):
-        yield from decode_frames(part) if isinstance(part[0], Frame) else [open_image(part[0])]
+        if isinstance(part[0], Frame):
+            yield from decode_frames(part)
+        else:
+            yield part[0] if isinstance(part[0], Image.Image) else open_image(part[0])
 
 
 def one_pass(images: Iterable[Path | Frame]) -> list[list[Path | Frame]]:
