@@ -17,11 +17,10 @@ from torch import Tensor
 from model.checkpoint import LoadReport, config_of, load_weights, read_state_dict
 from model.data.video import Frame, expand_videos
 from model.decode import Decoder
-from model.description import read_description
+from model.description import input_paths, read_description
 from model.device import without_memory
 from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
-from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded
 from model.packing import pack_linears
 from model.prompt import IMAGE_MARK, Prompt, Renderer, load_tokenizer, put_marks
 from model.transformer import Transformer
@@ -131,13 +130,7 @@ def load_chat(
             f"{weights} is a language model without a vision projection, so it cannot see: "
             "train it with 1-pretrain_vlm.py first"
         )
-    tokenizer_path, clip_path = (
-        given or find_recorded(description.get(name, default), weights)
-        for given, name, default in (
-            (tokenizer_path, "tokenizer_path", TOKENIZER_PATH),
-            (clip_path, "clip_path", CLIP_PATH),
-        )
-    )
+    tokenizer_path, clip_path = input_paths(weights, description, tokenizer_path, clip_path)
     tokenizer = load_tokenizer(tokenizer_path)
     with without_memory():  # the decoder's copy of the weights is then the only one
         model = Transformer(config)

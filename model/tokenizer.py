@@ -139,7 +139,8 @@ def read_tokenizer_json(path: Path) -> Tokenizer | None:
         for name, token in config.items()
         if name.endswith("_token") and isinstance(token, str | dict)  # add_bos_token is neither
     }
-    more = [*(config.get("extra_special_tokens") or config.get("additional_special_tokens") or [])]
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    more = [*(more.values() if isinstance(more, dict) else more)]  # by a name of their own, or a list
     if backend.padding:
         more.append(backend.padding["pad_token"])
     if not all(token in named for token in [*special.values(), *more]):
