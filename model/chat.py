@@ -7,7 +7,7 @@ for text in chat.stream([{"from": "human", "value": "<image>\\nWhat is this?"}],
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,8 @@ class Chat:
         """about: what the weights say of themselves: knows, questions, image_dir, max_rounds"""
         self.decoder, self.tokenizer, self.report, self.about = decoder, tokenizer, report, about or {}
         self.vision_model, self.image_processor = vision_model, image_processor
-        self.renderer = Renderer(tokenizer, decoder.config.num_image_tokens, decoder.config.max_seq_len)
+        config = decoder.config
+        self.renderer = Renderer(tokenizer, config.num_image_tokens, config.max_seq_len, config.placeholder)
 
     @property
     def max_rounds(self) -> int:
@@ -67,9 +68,7 @@ class Chat:
     ) -> tuple[list[list[Path | Frame]], list[dict]]:
         """What is encoded of images and videos, and turns with a mark for each; see expand_videos(). Videos
         leave room for an answer."""
-        context = Renderer(
-            self.tokenizer, self.renderer.num_image_tokens, self.renderer.max_seq_len - ANSWER_ROOM
-        )
+        context = replace(self.renderer, max_seq_len=self.renderer.max_seq_len - ANSWER_ROOM)
         return expand_videos(turns, files, context, max_frames, frames_per_second=1.0)
 
     def stream(
@@ -131,7 +130,7 @@ def load_chat(
             "train it with 1-pretrain_vlm.py first"
         )
     tokenizer_path, clip_path = input_paths(weights, description, tokenizer_path, clip_path)
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, config.placeholder)
     with without_memory():  # the decoder's copy of the weights is then the only one
         model = Transformer(config)
     report = load_weights(model, weights, cure=cure)

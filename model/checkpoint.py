@@ -290,7 +290,8 @@ def load_weights(
     missing, surplus = check_state_dict(model, path, state, may_miss, may_ignore)
     if all(tensor.is_meta for tensor in wanted.values()):
         model.load_state_dict({name: state[name] for name in wanted}, assign=True)
-        model.output.weight = model.tok_embeddings.weight  # tied again
+        if model.config.tied:
+            model.output.weight = model.tok_embeddings.weight  # one again
     else:
         with torch.no_grad():
             for name, tensor in wanted.items():

@@ -36,7 +36,6 @@ ONLY = {
     "hidden_act": ("silu", "silu"),
     "attention_bias": (False, False),
     "mlp_bias": (False, False),
-    "tie_word_embeddings": (False, True),
     "use_sliding_window": (False, False),
 }
 ONLY_EXPERTS = {"qkv_bias": (True, False), "decoder_sparse_step": (1, 1), "mlp_only_layers": ([], [])}
@@ -49,7 +48,7 @@ ONLY_LLAVA = {
 
 def text_type(config: LMConfig) -> str:
     """The model_type of the class that computes the same language model."""
-    return "qwen2_moe" if config.use_moe else "llama"
+    return "qwen2_moe" if config.use_moe else "qwen3" if config.qk_norm else "llama"
 
 
 def text_config(config: LMConfig, bos_id: int, eos_id: int) -> dict:
@@ -60,6 +59,7 @@ def text_config(config: LMConfig, bos_id: int, eos_id: int) -> dict:
         "architectures": [TEXT_CLASSES[kind]],
         **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
         "head_dim": config.head_dim,
+        "tie_word_embeddings": config.tied,
         "rope_theta": config.rope_theta,  # transformers 4
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
         **{name: only for name, (_, only) in ONLY.items()},
@@ -95,7 +95,7 @@ def llava_config(config: LMConfig, vision: dict, bos_id: int, eos_id: int, image
         "image_seq_length": config.num_image_tokens,
         "image_token_id": image_id,
         "image_token_index": image_id,  # transformers before 4.5x
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tied,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "pad_token_id": eos_id,
@@ -136,7 +136,12 @@ def read_text_config(text: dict, path: object) -> dict:
     check_only(text, ONLY | ONLY_EXPERTS if kind == "qwen2_moe" else ONLY, path)
     sizes = {ours: text[theirs] for ours, theirs in names.items() if theirs in text}
     sizes.setdefault("n_kv_heads", sizes["n_heads"])
-    sizes["rope_theta"] = read_rope(text, path)
+    sizes |= {
+        "rope_theta": read_rope(text, path),
+        "head_dim": text.get("head_dim") or (128 if kind == "qwen3" else 0),
+        "tied": text.get("tie_word_embeddings", False),
+        "qk_norm": kind == "qwen3",
+    }
     if kind == "qwen2_moe":
         if text.get("shared_expert_intermediate_size") != sizes["hidden_dim"]:
             raise ValueError(f"{path}: its shared expert must be as wide as the others")

@@ -21,6 +21,8 @@ WORDS = (
     ("attention_norm.", "input_layernorm."),
     ("ffn_norm.", "post_attention_layernorm."),
     ("attention.w", "self_attn.w"),
+    ("attention.q_norm.", "self_attn.q_norm."),
+    ("attention.k_norm.", "self_attn.k_norm."),
     (".wq.", ".q_proj."),
     (".wk.", ".k_proj."),
     (".wv.", ".v_proj."),
@@ -31,7 +33,7 @@ WORDS = (
     (".w2.", ".down_proj."),
     (".w3.", ".up_proj."),
 )
-ROTATED = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
+ROTATED = re.compile(r"layers\.\d+\.attention\.(w[qk]|[qk]_norm)\.weight")
 SHARED_DOWN = re.compile(r"layers\.\d+\.feed_forward\.shared_experts\.w2\.weight")
 SHARED_GATE = "mlp.shared_expert_gate.weight"  # Qwen2-MoE's: sigmoid of it scales the shared expert
 WRAPPERS = re.compile(
@@ -41,8 +43,8 @@ PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower."
 
 
 def half_split(tensor: Tensor, head_dim: int) -> Tensor:
-    """(H * E, ...) of a matrix that makes queries or keys: our pairs (0,1), (2,3), ... become (0,E/2),
-    (1,E/2+1), ..."""
+    """(H * E, ...) of a matrix that makes queries or keys, or (E,) of their norm: our pairs (0,1), (2,3), ...
+    become (0,E/2), (1,E/2+1), ..."""
     return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -53,10 +55,10 @@ def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
 
 def to_stock(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
     """The language model of a state dict under the names of LlamaForCausalLM or, with experts,
-    Qwen2MoeForCausalLM. The output matrix, which is tied, is left out."""
+    Qwen2MoeForCausalLM. An output matrix that is tied is left out."""
     stock = {}
     for name, tensor in state.items():
-        if name.startswith(("vision_proj.", "output.")):
+        if name.startswith("vision_proj.") or (config.tied and name.startswith("output.")):
             continue
         if ROTATED.fullmatch(name):
             tensor = half_split(tensor, config.head_dim)
@@ -64,7 +66,7 @@ def to_stock(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
             tensor = 2 * tensor  # exact, as is the half that the gate below makes of it
         for ours, theirs in WORDS:
             name = name.replace(ours, theirs)
-        stock[f"model.{name}"] = tensor
+        stock[name if name.startswith("lm_head.") else f"model.{name}"] = tensor
     return stock | (shared_experts(state, config) if config.use_moe else {})
 
 

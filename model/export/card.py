@@ -44,7 +44,7 @@ that apply, and name a `license:` at the top.
 
 - MiniMind (language model, tokenizer): Apache-2.0. OpenAI's CLIP: MIT.
 - LLaVA-Pretrain (captions of CC3M): the captions may be used freely, the images belong to their owners.
-- LLaVA-Instruct: CC BY-NC 4.0, and OpenAI's terms, for GPT-4 wrote its answers; COCO's images: Flickr's terms.
+- LLaVA-Instruct: CC BY-NC 4.0, and OpenAI's terms, for GPT-4 wrote its answers; COCO's images: Flickr's.
 - Drawn data (the demo world): none.
 """
 
@@ -100,7 +100,8 @@ def describe_training(description: dict) -> list[tuple]:
             ", ".join(f"{name} {settings[name]}" for name in RECIPE if name in settings) or "not recorded",
         ),
     ]
-    return rows + [("knows", description["about"]["knows"])] * ("knows" in description.get("about", {}))
+    knows = description.get("about", {}).get("knows")
+    return [*rows, ("knows", knows)] if knows else rows
 
 
 def read_report(path: Path) -> dict:

@@ -77,7 +77,7 @@ def load_source(
     config = config_of(weights, state)
     check_kind(kind, config, weights)
     tokenizer_path, clip_path = input_paths(weights, description, tokenizer_path, clip_path)
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, config.placeholder if kind == "llava" else None)
     found, eyes = {"tokenizer": fingerprint_tokenizer(tokenizer)}, ()
     if kind == "llava":
         eyes = get_vision_model(clip_path)
@@ -173,7 +173,7 @@ def llava_files(source: Source) -> Files:
 
 
 def text_files(source: Source) -> Files:
-    """The language model alone, as LlamaForCausalLM or Qwen2MoeForCausalLM."""
+    """The language model alone."""
     sizes = text_config(source.config, *source.ids)
     return model_files(source, sizes, to_stock(source.state, source.config))
 

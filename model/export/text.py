@@ -8,7 +8,7 @@ import json
 import tokenizers
 
 from model.LMConfig import LMConfig
-from model.prompt import IMAGE_MARK, Renderer
+from model.prompt import IMAGE_MARK, Renderer, spare_tokens
 from model.vision_utils import ImageProcessor
 
 # The chat format of prompt.py in Jinja. As in our chat, images that a text does not mark itself go in front,
@@ -63,26 +63,13 @@ def chat_template(bos_token: str, eos_token: str) -> str:
 
 def choose_image_token(tokenizer) -> int:
     """The id that can stand for one of an image's places: a special token that neither text nor template
-    ever makes. Raises ValueError if there is none."""
-    backend = tokenizer.backend_tokenizer
-    special = [number for number, token in backend.get_added_tokens_decoder().items() if token.special]
-    free = [number for number in special if number not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-    unknown = tokenizer.unk_token_id
-    if not knows_every_byte(json.loads(backend.to_str())):
-        free = [number for number in free if number != unknown]  # text can make it
-    if not free:
+    ever makes, "<unk>" if that is one. Raises ValueError if there is none."""
+    if not (spare := spare_tokens(tokenizer)):
         raise ValueError(
             "the tokenizer has no special token to spare that could stand for an image's places, as LLaVA "
             "needs: --to llama exports the language model alone"
         )
-    return unknown if unknown in free else min(free)
-
-
-def knows_every_byte(parts: dict) -> bool:
-    """Is there no text that it has to call unknown? parts: its tokenizer.json"""
-    return bool(parts["model"].get("byte_fallback")) or '"ByteLevel"' in json.dumps(
-        parts.get("pre_tokenizer")
-    )
+    return spare[-1]
 
 
 def tokenizer_json(tokenizer, image_id: int | None = None) -> dict:
@@ -167,7 +154,7 @@ def compare_ids(tokenizer, exported: dict, config: LMConfig, image_id: int | Non
     for turns in SAMPLES:
         if image_id is None:
             turns = [turn | {"value": turn["value"].replace(IMAGE_MARK, "")} for turn in turns]
-        prompt = Renderer(tokenizer, config.num_image_tokens).render(turns)
+        prompt = Renderer(tokenizer, config.num_image_tokens, placeholder=config.placeholder).render(turns)
         ours = list(prompt.input_ids)
         for position in (position for slots in prompt.image_slots for position in slots):
             ours[position] = image_id
