@@ -19,7 +19,7 @@ from model.data.video import Frame, expand_videos
 from model.decode import Decoder
 from model.description import input_paths, read_description
 from model.device import without_memory
-from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
+from model.fingerprint import check_inputs
 from model.generate import Sampling, TextStreamer, generate
 from model.packing import pack_linears
 from model.prompt import IMAGE_MARK, Prompt, Renderer, load_tokenizer, put_marks
@@ -146,11 +146,8 @@ def load_chat(
     vision_model, image_processor = get_vision_model(clip_path)
     check_fit(config, tokenizer, vision_model, weights, clip_path)
     if not allow_other_inputs:
-        inputs = {
-            "CLIP": fingerprint_clip(vision_model, image_processor),
-            "tokenizer": fingerprint_tokenizer(tokenizer),
-        }
-        check_inputs_match(weights, description.get("inputs", {}), inputs)
+        places = {"CLIP": clip_path, "tokenizer": tokenizer_path}
+        check_inputs(weights, description, places, tokenizer, vision_model, image_processor)
     vision_model.to(device, dtype)
     if dtype != torch.float32:  # in fp32 CLIP stays mapped from its file: a packed copy would double it
         pack_linears(vision_model, config.num_image_tokens)

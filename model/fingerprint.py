@@ -68,6 +68,27 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
     return fingerprint(*parts)
 
 
+def check_inputs(
+    weights: str | Path,
+    description: dict,
+    places: Mapping[str, Path],
+    tokenizer,
+    vision_model: torch.nn.Module | None = None,
+    image_processor=None,
+) -> None:
+    """check_inputs_match() for a tokenizer and, if given, a CLIP. What lies in the folder of the weights
+    themselves (an exported one, perhaps trained on by others) belongs to them.
+
+    places  "CLIP" and "tokenizer" -> where they lie
+    """
+    found = {}
+    if places["tokenizer"] != Path(weights):
+        found["tokenizer"] = fingerprint_tokenizer(tokenizer)
+    if vision_model is not None and places["CLIP"] != Path(weights):
+        found["CLIP"] = fingerprint_clip(vision_model, image_processor)
+    check_inputs_match(weights, description.get("inputs", {}), found)
+
+
 def check_inputs_match(
     weights: str | Path, trained_with: Mapping[str, str], found: Mapping[str, str]
 ) -> None:

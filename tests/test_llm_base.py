@@ -162,7 +162,8 @@ def test_the_base_goes_back_as_it_came(base, tmp_path):
 
 @pytest.mark.parametrize("base", ["minimind2", "tinyllama", "tinyqwen3"], indirect=True)
 def test_all_stages_train_on_it(base, workplace, capsys, tmp_path):
-    """Two steps of each, which the wide ones take minutes for; what they leave needs no flag to answer, and opens as LLaVA with its own head."""
+    """Two steps of each, which the wide ones take minutes for; what they leave needs no flag to answer, and
+    opens as LLaVA."""
     recipe = [line for line in (workplace / "args").read_text().splitlines() if "tokenizer_path" not in line]
     recipe = [
         line

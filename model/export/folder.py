@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-import tokenizers
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -19,6 +18,7 @@ from model.checkpoint import check_state_dict, config_of, read_state_dict
 from model.description import input_paths, read_description
 from model.device import without_memory
 from model.export.card import write_card
+from model.export.gguf_file import find_writer, gguf_name, name_splitter, write_gguf
 from model.export.text import (
     chat_template,
     choose_image_token,
@@ -29,7 +29,7 @@ from model.export.text import (
     tokenizer_json,
 )
 from model.files import encode_text, write_together
-from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
+from model.fingerprint import check_inputs
 from model.LMConfig import LMConfig
 from model.prompt import load_tokenizer
 from model.stock_config import DESCRIBED, llava_config, text_config, text_type
@@ -78,16 +78,16 @@ def load_source(
     check_kind(kind, config, weights)
     tokenizer_path, clip_path = input_paths(weights, description, tokenizer_path, clip_path)
     tokenizer = load_tokenizer(tokenizer_path, config.placeholder if kind == "llava" else None)
-    found, eyes = {"tokenizer": fingerprint_tokenizer(tokenizer)}, ()
+    eyes = ()
     if kind == "llava":
         eyes = get_vision_model(clip_path)
         check_clip(eyes[0], clip_path)
         check_fit(config, tokenizer, eyes[0], weights, clip_path)
-        found["CLIP"] = fingerprint_clip(*eyes)
     else:
         config = replace(config, vision_dim=0, vision_proj_bias=False)
     if not allow_other_inputs:
-        check_inputs_match(weights, description.get("inputs", {}), found)
+        places = {"CLIP": clip_path, "tokenizer": tokenizer_path}
+        check_inputs(weights, description, places, tokenizer, *eyes)
     with without_memory():
         model = Transformer(config)
     check_state_dict(model, weights, state, may_ignore="vision_proj.")
@@ -188,13 +188,7 @@ def model_files(
     dtype = str(
         tensors["language_model.model.norm.weight" if image_id is not None else "model.norm.weight"].dtype
     )
-    exported = Tokenizer(
-        tokenizers.Tokenizer.from_str(json.dumps(words)), tokenizer.bos_token, tokenizer.eos_token
-    )
-    inputs = {"tokenizer": fingerprint_tokenizer(exported)}
-    if source.vision_model is not None:
-        inputs["CLIP"] = fingerprint_clip(source.vision_model.float(), source.image_processor)
-    described = source.description | {"config": source.config.to_dict(), "inputs": inputs}
+    described = source.description | {"config": source.config.to_dict()}
     described = {
         name: value for name, value in described.items() if name not in ("tokenizer_path", "clip_path")
     }
@@ -214,6 +208,8 @@ def model_files(
 
 
 def gguf_files(source: Source) -> Files:
-    from model.export.gguf_file import write_gguf  # only here: the package gguf is not in requirements.txt
-
-    return {f"model-{source.state['norm.weight'].dtype}.gguf": write_gguf(source)}
+    """The language model alone, in one file."""
+    find_writer()
+    name_splitter(tokenizer_json(source.tokenizer))  # may refuse it
+    compare_ids(source.tokenizer, tokenizer_json(source.tokenizer), source.config, None)
+    return {gguf_name(source.state["norm.weight"].dtype): lambda file: write_gguf(source, Path(file.name))}

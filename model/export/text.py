@@ -54,11 +54,16 @@ SAMPLES = (  # conversations that compare_ids() renders both ways
 )
 
 
-def chat_template(bos_token: str, eos_token: str) -> str:
+def chat_template(bos_token: str, eos_token: str, for_training: bool = True) -> str:
+    """for_training: with the marks that show what an answer is; only transformers knows them"""
+
     def quoted(token: str) -> str:
         return token.replace("\\", "\\\\").replace("'", "\\'")
 
-    return TEMPLATE.replace("BOS", quoted(bos_token)).replace("EOS", quoted(eos_token))
+    template = TEMPLATE
+    if not for_training:
+        template = template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    return template.replace("BOS", quoted(bos_token)).replace("EOS", quoted(eos_token))
 
 
 def choose_image_token(tokenizer) -> int:
