@@ -60,6 +60,9 @@ def test_llama_cpp_gives_our_tokens(tmp_path, tokenizer, tokenizer_path, more):
     params = llama_cpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(folder / "model-f32.gguf"), 256, 1
     params.cpuparams.n_threads, params.warmup, params.sampling.temp = 1, False, 0
+    # By itself it attends in float16, which decides near ties.
+    params.cache_type_k = params.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = llama_cpp.Server(params)
     for text in ("它是什么颜色？ It's 12.5 %.", "A  large\ncircle, is it?"):
         prompt = render_conversation([{"from": "human", "value": text}], tokenizer)

@@ -21,7 +21,7 @@ from model.prompt import Renderer, choose_placeholder, load_tokenizer
 from model.transformer import Transformer
 from model.vision_proj import PLACEHOLDER, find_image_slots, placeholder_ids
 
-FEW = {"num_hidden_layers": 2, "vocab_size": 420, "max_position_embeddings": 256}
+FEW = {"num_hidden_layers": 2, "vocab_size": 420, "max_position_embeddings": 512}
 # Widths, heads and rotations of the published models; layers and vocabulary are few, so that it is quick.
 BASES = {
     "smollm2": LlamaConfig(
@@ -245,7 +245,7 @@ def test_minimind_keeps_its_placeholder(tokenizer):
         ({"hidden_act": "gelu"}, (), "hidden_act 'gelu', not silu"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, (), "rotations of type 'llama3'"),
         ({}, ("--dim=64",), "--dim 64 is not what --llm"),
-        ({}, ("--max_seq_len=300",), "--max_seq_len 300 is more than"),
+        ({}, ("--max_seq_len=600",), "--max_seq_len 600 is more than"),
     ],
 )
 def test_a_base_that_computes_something_else_is_refused(tmp_path, workplace, capsys, change, flags, message):

@@ -174,9 +174,8 @@ def test_the_loss_is_four_calls_and_three_files_from_the_command(script):
 def documented_commands() -> list[tuple[str, str]]:
     """(where, command) for every command line of ours in the README and in the scripts' docstrings."""
     texts = {name: ast.get_docstring(ast.parse((ROOT / name).read_text())) for name in SCRIPTS}
-    texts["README.md"] = "\n".join(
-        re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    )
+    for name in ("README.md", "model/README.md"):
+        texts[name] = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))
     found = []
     for where, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
