@@ -125,7 +125,7 @@ def read_stock_config(values: dict, path: object) -> dict:
 
 def read_text_config(text: dict, path: object) -> dict:
     kind = text.get("model_type")
-    if kind not in TEXT_CLASSES:
+    if kind not in tuple(TEXT_CLASSES):  # it may be a list
         raise ValueError(
             f"{path} holds a language model of type {str_of(kind)}: {', '.join(TEXT_CLASSES)} are read here"
         )

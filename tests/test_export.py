@@ -15,6 +15,7 @@ import torch
 from conftest import SIZES, check_refused, check_same, save_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_encoders import B16, save_siglip
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -51,7 +52,7 @@ def make_weights(path: Path, tokenizer, **more) -> Path:
             elif parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     settings = {"data": "0123456789abcdef", "batch_size": 32, "learning_rate": 0.003}
-    about = {"knows": "Noise.", "max_rounds": 1}
+    about = {"knows": "Noise.", "max_rounds": 1, "image_dir": "/home/me"}
     save_weights(model, path, stage="vlm_sft", step=7, total_steps=7, settings=settings, about=about)
     return path
 
@@ -144,6 +145,7 @@ def test_the_folder_comes_back_equal(llava, weights, tokenizer_path, clip_path):
     assert torch.equal(here.encode(make_images(2)), there.encode(make_images(2)))
     assert our_answers(there, QUESTIONS) == our_answers(here, QUESTIONS)
     assert there.max_rounds == 1 and "Noise." in str(there.report)
+    assert "/home/me" not in (llava / "config.json").read_text()
     ids = [chat.render([{"from": "human", "value": "<s> <image> <unk><image>?"}]) for chat in (here, there)]
     assert ids[0] == ids[1]
 
@@ -344,11 +346,20 @@ def test_the_wrong_clip_is_refused(tmp_path, tokenizer_path, weights, clip_path,
     check_refused(refuse(capsys, *words, f"--clip_path={other}"), "name the right one with --clip_path")
 
 
+def test_a_siglip_is_refused(tmp_path, tokenizer, tokenizer_path, capsys):
+    """LLaVA would take its features before the last norm."""
+    siglip = save_siglip(tmp_path / "siglip", **B16)
+    weights = make_weights(tmp_path / "a.pth", tokenizer, vision_dim=768, num_image_tokens=196)
+    words = (weights, tmp_path / "new", "--to", "llava", f"--tokenizer_path={tokenizer_path}")
+    check_refused(refuse(capsys, *words, f"--clip_path={siglip}"), "is a SigLIP", "--to llama exports")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"vision_feature_layer": -2}, "vision_feature_layer -2, not -1"),
         ({"projector_hidden_act": "gelu"}, "projector_hidden_act 'gelu', not linear"),
+        ({"text_config": {"model_type": ["llama"]}}, "of type ['llama']: llama, qwen3, qwen2_moe are read"),
         ({"text_config": {"model_type": "mistral"}}, "of type 'mistral': llama, qwen3, qwen2_moe are read"),
         ({"vision_config": None}, "its vision_config has no image_size"),
     ],

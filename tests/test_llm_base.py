@@ -20,6 +20,7 @@ from model.export.folder import export, load_source
 from model.prompt import Renderer, choose_placeholder, load_tokenizer
 from model.transformer import Transformer
 from model.vision_proj import PLACEHOLDER, find_image_slots, placeholder_ids
+from trainer.check import main as check
 
 FEW = {"num_hidden_layers": 2, "vocab_size": 420, "max_position_embeddings": 512}
 # Widths, heads and rotations of the published models; layers and vocabulary are few, so that it is quick.
@@ -192,6 +193,19 @@ def test_all_stages_train_on_it(base, workplace, capsys, tmp_path):
     assert list(chat.stream(turns, [])) == list(again.stream(turns, []))
 
 
+def test_the_check_before_a_run_knows_the_base(workplace, tmp_path, capsys):
+    """Random weights are the one thing that it finds wrong; placeholders are where it expects them."""
+    base = save_base(tmp_path / "base", "tinyqwen3")
+    own = ("--tokenizer_path=", "--dim=", "--n_")
+    flags = [line for line in (workplace / "args").read_text().splitlines() if not line.startswith(own)]
+    with pytest.raises(SystemExit) as end:
+        check([*flags, f"--llm={base}"])
+    said = capsys.readouterr()
+    problems = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and len(problems) == 1 and "look random" in problems[0], said.err
+    assert "<image x50>" in said.out and f"{base}: 25 tensors loaded" in said.out, said.out
+
+
 def test_weights_of_the_usual_kind_say_nothing_of_other_fields(workplace, capsys):
     """Descriptions, and resume files that compare them, stay as they were."""
     result = run_clean(capsys, "1-pretrain_vlm.py", f"@{workplace}/args", "--max_steps=1")
@@ -241,6 +255,9 @@ def test_minimind_keeps_its_placeholder(tokenizer):
     ("change", "flags", "message"),
     [
         ({"model_type": "mistral"}, (), "a language model of type llama or qwen3 can be the base"),
+        ({"model_type": ["llama"]}, (), "a language model of type llama or qwen3 can be the base"),
+        ({"hidden_size": "wide"}, (), "dim must be a whole number, not 'wide'"),
+        ({"max_position_embeddings": "long"}, (), "max_seq_len must be a whole number"),
         ({"attention_bias": True}, (), "attention_bias True, not False"),
         ({"hidden_act": "gelu"}, (), "hidden_act 'gelu', not silu"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, (), "rotations of type 'llama3'"),

@@ -21,7 +21,7 @@ from model.files import (
 from model.LMConfig import EXPERT_FIELDS, LMConfig
 from model.locks import claimed
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
-from model.stock_config import TEXT_CLASSES, read_stock_config
+from model.stock_config import read_stock_config
 
 ABOUT = ("knows", "questions", "image_dir")  # what --about may say of the data
 TRAINED_BY = {"vlm_pretrain": "1-pretrain_vlm.py", "vlm_sft": "2-sft_vlm.py"}
@@ -67,12 +67,13 @@ def read_llm(args: argparse.Namespace) -> dict:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--llm: {folder} holds no config.json: name a folder of Hugging Face")
     values = read_json(folder / "config.json")
-    if values.get("model_type") not in TEXT_CLASSES or values["model_type"] == "qwen2_moe":
+    if values.get("model_type") not in ("llama", "qwen3"):
         raise ValueError(
             f"--llm: {folder} holds a model of type {str(values.get('model_type'))[:40]}: "
             "a language model of type llama or qwen3 can be the base"
         )
     sizes = read_stock_config(values, folder)
+    LMConfig.from_dict(sizes)  # raises ValueError for what is no number
     if args.max_seq_len > (longest := sizes.pop("max_seq_len")):
         raise ValueError(f"--max_seq_len {args.max_seq_len} is more than {folder} was made for: {longest}")
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "use_moe"):

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from model.checkpoint import check_state_dict, config_of, read_state_dict
-from model.description import input_paths, read_description
+from model.description import PLACES, input_paths, read_description
 from model.device import without_memory
 from model.export.card import write_card
 from model.export.gguf_file import find_writer, gguf_name, name_splitter, write_gguf
@@ -182,19 +182,14 @@ def model_files(
     source: Source, sizes: dict, tensors: dict[str, Tensor], image_id: int | None = None
 ) -> Files:
     """What every folder of transformers holds."""
-    bos_id, eos_id = source.ids
     tokenizer, words = source.tokenizer, tokenizer_json(source.tokenizer, image_id)
     compare_ids(tokenizer, words, source.config, image_id)
-    dtype = str(
-        tensors["language_model.model.norm.weight" if image_id is not None else "model.norm.weight"].dtype
-    )
-    described = source.description | {"config": source.config.to_dict()}
-    described = {
-        name: value for name, value in described.items() if name not in ("tokenizer_path", "clip_path")
-    }
+    bos_id, eos_id = source.ids
     generation = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    dtype = str(source.state["norm.weight"].dtype).removeprefix("torch.")
+    config = sizes | {"torch_dtype": dtype, DESCRIBED: describe(source)}
     return {
-        "config.json": as_json(sizes | {"torch_dtype": dtype.removeprefix("torch."), DESCRIBED: described}),
+        "config.json": as_json(config),
         "generation_config.json": as_json(generation | {"do_sample": False, "max_new_tokens": 256}),
         "model.safetensors": save(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}
@@ -204,6 +199,16 @@ def model_files(
             tokenizer_config(tokenizer, source.config.max_seq_len, image_id is not None)
         ),
         "chat_template.jinja": encode_text(chat_template(tokenizer.bos_token, tokenizer.eos_token)),
+    }
+
+
+def describe(source: Source) -> dict:
+    """The description of the weights, for whoever takes the folder back; without the places of this machine."""
+    about = source.description.get("about", {})
+    kept = {name: value for name, value in source.description.items() if name not in PLACES}
+    return kept | {
+        "config": source.config.to_dict(),
+        "about": {name: value for name, value in about.items() if name != "image_dir"},
     }
 
 
