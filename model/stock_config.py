@@ -94,7 +94,7 @@ def llava_config(config: LMConfig, vision: dict, bos_id: int, eos_id: int, image
         "multimodal_projector_bias": config.vision_proj_bias,
         "image_seq_length": config.num_image_tokens,
         "image_token_id": image_id,
-        "image_token_index": image_id,  # transformers before 4.5x
+        "image_token_index": image_id,  # as it was called before
         "tie_word_embeddings": config.tied,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,

@@ -10,7 +10,7 @@ llama       LlamaForCausalLM: the language model alone
 qwen2_moe   Qwen2MoeForCausalLM: the language model of a mixture of experts
 gguf        llama.cpp: the language model alone
 
---load_from DIR, and --clip_path DIR, take the first three back.
+--load_from DIR takes the first back, --llm DIR the second.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from model.export.gguf_file import gguf_name
 from model.files import read_json
 from model.LMConfig import LMConfig
 
@@ -62,7 +63,7 @@ def write_card(source, kind: str, folder: Path, report: dict | None) -> str:
     ]
     if report:
         parts += ["## Scores\n", describe_report(report)]
-    parts += ["## Licences\n", LICENCES, "## Use\n", describe_usage(kind, folder)]
+    parts += ["## Licences\n", LICENCES, "## Use\n", describe_usage(kind, folder, gguf_name(source.dtype))]
     return "\n".join(parts)
 
 
@@ -146,9 +147,10 @@ def clean(cell: object) -> str:
     return str(cell).replace("|", "\\|").replace("\n", " ")
 
 
-def describe_usage(kind: str, folder: Path) -> str:
+def describe_usage(kind: str, folder: Path, file: str) -> str:
+    """file: that of a GGUF"""
     name = folder.absolute().name
-    usage = f"```bash\nllama-cli -m {name}/model-f32.gguf -p 'Who are you?'\n```\n"
+    usage = f"```bash\nllama-cli -m {name}/{file} -p 'Who are you?'\n```\n"
     if kind != "gguf":
         usage = f"```python\n{USAGE[TAGS[kind][1]].format(name=name)}\n```\n"
     return usage + f"\n```bash\nhf upload YOUR_NAME/{name} {folder} .\n```\n"

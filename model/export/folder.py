@@ -59,6 +59,10 @@ class Source:
     image_processor: ImageProcessor | None = None
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.state["norm.weight"].dtype
+
+    @property
     def ids(self) -> tuple[int, int]:
         return self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
 
@@ -186,7 +190,7 @@ def model_files(
     compare_ids(tokenizer, words, source.config, image_id)
     bos_id, eos_id = source.ids
     generation = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
-    dtype = str(source.state["norm.weight"].dtype).removeprefix("torch.")
+    dtype = str(source.dtype).removeprefix("torch.")
     config = sizes | {"torch_dtype": dtype, DESCRIBED: describe(source)}
     return {
         "config.json": as_json(config),
@@ -203,7 +207,7 @@ def model_files(
 
 
 def describe(source: Source) -> dict:
-    """The description of the weights, for whoever takes the folder back; without the places of this machine."""
+    """The description of the weights, for whoever takes the folder back, without places of this machine."""
     about = source.description.get("about", {})
     kept = {name: value for name, value in source.description.items() if name not in PLACES}
     return kept | {
@@ -217,4 +221,4 @@ def gguf_files(source: Source) -> Files:
     find_writer()
     name_splitter(tokenizer_json(source.tokenizer))  # may refuse it
     compare_ids(source.tokenizer, tokenizer_json(source.tokenizer), source.config, None)
-    return {gguf_name(source.state["norm.weight"].dtype): lambda file: write_gguf(source, Path(file.name))}
+    return {gguf_name(source.dtype): lambda file: write_gguf(source, Path(file.name))}
