@@ -17,7 +17,8 @@ EXPERT_FIELDS = (
     "aux_loss_alpha",
     "norm_topk_prob",
 )
-
+# Those of language models of other makes; not in the description of a model that has MiniMind's values.
+OTHER_FIELDS = ("head_dim", "qk_norm", "tied", "open_id", "close_id")
 
 # The largest that makes sense. What is larger comes from a damaged file or a slip of the finger, and would
 # fill the memory before anybody is told.
@@ -28,6 +29,9 @@ LARGEST = {
     "n_kv_heads": 4_096,
     "vocab_size": 1_000_000,
     "hidden_dim": 1_000_000,
+    "head_dim": 65_536,
+    "open_id": 1_000_000,
+    "close_id": 1_000_000,
     "multiple_of": 65_536,
     "max_seq_len": 1_048_576,
     "vision_dim": 65_536,
@@ -66,6 +70,11 @@ class LMConfig:
     n_shared_experts: int = 1  # one more that every token uses, or 0
     aux_loss_alpha: float = 0.01  # weight of the loss that keeps the experts evenly used; 0 = without
     norm_topk_prob: bool = True  # the weights of a token's chosen experts add up to 1
+    head_dim: int = 0  # 0 = dim / n_heads
+    qk_norm: bool = False  # queries and keys of every head are normed (Qwen3)
+    tied: bool = True  # the output matrix is that of the embeddings
+    open_id: int = 30  # an image's placeholder is made of these: "<" and ">" in MiniMind's vocabulary
+    close_id: int = 32
 
     def __post_init__(self):
         problems = self.wrong_types()
@@ -90,7 +99,7 @@ class LMConfig:
         ]
         problems += [
             f"{name} must be 0 or more, not {getattr(self, name)}"
-            for name in ("vision_dim", "aux_loss_alpha")
+            for name in ("vision_dim", "aux_loss_alpha", "head_dim", "open_id", "close_id")
             if getattr(self, name) < 0
         ]
         problems += [
@@ -110,10 +119,11 @@ class LMConfig:
         if self.n_shared_experts not in (0, 1):
             problems.append(f"n_shared_experts must be 0 or 1, not {self.n_shared_experts}")
         if not problems:
-            if self.dim % self.n_heads:
+            if self.dim % self.n_heads and not self.head_dim:
                 problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-            elif self.head_dim % 2:
-                problems.append(f"dim / n_heads = {self.head_dim} is odd, but rotary embeddings turn pairs")
+            self.head_dim = self.head_dim or self.dim // self.n_heads
+            if self.head_dim % 2:
+                problems.append(f"head_dim = {self.head_dim} is odd, but rotary embeddings turn pairs")
             if self.n_heads % self.n_kv_heads:
                 problems.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
             if (number := self.num_parameters()) > MAX_PARAMETERS:
@@ -135,18 +145,24 @@ class LMConfig:
     def num_parameters(self) -> int:
         """Roughly: the matrices."""
         num_experts = self.n_routed_experts + self.n_shared_experts if self.use_moe else 1
-        attention = 2 * self.dim * (self.dim + self.n_kv_heads * self.head_dim)
+        head_dim = self.head_dim or self.dim // self.n_heads
+        attention = 2 * self.dim * (self.n_heads + self.n_kv_heads) * head_dim
         block = attention + 3 * self.dim * self.hidden_dim * num_experts
-        return self.n_layers * block + self.dim * (self.vocab_size + self.vision_dim)
+        return self.n_layers * block + self.dim * ((2 - self.tied) * self.vocab_size + self.vision_dim)
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def placeholder(self) -> tuple[int, int]:
+        return self.open_id, self.close_id
 
     def to_dict(self) -> dict:
-        """All sizes; those of experts only where there are experts."""
+        """All sizes; those of experts only where there are experts, OTHER_FIELDS only where they are not
+        MiniMind's."""
+        usual = {name: getattr(LMConfig, name) for name in OTHER_FIELDS}
+        usual["head_dim"] = self.dim // self.n_heads
         return {
-            name: value for name, value in asdict(self).items() if self.use_moe or name not in EXPERT_FIELDS
+            name: value
+            for name, value in asdict(self).items()
+            if (self.use_moe or name not in EXPERT_FIELDS) and (name not in usual or usual[name] != value)
         }
 
     @classmethod

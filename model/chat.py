@@ -11,7 +11,7 @@ for text in chat.stream("What happens?", "a.mp4", temperature=0.7, seed=1):
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +21,13 @@ from torch import Tensor
 from model.checkpoint import LoadReport, config_of, load_weights, read_state_dict
 from model.data.video import Frame, expand_videos, open_images
 from model.decode import Decoder
-from model.description import read_description
+from model.description import input_paths, read_description
 from model.device import without_memory
 from model.download_table import COMMAND, find_download
-from model.fingerprint import check_inputs_match, fingerprint_clip, fingerprint_tokenizer
+from model.fingerprint import check_inputs, fingerprint_clip, fingerprint_tokenizer
 from model.generate import Sampling, TextStreamer, generate
 from model.likelihood import log_probabilities
-from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded, is_video_name
+from model.names import is_video_name
 from model.packing import pack_linears
 from model.prompt import IMAGE_MARK, MARK, VIDEO_MARK, Prompt, Renderer, load_tokenizer, put_marks
 from model.transformer import Transformer
@@ -59,7 +59,8 @@ class Chat:
         self.decoder, self.tokenizer, self.report, self.about = decoder, tokenizer, report, about or {}
         self.inputs = inputs or {}
         self.vision_model, self.image_processor = vision_model, image_processor
-        self.renderer = Renderer(tokenizer, decoder.config.num_image_tokens, decoder.config.max_seq_len)
+        config = decoder.config
+        self.renderer = Renderer(tokenizer, config.num_image_tokens, config.max_seq_len, config.placeholder)
 
     def __repr__(self) -> str:
         decoder = self.decoder
@@ -121,9 +122,7 @@ class Chat:
     ) -> tuple[list[list[Path | Frame]], list[dict]]:
         """What is encoded of images and videos, and turns with a mark for each; see expand_videos(). Videos
         leave room for an answer."""
-        context = Renderer(
-            self.tokenizer, self.renderer.num_image_tokens, self.renderer.max_seq_len - ANSWER_ROOM
-        )
+        context = replace(self.renderer, max_seq_len=self.renderer.max_seq_len - ANSWER_ROOM)
         return expand_videos(turns, files, context, max_frames, frames_per_second=1.0)
 
     def ask(
@@ -271,14 +270,8 @@ def load_chat(
             f"{weights} is a language model without a vision projection, so it cannot see: "
             "train it with 1-pretrain_vlm.py first"
         )
-    tokenizer_path, clip_path = (
-        given or find_recorded(description.get(name, default), weights)
-        for given, name, default in (
-            (tokenizer_path, "tokenizer_path", TOKENIZER_PATH),
-            (clip_path, "clip_path", CLIP_PATH),
-        )
-    )
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer_path, clip_path = input_paths(weights, description, tokenizer_path, clip_path)
+    tokenizer = load_tokenizer(tokenizer_path, config.placeholder)
     with without_memory():  # the decoder's copy of the weights is then the only one
         model = Transformer(config)
     report = load_weights(model, weights, cure=cure)
@@ -298,7 +291,13 @@ def load_chat(
         "tokenizer": fingerprint_tokenizer(tokenizer),
     }
     if not allow_other_inputs:
-        check_inputs_match(weights, description.get("inputs", {}), inputs)
+        own = {
+            name
+            for name, place in (("CLIP", clip_path), ("tokenizer", tokenizer_path))
+            if place == Path(weights)
+        }
+        found = {name: given for name, given in inputs.items() if name not in own}
+        check_inputs_match(weights, description.get("inputs", {}), found)
     vision_model.to(device, dtype)
     if dtype != torch.float32:  # in fp32 CLIP stays mapped from its file: a packed copy would double it
         pack_linears(vision_model, config.num_image_tokens)

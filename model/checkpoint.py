@@ -3,7 +3,8 @@
 A file is a plain state dict, as in MiniMind v1, in the zip archive that torch.save makes of it. In the same
 archive lies a description (sizes, stage, what it was trained with) that PyTorch passes over; a .json beside
 the file repeats it for people. A Hugging Face folder (config.json, model.safetensors or pytorch_model.bin,
-tokenizer) is read like a file: its tensors and sizes, never its code.
+tokenizer) is read like a file: its tensors and sizes, never its code. Those of transformers' own classes have
+other names and another order of rotated channels (stock_weights.py).
 """
 
 import filecmp
@@ -25,12 +26,14 @@ from model.description import (
     DESCRIPTION,
     beside_weights,
     describe_beside,
+    is_stock,
     read_description,
     read_description_inside,
 )
 from model.files import check_weight_file, encode_text, is_utf8, link_or_copy, read_json, write_together
 from model.LMConfig import LMConfig
 from model.seal import check_seal, seal_archive
+from model.stock_weights import from_stock
 
 # Copies of the frozen CLIP that other programs save with the model: CLIP is read from its own folder.
 VISION_TOWERS = ("vision_encoder.", "vision_model.", "vision_tower.")
@@ -109,7 +112,17 @@ def read_state_dict(path: str | Path, cure: str = "download it again") -> dict[s
     state = {}
     for file in weight_files(Path(path), cure):
         state |= read_tensors(file, cure)
-    return rename_v1(state)
+    return rename_v1(rename_stock(state, Path(path)))
+
+
+def rename_stock(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of transformers' own classes to ours; others as they are. Raises ValueError."""
+    if not (path.is_dir() and (path / "config.json").is_file() and is_stock(read_json(path / "config.json"))):
+        return state
+    try:
+        return from_stock(state, LMConfig.from_dict(read_description(path)["config"]))
+    except (ValueError, RuntimeError) as error:  # of torch: a tensor of a shape that has no heads
+        raise ValueError(f"{path}: {error}") from None
 
 
 def weight_files(path: Path, cure: str) -> list[Path]:
@@ -278,7 +291,8 @@ def load_weights(
     missing, surplus = check_state_dict(model, path, state, may_miss, may_ignore)
     if all(tensor.is_meta for tensor in wanted.values()):
         model.load_state_dict({name: state[name] for name in wanted}, assign=True)
-        model.output.weight = model.tok_embeddings.weight  # tied again
+        if model.config.tied:
+            model.output.weight = model.tok_embeddings.weight  # one again
     else:
         with torch.no_grad():
             for name, tensor in wanted.items():

@@ -130,6 +130,10 @@ class Layer:
         self.ffn_norm = Norm(block.ffn_norm, pack.dtype)
         self.wqkv = pack(attention.wq.weight, attention.wk.weight, attention.wv.weight)
         self.wo = pack(attention.wo.weight)
+        self.q_norm, self.k_norm = (
+            Norm(norm, pack.dtype) if isinstance(norm, RMSNorm) else None
+            for norm in (attention.q_norm, attention.k_norm)
+        )
         form = PackedExperts if isinstance(feed_forward, MixtureOfExperts) else PackedFeedForward
         self.feed_forward = form(feed_forward, pack)
 
@@ -264,7 +268,10 @@ class Decoder:
         """Queries (B, H, T, E) and keys and values (B, K, T, E), rotated by rope (..., T, E / 2)."""
         H, K = self.config.n_heads, self.config.n_kv_heads
         heads = layer.wqkv(layer.attention_norm(h)).unflatten(-1, (H + 2 * K, -1))  # (B, T, heads, E)
-        q, k = apply_rope(heads[:, :, : H + K], rope).transpose(1, 2).split([H, K], dim=1)
+        rotated = heads[:, :, : H + K]
+        if layer.q_norm:
+            rotated = torch.cat([layer.q_norm(heads[:, :, :H]), layer.k_norm(heads[:, :, H : H + K])], dim=2)
+        q, k = apply_rope(rotated, rope).transpose(1, 2).split([H, K], dim=1)
         return q, k, heads[:, :, H + K :].transpose(1, 2)
 
     def finish(self, layer: Layer, h: Tensor, attended: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 
 from model.files import MAX_JSON, read_json
+from model.names import CLIP_PATH, TOKENIZER_PATH, find_recorded
+from model.stock_config import DESCRIBED, STOCK_TYPES, read_stock_config
 
 DESCRIPTION = "minimind_description.json"  # in the archive
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # of weight files
@@ -30,16 +32,46 @@ KINDS = {
 def read_description(path: str | Path) -> dict:
     """What save_weights wrote into the weights, with the PLACES that the .json beside them names; of weights
     that hold no description the whole .json, or nothing (v1's own files). Of a Hugging Face folder: the sizes
-    in its config.json, and itself as tokenizer_path if it holds a tokenizer."""
+    in its config.json, what an export wrote there, and itself as tokenizer_path if it holds a tokenizer, as
+    clip_path if it holds CLIP."""
     path = Path(path)
     if not path.is_dir():
         inside, beside = read_description_inside(path), read_beside(path)
         words = {name: beside[name] for name in PLACES if name in beside} if inside else beside
         return inside | check_kinds(words, beside_weights(path))
-    description = {"config": read_json(path / "config.json")} if (path / "config.json").is_file() else {}
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    description = describe_stock(config, path) if is_stock(config) else {"config": config} if config else {}
     if (path / "tokenizer_config.json").is_file():
         description["tokenizer_path"] = str(path)
     return description
+
+
+def is_stock(config: dict) -> bool:
+    """Is this the config.json of a class of transformers' own that can be read here?"""
+    return config.get("model_type") in STOCK_TYPES
+
+
+def describe_stock(config: dict, path: Path) -> dict:
+    """Of a folder in the format of transformers' own classes. Sizes are those that config.json says in their
+    words; what they have no word for (and stage, step, inputs, ...) is in what the export wrote beside."""
+    described = config.get(DESCRIBED)
+    described = check_kinds(dict(described) if isinstance(described, dict) else {}, path / "config.json")
+    places = {"clip_path": str(path)} if config["model_type"] == "llava" else {}
+    sizes = described.get("config", {}) | read_stock_config(config, path)
+    return (
+        {name: value for name, value in described.items() if name not in PLACES} | places | {"config": sizes}
+    )
+
+
+def input_paths(
+    weights: str | Path, description: dict, tokenizer_path: str | Path | None, clip_path: str | Path | None
+) -> tuple[Path, Path]:
+    """Where the tokenizer and the CLIP of weights lie: where they are given, else what the description names,
+    else v1's places."""
+    return (
+        Path(tokenizer_path or find_recorded(description.get("tokenizer_path", TOKENIZER_PATH), weights)),
+        Path(clip_path or find_recorded(description.get("clip_path", CLIP_PATH), weights)),
+    )
 
 
 def describe_beside(path: Path) -> str:

@@ -151,10 +151,12 @@ class FastAttention(Attention):
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         B, T, D = x.shape
-        q = self.rotate(self.wq(x).view(B, T, -1, self.head_dim), rope).transpose(1, 2)  # (B, H, T, E)
-        k = self.rotate(self.wk(x).view(B, T, -1, self.head_dim), rope).transpose(1, 2)  # (B, K, T, E)
+        q = self.q_norm(self.wq(x).view(B, T, -1, self.head_dim))
+        k = self.k_norm(self.wk(x).view(B, T, -1, self.head_dim))
+        q = self.rotate(q, rope).transpose(1, 2)  # (B, H, T, E)
+        k = self.rotate(k, rope).transpose(1, 2)  # (B, K, T, E)
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
-        return self.wo(self.attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+        return self.wo(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 def choose_attend(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

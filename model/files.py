@@ -207,9 +207,14 @@ def check_clip_folder(path: Path) -> None:
     """Raise FileNotFoundError or ValueError unless a folder holds a config and a weight file."""
     if not path.is_dir():
         raise FileNotFoundError(f"no CLIP folder at {path}: {CLIP_CURE}, or name yours with --clip_path")
+    check_model_folder(path, CLIP_CURE)
+
+
+def check_model_folder(path: Path, cure: str) -> None:
+    """Raise FileNotFoundError or ValueError unless a folder holds a config and a weight file."""
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} holds no config.json: {CLIP_CURE}")
-    check_weight_file(path / "config.json", CLIP_CURE)
+        raise FileNotFoundError(f"{path} holds no config.json: {cure}")
+    check_weight_file(path / "config.json", cure)
     names = [
         f"{name}{ending}"
         for name in ("model.safetensors", "pytorch_model.bin")  # the order in which they are looked for
@@ -217,8 +222,8 @@ def check_clip_folder(path: Path) -> None:
     ]
     weights = [path / name for name in names if (path / name).is_file()]
     if not weights:
-        raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin: {CLIP_CURE}")
-    check_weight_file(weights[0], CLIP_CURE)
+        raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin: {cure}")
+    check_weight_file(weights[0], cure)
 
 
 def describe_placeholder_file(path: str | Path) -> str:

@@ -79,6 +79,18 @@ def head_and_size(file: Path | Embedded) -> tuple[bytes, str]:
         return opened.read(HEAD), str(file.stat().st_size)
 
 
+def check_inputs(
+    weights: str | Path, description: dict, places: Mapping[str, Path], found: Mapping[str, str]
+) -> None:
+    """check_inputs_match() but for what lies in the folder of the weights themselves (an exported one, perhaps
+    trained on by others): that belongs to them.
+
+    places  "CLIP" and "tokenizer" -> where they lie
+    """
+    elsewhere = {name: value for name, value in found.items() if places[name] != Path(weights)}
+    check_inputs_match(weights, description.get("inputs", {}), elsewhere)
+
+
 def check_inputs_match(
     weights: str | Path, trained_with: Mapping[str, str], found: Mapping[str, str]
 ) -> None:

@@ -6,6 +6,7 @@ template:
 Training, terminal, web page and evaluation all render here, so a prompt cannot drift.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from model.files import check_tokenizer_folder
 from model.names import IMAGE_MARK, TOKENIZER_CURE, VIDEO_MARK
 from model.tokenizer import Tokenizer, read_tokenizer
-from model.vision_proj import CLOSE_ID, OPEN_ID, placeholder_ids
+from model.vision_proj import PLACEHOLDER, placeholder_ids
 
 MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 MAX_VOCABULARY = 1_000_000
@@ -34,10 +35,11 @@ class Prompt:
         self.input_ids.extend(ids)
         self.answer_mask.extend([is_answer] * len(ids))
 
-    def add_image(self, num_image_tokens: int) -> None:
+    def add_image(self, ids: list[int]) -> None:
+        """ids: of its placeholder"""
         start = len(self.input_ids)
-        self.image_slots.append(list(range(start, start + num_image_tokens)))
-        self.add(placeholder_ids(num_image_tokens))
+        self.image_slots.append(list(range(start, start + len(ids))))
+        self.add(ids)
 
     def target_positions(self) -> list[int]:
         return [position for position, is_answer in enumerate(self.answer_mask) if is_answer]
@@ -50,6 +52,7 @@ class Renderer:
     tokenizer: object
     num_image_tokens: int = 50
     max_seq_len: int = 512
+    placeholder: tuple[int, int] = PLACEHOLDER  # the two ids that an image's are made of
 
     def render(self, turns: list[dict]) -> Prompt:
         """Render turns, [{"from": "human", "value": ...}, ...], into ids.
@@ -68,7 +71,7 @@ class Renderer:
                 before, *after = f"user\n{text}".split(IMAGE_MARK)
                 prompt.add(bos + self.encode(before))
                 for part in after:
-                    prompt.add_image(self.num_image_tokens)
+                    prompt.add_image(placeholder_ids(self.num_image_tokens, self.placeholder))
                     prompt.add(self.encode(part))
                 prompt.add(eos + self.encode("\n"))
             else:
@@ -135,8 +138,12 @@ def render_conversation(turns: list[dict], tokenizer, num_image_tokens: int = 50
     return Renderer(tokenizer, num_image_tokens).render(turns)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """From a folder, checked. Raises FileNotFoundError or ValueError, naming the cure."""
+def load_tokenizer(path: str | Path, placeholder: tuple[int, int] | None = PLACEHOLDER) -> Tokenizer:
+    """From a folder, checked. Raises FileNotFoundError or ValueError, naming the cure.
+
+    placeholder  the ids that it must have for an image's placeholder; None: none yet, see
+                 choose_placeholder()
+    """
     path = Path(path)
     check_tokenizer_folder(path)
     try:
@@ -147,19 +154,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(
             f"cannot read the tokenizer at {path} ({type(error).__name__}: {error}); {TOKENIZER_CURE}"
         ) from None
-    check_tokenizer(tokenizer, path)
+    check_tokenizer(tokenizer, path, placeholder)
     return tokenizer
 
 
-def check_tokenizer(tokenizer, path: str | Path) -> None:
-    """Raise ValueError unless "<" and ">" have the ids that the placeholder is made of, and the specials are
-    there."""
+def check_tokenizer(tokenizer, path: str | Path, placeholder: tuple[int, int] | None = PLACEHOLDER) -> None:
+    """Raise ValueError unless it has the ids that the placeholder is made of (MiniMind's are those of "<" and
+    ">"), and the specials are there."""
     found = tuple(tokenizer.convert_tokens_to_ids([token for token in "<>"]))
-    if found != (OPEN_ID, CLOSE_ID):
+    if placeholder == PLACEHOLDER and found != PLACEHOLDER:
         raise ValueError(
             f'the tokenizer at {path} gives "<" and ">" the ids {found}, but the image '
-            f"placeholder is made of {OPEN_ID} and {CLOSE_ID} (MiniMind's); it cannot give "
+            f"placeholder is made of {PLACEHOLDER[0]} and {PLACEHOLDER[1]} (MiniMind's); it cannot give "
             f"exactly 50 placeholder ids. {TOKENIZER_CURE}"
+        )
+    if placeholder and max(placeholder) >= len(tokenizer):
+        raise ValueError(
+            f"the tokenizer at {path} has {len(tokenizer):,} tokens, but an image's placeholder is made of "
+            f"{placeholder[0]} and {placeholder[1]}: {TOKENIZER_CURE}"
         )
     if not len(tokenizer) <= MAX_VOCABULARY:
         raise ValueError(
@@ -174,6 +186,50 @@ def check_tokenizer(tokenizer, path: str | Path) -> None:
         )
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer at {path} names no bos_token or no eos_token; {TOKENIZER_CURE}")
+
+
+def choose_placeholder(tokenizer, num_image_tokens: int = 50) -> tuple[int, int]:
+    """The two ids of an image's placeholder: MiniMind's where the tokenizer is MiniMind's; "<" and ">" where
+    no text makes a run of them, since they merge; else two special tokens that no text makes. Raises
+    ValueError where there are none."""
+    marks = tuple(tokenizer.convert_tokens_to_ids([*"<>"]))
+    is_there = None not in marks and len({*marks, tokenizer.unk_token_id}) == 3
+    if marks == PLACEHOLDER or (is_there and not can_type(tokenizer, marks, num_image_tokens)):
+        return marks
+    if len(spare := spare_tokens(tokenizer)) < 2:
+        raise ValueError(
+            'the tokenizer keeps a typed run of "<" and ">" as it is, and has no two special tokens to '
+            "spare: an image's placeholder could be typed"
+        )
+    return spare[0], spare[1]
+
+
+def can_type(tokenizer, placeholder: tuple[int, int], num_image_tokens: int) -> bool:
+    """Does a text of so many "<" and ">", whatever stands around them, become an image's placeholder?"""
+    run = placeholder_ids(num_image_tokens, placeholder)
+    renderer, typed = Renderer(tokenizer), "<" * run.count(placeholder[0]) + ">" * run.count(placeholder[1])
+    for before in ("", " ", "a", "\n", "<"):
+        for after in ("", " ", "a", ">"):
+            ids = renderer.encode(before + typed + after)
+            if any(ids[start : start + len(run)] == run for start in range(len(ids))):
+                return True
+    return False
+
+
+def spare_tokens(tokenizer) -> list[int]:
+    """Ids of special tokens that neither text nor template makes, the unknown token last."""
+    added, unknown = tokenizer.backend_tokenizer.get_added_tokens_decoder(), tokenizer.unk_token_id
+    special = {number for number, token in added.items() if token.special}
+    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    is_spare = unknown in special and knows_every_byte(tokenizer)
+    return sorted(special - {unknown}) + [unknown] * is_spare
+
+
+def knows_every_byte(tokenizer) -> bool:
+    """Is there no text that it has to call unknown?"""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    spelling = json.dumps([parts["pre_tokenizer"], parts["normalizer"]])
+    return bool(parts["model"].get("byte_fallback")) or '"ByteLevel"' in spelling
 
 
 def normalise_turns(conversations: list[dict]) -> list[tuple[str, str]]:

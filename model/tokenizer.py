@@ -45,6 +45,7 @@ MODEL_TYPES = (
     "gpt2",
     "gpt_neox",
 )
+CHATML = "<|im_start|>"  # opens a turn in Qwen's format; its tokenizers do not name it as theirs
 # What it may see of the folder.
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 FILES += ("special_tokens_map.json", "added_tokens.json")
@@ -72,6 +73,8 @@ class Tokenizer:
         backend.encode_special_tokens = True  # as ordinary text
         backend.no_truncation()
         backend.no_padding()
+        if bos_token is None and backend.token_to_id(CHATML) is not None:
+            bos_token = CHATML
         self.bos_token, self.eos_token, self.unk_token = bos_token, eos_token, unk_token
         self.bos_token_id, self.eos_token_id, self.unk_token_id = (
             None if token is None else backend.token_to_id(token)
@@ -139,7 +142,8 @@ def read_tokenizer_json(path: Path) -> Tokenizer | None:
         for name, token in config.items()
         if name.endswith("_token") and isinstance(token, str | dict)  # add_bos_token is neither
     }
-    more = [*(config.get("extra_special_tokens") or config.get("additional_special_tokens") or [])]
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    more = [*(more.values() if isinstance(more, dict) else more)]  # by a name of their own, or a list
     if backend.padding:
         more.append(backend.padding["pad_token"])
     if not all(token in named for token in [*special.values(), *more]):

@@ -54,20 +54,26 @@ class Attention(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, q_dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wo = nn.Linear(q_dim, config.dim, bias=False)
+        # Not MiniMind's, but of some language models that can take its place (--llm).
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         B, T, D = x.shape
-        q = apply_rope(self.wq(x).view(B, T, -1, self.head_dim), rope).transpose(1, 2)  # (B, H, T, E)
-        k = apply_rope(self.wk(x).view(B, T, -1, self.head_dim), rope).transpose(1, 2)  # (B, K, T, E)
+        q = self.q_norm(self.wq(x).view(B, T, -1, self.head_dim))
+        k = self.k_norm(self.wk(x).view(B, T, -1, self.head_dim))
+        q = apply_rope(q, rope).transpose(1, 2)  # (B, H, T, E)
+        k = apply_rope(k, rope).transpose(1, 2)  # (B, K, T, E)
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         # Rows are padded on the right, so causality alone hides the padding: no mask.
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, E)
-        return self.wo(out.transpose(1, 2).reshape(B, T, D))
+        return self.wo(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -109,7 +115,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.output.weight = self.tok_embeddings.weight  # tied: a sixth of the 27 M parameters saved
+        if config.tied:
+            self.output.weight = self.tok_embeddings.weight  # a sixth of the 27 M parameters saved
         if config.vision_dim:
             self.vision_proj = make_vision_proj(config.vision_dim, config.dim, config.vision_proj_bias)
         # Not a buffer: .to(bfloat16) would destroy it, and a load on the meta device leave it garbage.

@@ -133,6 +133,8 @@ class VisionConfig:
 def read_vision_config(path: Path) -> VisionConfig:
     """Of a folder with the whole CLIP or SigLIP, or with its vision tower alone. Raises ValueError."""
     values = read_json(path / "config.json")
+    if values.get("model_type") == "llava" and isinstance(values.get("vision_config"), dict):
+        values = values["vision_config"]  # an exported model has its CLIP inside
     kind = values.get("model_type", "clip")
     kind = kind if isinstance(kind, str) else str_of(kind)
     family = kind.removesuffix("_vision_model")

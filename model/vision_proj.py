@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from model.LMConfig import LMConfig
 
 # Ids of "<" and ">" in MiniMind's vocabulary, fixed because weights are trained around them.
-OPEN_ID, CLOSE_ID = 30, 32
+PLACEHOLDER = (LMConfig.open_id, LMConfig.close_id)
 
 
-def placeholder_ids(num_image_tokens: int = 50) -> list[int]:
+def placeholder_ids(num_image_tokens: int = 50, placeholder: tuple[int, int] = PLACEHOLDER) -> list[int]:
     """The ids that stand for one image: half "<", half ">" (one "<" more where the number is odd)."""
+    open_id, close_id = placeholder
     num_close = num_image_tokens // 2
-    return [OPEN_ID] * (num_image_tokens - num_close) + [CLOSE_ID] * num_close
+    return [open_id] * (num_image_tokens - num_close) + [close_id] * num_close
 
 
 def make_vision_proj(vision_dim: int, dim: int, bias: bool = False) -> nn.Linear:
@@ -27,7 +28,9 @@ def make_vision_proj(vision_dim: int, dim: int, bias: bool = False) -> nn.Linear
     return nn.Linear(vision_dim, dim, bias=bias)
 
 
-def find_image_slots(input_ids: Tensor, num_image_tokens: int = 50) -> Tensor:
+def find_image_slots(
+    input_ids: Tensor, num_image_tokens: int = 50, placeholder: tuple[int, int] = PLACEHOLDER
+) -> Tensor:
     """Search for placeholder runs, for callers that kept only the ids.
 
     input_ids  (B, T)
@@ -36,7 +39,7 @@ def find_image_slots(input_ids: Tensor, num_image_tokens: int = 50) -> Tensor:
     B, T = input_ids.shape
     if num_image_tokens > T:
         return input_ids.new_empty(0, num_image_tokens)
-    pattern = torch.tensor(placeholder_ids(num_image_tokens), device=input_ids.device)
+    pattern = torch.tensor(placeholder_ids(num_image_tokens, placeholder), device=input_ids.device)
     hits = (input_ids.unfold(1, num_image_tokens, 1) == pattern).all(-1)  # (B, T - N + 1)
     row, start = hits.nonzero(as_tuple=True)
     return (row * T + start).unsqueeze(1) + torch.arange(num_image_tokens, device=input_ids.device)
@@ -53,7 +56,7 @@ def settle_image_slots(
     Transformer.forward. Raises ValueError unless every image has its placeholder and every placeholder its
     image: row by row where num_images (B,) is given, else in the whole batch."""
     if image_slots is None and (image_features is not None or num_images is not None):
-        image_slots = find_image_slots(input_ids, config.num_image_tokens)
+        image_slots = find_image_slots(input_ids, config.num_image_tokens, config.placeholder)
     num_slots = 0 if image_slots is None else len(image_slots)
     if num_images is not None:
         found = torch.bincount(image_slots[:, 0] // input_ids.shape[1], minlength=len(input_ids))

@@ -6,6 +6,7 @@ The tower itself is vision_tower.py.
 Letters: M images, N tokens per image (50), V CLIP width (768), S side in pixels (224), for ViT-B/32.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from model.vision_tower import VisionTower
 
 # The text tower, and what makes one vector of an image or compares it with a text.
 UNUSED_WEIGHTS = ("text_", "visual_projection", "logit_", "head.")
+# A folder of LLaVA, as an export or transformers writes it: CLIP, and all else.
+TOWER = re.compile(r"^(model\.)?vision_tower\.")
+NO_TOWER = re.compile(r"^(model\.)?(language_model|multi_modal_projector)\.|^lm_head\.")
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -76,7 +80,11 @@ def read_vision_state(path: Path) -> dict[str, Tensor]:
             state |= read_tensors(file, CLIP_CURE)
     except ValueError as error:
         raise ValueError(f"cannot read the CLIP at {path}: {error}") from None
-    state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
+    state = {
+        TOWER.sub("", name).removeprefix("vision_model."): tensor
+        for name, tensor in state.items()
+        if not NO_TOWER.match(name)
+    }
     return {
         name: tensor.float()  # whatever type they were saved in
         for name, tensor in state.items()

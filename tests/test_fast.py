@@ -205,17 +205,20 @@ def test_what_comes_later_is_not_seen(dtype, place):
 
 
 @pytest.mark.parametrize("T", [5, QUERY_BLOCK + 1])
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("rotate", [apply_rope, rotate_real])
 @pytest.mark.parametrize(
     ("attend", "dtype"),
     [(attend, dtype) for attend in (plain_attend, attend_repeated) for dtype in DTYPES]
     + [(attend_in_blocks, torch.bfloat16)],
 )
-def test_attention_as_a_module(attend, rotate, dtype, T):
+def test_attention_as_a_module(attend, rotate, dtype, T, qk_norm):
     """Whatever functions are chosen for it."""
-    config = LMConfig(dim=64, n_heads=4, n_kv_heads=2)
+    config = LMConfig(dim=64, n_heads=4, n_kv_heads=2, qk_norm=qk_norm)
     plain, rope = loud(Attention(config)), rope_table(config, T, CPU)
     fast = as_fast(plain, FastAttention, rotate=rotate, attend=attend)
+    for norm in (fast.q_norm, fast.k_norm) if qk_norm and attend is attend_in_blocks else ():
+        norm.__class__ = FastRMSNorm  # they come together
     x = torch.randn(2, T, 64, generator=torch.Generator().manual_seed(1))
     with autocast(dtype):
         got = values_and_gradients(lambda x: fast(x, rope), [x], fast.parameters())
@@ -282,13 +285,17 @@ def test_experts_are_grouped_on_no_cpu_and_in_no_other_dtype():
 # ---- the whole network -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["dense", "experts"])
+@pytest.fixture(params=["dense", "experts", "qwen3"])
 def config(request, tokenizer) -> LMConfig:
     """Every expert is chosen: where only some are, rounding may turn a near tie the other way, and the
     networks would differ by more than rounding."""
-    experts = {"use_moe": True, "num_experts_per_tok": 4} if request.param == "experts" else {}
+    more = {
+        "dense": {},
+        "experts": {"use_moe": True, "num_experts_per_tok": 4},
+        "qwen3": {"qk_norm": True, "head_dim": 12, "tied": False},  # another base, see --llm
+    }
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256, "vision_dim": 24}
-    return LMConfig(**sizes, vocab_size=len(tokenizer), **experts)
+    return LMConfig(**sizes, vocab_size=len(tokenizer), **more[request.param])
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_rows, run_inside, run_script, save_clip, save_image, save_video
+from test_llm_base import save_base
 from test_load_from import save_folder
 from test_structure import SCRIPTS, documented_commands
 
@@ -23,6 +24,7 @@ from dataset.demo_world import recipe
 from dataset.demo_world.__main__ import main as make_demo_world
 from model.checkpoint import save_weights
 from model.download_table import COMMAND, TABLE, command_line, describe_size, markdown_lines, read_table
+from model.export.__main__ import main as export
 from model.LMConfig import LMConfig
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
 from model.prompt import load_tokenizer
@@ -107,9 +109,13 @@ def finished(tmp_path_factory, tokenizer_path) -> Path:
             save_weights(Transformer(config), weights_path(place / "out", config, stage))
     v1 = LMConfig(**sizes, dim=512, vision_dim=24)
     save_folder(place / "model/minimind-v-v1", Transformer(v1).state_dict(), v1, tokenizer_path, "bin")
+    save_base(place / "model/SmolLM2-135M", "tinyllama")
+    (place / "out/report.json").write_text('{"unseen": {"colour": {"real": 0.5, "blank": 0.1}}}')
     before = os.getcwd()
     os.chdir(place)
     try:
+        run_inside("1-pretrain_vlm.py", *small(["--llm", "model/SmolLM2-135M"]))
+        export(["out/512_vlm_sft.pth", "--to", "llava", "exported/minimind-v"])
         with pytest.MonkeyPatch.context() as patch:
             shrink_the_world(patch)
             make_demo_world(["--weights_dir=out/demo"])
@@ -157,9 +163,10 @@ def run(command: str, monkeypatch) -> None:
     if words[1] == "-m":
         module, flags = words[2], words[3:]
         flags = small(flags) if module in ("trainer.check", "trainer.gain") else flags
-        importlib.import_module(
-            {"dataset.demo_world": "dataset.demo_world.__main__"}.get(module, module)
-        ).main(flags)
+        if module == "model.export":
+            shutil.rmtree("exported")  # what it writes must not be there
+        packages = ("dataset.demo_world", "model.export")
+        importlib.import_module(f"{module}.__main__" if module in packages else module).main(flags)
         return
     position = next(number for number, word in enumerate(words) if word in SCRIPTS)
     script, flags = words[position], words[position + 1 :]

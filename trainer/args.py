@@ -55,6 +55,12 @@ def add_model_flags(parser: Parser) -> None:
 
 def add_training_flags(parser: Parser, data_path: str, image_dir: str, learning_rate: float) -> None:
     group = parser.add_argument_group("sizes")
+    group.add_argument(
+        "--llm",
+        metavar="DIR",
+        help="another language model as the base: a Hugging Face folder of type llama or qwen3 (Llama, "
+        "SmolLM2, MiniMind2, Qwen3), whose sizes and tokenizer are taken; stage 1 begins with its weights",
+    )
     group.add_argument("--n_layers", type=at_least(1), default=8, help="blocks of the transformer")
     group.add_argument("--n_heads", type=at_least(1), default=16, help="attention heads")
     group.add_argument(

@@ -13,6 +13,7 @@ from model.download_table import COMMAND, find_download
 from model.files import (
     check_clip_folder,
     check_image_dir,
+    check_model_folder,
     check_tokenizer_folder,
     check_weight_file,
     check_writable,
@@ -21,6 +22,7 @@ from model.files import (
 from model.LMConfig import EXPERT_FIELDS, LMConfig
 from model.locks import claimed
 from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
+from model.stock_config import read_stock_config
 
 ABOUT = ("knows", "questions", "image_dir")  # what --about may say of the data
 TRAINED_BY = {
@@ -44,33 +46,75 @@ def make_config(
     num_tokens: int = LMConfig.vocab_size,
     vision_dim: int = LMConfig.vision_dim,
     num_image_tokens: int = LMConfig.num_image_tokens,
+    placeholder: tuple[int, int] = (LMConfig.open_id, LMConfig.close_id),
 ) -> LMConfig:
-    """The sizes that the flags, the tokenizer and CLIP give together."""
-    return LMConfig(
-        dim=args.dim,
-        n_layers=args.n_layers,
-        n_heads=args.n_heads,
-        n_kv_heads=args.n_kv_heads,
-        vocab_size=args.vocab_size or num_tokens,
-        max_seq_len=args.max_seq_len,
-        vision_dim=vision_dim,
-        num_image_tokens=num_image_tokens,
+    """The sizes that the flags, --llm, the tokenizer and CLIP give together."""
+    sizes = {
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size or num_tokens,
+        "max_seq_len": args.max_seq_len,
+        "vision_dim": vision_dim,
+        "num_image_tokens": num_image_tokens,
+        "open_id": placeholder[0],
+        "close_id": placeholder[1],
         **{name: getattr(args, name) for name in EXPERT_FIELDS},
-    )
+    }
+    return LMConfig(**(sizes | (read_llm(args) if args.llm else {})))
+
+
+def read_llm(args: argparse.Namespace) -> dict:
+    """The sizes of the language model that --llm names, as fields of LMConfig. Raises FileNotFoundError or
+    ValueError, also where a flag asks for another size."""
+    folder = Path(args.llm)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--llm: {folder} holds no config.json: name a folder of Hugging Face")
+    values = read_json(folder / "config.json")
+    if values.get("model_type") not in ("llama", "qwen3"):
+        raise ValueError(
+            f"--llm: {folder} holds a model of type {str(values.get('model_type'))[:40]}: "
+            "a language model of type llama or qwen3 can be the base"
+        )
+    sizes = read_stock_config(values, folder)
+    LMConfig.from_dict(sizes)  # raises ValueError for what is no number
+    if args.max_seq_len > (longest := sizes.pop("max_seq_len")):
+        raise ValueError(f"--max_seq_len {args.max_seq_len} is more than {folder} was made for: {longest}")
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "use_moe"):
+        asked, usual = getattr(args, name), 0 if name == "vocab_size" else getattr(LMConfig, name)
+        if asked not in (usual, sizes.get(name, False)):
+            raise ValueError(
+                f"--{name} {asked} is not what --llm {folder} has ({sizes.get(name)}): leave it out"
+            )
+    return sizes
+
+
+def starting_weights(args: argparse.Namespace, config: LMConfig, stage: Stage) -> Path:
+    """What the stage begins from: weights of the stage before, or the folder that --llm names."""
+    if args.llm and stage.weights_in == "llm":
+        return Path(args.llm)
+    return weights_path(args.out_dir, config, stage.weights_in)
+
+
+def tokenizer_of(args: argparse.Namespace) -> Path:
+    return Path(args.tokenizer_path or args.llm or TOKENIZER_PATH)
 
 
 def check_inputs(args: argparse.Namespace, stage: Stage) -> None:
     """Raise FileNotFoundError or ValueError for the first thing that the stage would miss."""
     config = make_config(args)
-    check_weight_file(
-        weights_path(args.out_dir, config, stage.weights_in), weights_cure(stage.weights_in, config)
-    )
+    source = starting_weights(args, config, stage)
+    if source.is_dir():
+        check_model_folder(source, "download it again, or name another with --llm")
+    else:
+        check_weight_file(source, weights_cure(stage.weights_in, config))
     check_sources(args)
 
 
 def check_sources(args: argparse.Namespace) -> None:
     """The same of all but the weights."""
-    check_tokenizer_folder(Path(args.tokenizer_path or TOKENIZER_PATH))
+    check_tokenizer_folder(tokenizer_of(args))
     check_clip_folder(Path(args.clip_path or CLIP_PATH))
     for path in filter(None, (args.data_path, args.val_data_path)):
         data_files(path)

@@ -20,15 +20,16 @@ from model.data.formats import data_files
 from model.device import choose_device, choose_dtype
 from model.files import check_image_dir
 from model.LMConfig import LMConfig
-from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
+from model.names import CLIP_PATH, weights_path
 from model.printable import format_bytes, one_line, printable
-from model.prompt import MARK, Renderer, load_tokenizer, normalise_turns
+from model.prompt import MARK, Renderer, choose_placeholder, load_tokenizer, normalise_turns
 from model.transformer import Transformer
+from model.vision_proj import PLACEHOLDER
 from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
 from trainer.args import AUTO
 from trainer.batches import split_off, spread
 from trainer.distributed import Run, start_run
-from trainer.inputs import Stage, make_config, weights_cure
+from trainer.inputs import Stage, make_config, starting_weights, tokenizer_of, weights_cure
 from trainer.interrupt import ignore_interrupts
 from trainer.loader import fitting_workers
 from trainer.logger import describe_run, progress_bar
@@ -103,6 +104,7 @@ class Check:
         self.alone = replace(run, world_size=1)  # the other processes of the run do not answer here
         self.model: Transformer | None = None
         self.inputs: dict | None = None
+        self.placeholder = PLACEHOLDER  # the ids that an image's is made of
         self.good: dict[int, Measured] = {}  # of some rows, what measure() says
 
     def everything(self) -> None:
@@ -123,7 +125,7 @@ class Check:
         if self.model and self.good:
             self.check_memory()
         for position in list(self.good)[:NUM_SHOWN]:
-            text = self.attempt(decode_sample, self.dataset[position], self.tokenizer)
+            text = self.attempt(decode_sample, self.dataset[position], self.tokenizer, self.placeholder)
             report(f"row {position + 1}", text or "")
 
     def attempt(self, make: Callable, *arguments):
@@ -142,8 +144,8 @@ class Check:
     # ---- what the run starts from --------------------------------------------------------------------------
 
     def check_tokenizer(self) -> None:
-        path = self.args.tokenizer_path or TOKENIZER_PATH
-        self.tokenizer = self.attempt(load_tokenizer, path)
+        path = tokenizer_of(self.args)
+        self.tokenizer = self.attempt(load_tokenizer, path, None if self.args.llm else PLACEHOLDER)
         if self.tokenizer:
             ids = {
                 token: self.tokenizer.convert_tokens_to_ids(token)
@@ -175,14 +177,19 @@ class Check:
         config = self.attempt(make_config, self.args)
         if not config:
             return False
-        source = weights_path(self.args.out_dir, config, self.stage.weights_in)
+        source = starting_weights(self.args, config, self.stage)
         state = self.attempt(read_state_dict, source, weights_cure(self.stage.weights_in, config))
         sizes = config.to_dict() | sizes_of(state or {})
+        num_tokens = num_image_tokens(self.vision_model) if self.vision_model else sizes["num_image_tokens"]
+        if self.args.llm and self.tokenizer:
+            chosen = self.attempt(choose_placeholder, self.tokenizer, num_tokens)
+            self.placeholder = chosen or PLACEHOLDER
         config = make_config(
             self.args,
             len(self.tokenizer) if self.tokenizer else sizes["vocab_size"],
             self.vision_model.config.hidden_size if self.vision_model else sizes["vision_dim"],
-            num_image_tokens(self.vision_model) if self.vision_model else sizes["num_image_tokens"],
+            num_tokens,
+            self.placeholder,
         )
         if self.tokenizer and self.vision_model:
             self.attempt(check_fit, config, self.tokenizer, self.vision_model, source, self.clip_path)
@@ -213,7 +220,7 @@ class Check:
         """A data file, with a look at each of its rows."""
         folder = self.args.image_dir if Path(self.args.image_dir).is_dir() else "."  # already reported
         num_tokens = self.model.config.num_image_tokens if self.model else LMConfig.num_image_tokens
-        renderer = Renderer(self.tokenizer, num_tokens, self.args.max_seq_len)
+        renderer = Renderer(self.tokenizer, num_tokens, self.args.max_seq_len, self.placeholder)
         dataset = self.attempt(VLMDataset, path, self.stage.spec, renderer, folder, self.image_processor)
         if dataset:
             sizes = [file.stat().st_size for file in data_files(path)]

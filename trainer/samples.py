@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.data.batch import IGNORE_INDEX, BadSample
 from model.data.dataset import VLMDataset
-from model.vision_proj import placeholder_ids
+from model.vision_proj import PLACEHOLDER, placeholder_ids
 from trainer.batches import spread
 
 
@@ -56,13 +56,13 @@ def measure(samples: list[dict[str, Tensor] | BadSample]) -> list[Measured | str
     ]
 
 
-def decode_sample(sample: dict[str, Tensor], tokenizer) -> str:
+def decode_sample(sample: dict[str, Tensor], tokenizer, placeholder: tuple[int, int] = PLACEHOLDER) -> str:
     """A sample as one line of text: [[targets]], and <image x50> for the placeholder of an image.
 
     Raises ValueError if other ids stand where an image's features will be written.
     """
     slots = sample["image_slots"]
-    if not (sample["input_ids"][slots] == torch.tensor(placeholder_ids(slots.shape[1]))).all():
+    if not (sample["input_ids"][slots] == torch.tensor(placeholder_ids(slots.shape[1], placeholder))).all():
         raise ValueError("other ids stand where the placeholder of an image should")
     ids = [*sample["input_ids"].tolist(), int(sample["labels"][-1])]
     kinds = [

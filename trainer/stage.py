@@ -28,14 +28,15 @@ from model.fingerprint import (
     fingerprint_tokenizer,
 )
 from model.LMConfig import LMConfig
-from model.names import CLIP_PATH, TOKENIZER_PATH, weights_path
-from model.prompt import Renderer, load_tokenizer, normalise_turns
+from model.names import CLIP_PATH, weights_path
+from model.prompt import Renderer, choose_placeholder, load_tokenizer, normalise_turns
 from model.transformer import Transformer
+from model.vision_proj import PLACEHOLDER
 from model.vision_utils import ImageProcessor, check_fit, get_vision_model, num_image_tokens
 from trainer.batches import GlobalBatches, automatic_share, lengths_of, split_off, spread
 from trainer.distributed import Run, versions
 from trainer.features import fill_feature_cache
-from trainer.inputs import Stage, make_config, read_about, weights_cure
+from trainer.inputs import Stage, make_config, read_about, starting_weights, tokenizer_of, weights_cure
 from trainer.loader import Loader, fitting_workers
 from trainer.logger import describe_run, name_of
 from trainer.memory import StepMemory, plan_memory
@@ -45,6 +46,7 @@ from trainer.saves import claim_outputs
 # Flags whose value may differ from machine to machine: places, and what only the logging rank does.
 LOCAL_FLAGS = (
     "out_dir",
+    "llm",
     "tokenizer_path",
     "clip_path",
     "data_path",
@@ -85,26 +87,26 @@ def load_stage(run: Run, args: argparse.Namespace, stage: Stage) -> LoadedStage:
     run.check_agreement(comparable(run, args))
     weights_out = weights_path(args.out_dir, make_config(args), stage.weights_out)
     run.hold(claim_outputs(weights_out))
-    return load_parts(run, args, stage, weights_path(args.out_dir, make_config(args), stage.weights_in))
+    return load_parts(run, args, stage, starting_weights(args, make_config(args), stage))
 
 
 def load_parts(run: Run, args: argparse.Namespace, stage: Stage, source: Path) -> LoadedStage:
     """Tokenizer, CLIP, data, and the model with the weights in `source`, which are those of stage.weights_in.
     Raises as load_stage()."""
     torch.manual_seed(args.seed)
-    tokenizer_path, clip_path = args.tokenizer_path or TOKENIZER_PATH, args.clip_path or CLIP_PATH
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer_path, clip_path = tokenizer_of(args), args.clip_path or CLIP_PATH
+    tokenizer = load_tokenizer(tokenizer_path, None if args.llm else PLACEHOLDER)
     vision_model, image_processor = get_vision_model(clip_path)
     image_processor = replace(image_processor, jpeg_draft=args.jpeg_draft)
-    config = make_config(
-        args, len(tokenizer), vision_model.config.hidden_size, num_image_tokens(vision_model)
-    )
+    num_tokens = num_image_tokens(vision_model)
+    placeholder = choose_placeholder(tokenizer, num_tokens) if args.llm else PLACEHOLDER
+    config = make_config(args, len(tokenizer), vision_model.config.hidden_size, num_tokens, placeholder)
     check_fit(config, tokenizer, vision_model, source, clip_path)
     inputs = compare_inputs(source, tokenizer, vision_model, image_processor, args.allow_other_inputs)
     model, report = load_model(config, source, stage.weights_in)
     run.print(str(report))
 
-    renderer = Renderer(tokenizer, config.num_image_tokens, args.max_seq_len)
+    renderer = Renderer(tokenizer, config.num_image_tokens, args.max_seq_len, config.placeholder)
     datasets = [
         VLMDataset(path, stage.spec, renderer, args.image_dir, image_processor)
         for path in (args.data_path, args.val_data_path)
