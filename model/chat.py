@@ -291,13 +291,7 @@ def load_chat(
         "tokenizer": fingerprint_tokenizer(tokenizer),
     }
     if not allow_other_inputs:
-        own = {
-            name
-            for name, place in (("CLIP", clip_path), ("tokenizer", tokenizer_path))
-            if place == Path(weights)
-        }
-        found = {name: given for name, given in inputs.items() if name not in own}
-        check_inputs_match(weights, description.get("inputs", {}), found)
+        check_inputs(weights, description, {"CLIP": clip_path, "tokenizer": tokenizer_path}, inputs)
     vision_model.to(device, dtype)
     if dtype != torch.float32:  # in fp32 CLIP stays mapped from its file: a packed copy would double it
         pack_linears(vision_model, config.num_image_tokens)

@@ -82,8 +82,8 @@ def head_and_size(file: Path | Embedded) -> tuple[bytes, str]:
 def check_inputs(
     weights: str | Path, description: dict, places: Mapping[str, Path], found: Mapping[str, str]
 ) -> None:
-    """check_inputs_match() but for what lies in the folder of the weights themselves (an exported one, perhaps
-    trained on by others): that belongs to them.
+    """check_inputs_match() but for what lies in the folder of the weights themselves: that belongs to them
+    (an exported one may have been trained on by others).
 
     places  "CLIP" and "tokenizer" -> where they lie
     """
