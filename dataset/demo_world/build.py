@@ -286,7 +286,7 @@ class World:
                 f"--feature_cache={self.folder}/features",
                 f"--about={self.folder}/about.json",
                 f"--val_data_path={self.folder}/validation_{name}.json",
-                f"--save_interval={max(50, self.num_steps(stage) // NUM_SAVES)}",
+                f"--save_interval={max(50, -(-self.num_steps(stage) // NUM_SAVES))}",
                 "--samples=8",
             ]
             write_json(self.folder / f"validation_{name}.json", self.validation_rows(name))
