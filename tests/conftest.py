@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LONG = 600  # seconds after which something hangs; a busy machine needs many times what an idle one does
 GREYS = [20, 80, 140, 200, 250]  # for save_video(); far enough from each other to survive a codec
 SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

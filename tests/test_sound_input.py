@@ -232,7 +232,7 @@ def test_what_cannot_be_printed_ends_no_run(workplace):
         "--device=cpu",
         "--max_new_tokens=2",
     ]
-    more = [f"--questions={questions}", f"--report={place}/r.json"]
+    more = ["--control=real", f"--questions={questions}", f"--report={place}/r.json"]
     for flags in (more, [f"--image_dir={place}/images", "--prompt=什么？"]):
         result = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True)
         assert result.returncode == 0, result.stderr

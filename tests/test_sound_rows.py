@@ -346,7 +346,8 @@ def test_images_in_the_rows_are_trained_on_and_scored_as_those_in_files(workplac
     text = [make_question(image=base64_of(workplace / "images" / f"{n}.png", "bare")) for n in range(3)]
     for name, asked in (("files", files), ("text", text)):
         path = write_questions(workplace / f"{name}.jsonl", *asked)
-        run_inside("3-eval_chat.py", *seeing, "--questions", path, f"--report={workplace}/{name}.json")
+        flags = ["--control=real", f"--questions={path}", f"--report={workplace}/{name}.json"]
+        run_inside("3-eval_chat.py", *seeing, *flags)
     given = [
         [json.loads(line)["given"] for line in (workplace / f"{name}.answers.jsonl").read_text().splitlines()]
         for name in ("files", "text")
