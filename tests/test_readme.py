@@ -253,9 +253,10 @@ def test_no_other_file_says_how_to_download():
     for folder in ("model", "trainer", "serving", "dataset", "out"):
         files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")]
     table, found = read_table(), set()
+    others = r"hf download|huggingface-cli|wget |curl (?!http://127)|git lfs clone"
     for path in files:
         text = path.read_text()
-        assert not re.search(r"hf download|huggingface-cli|wget |curl (?!http://127)|git lfs clone", text), path
+        assert not re.search(others, text), path
         found |= {name for name in re.findall(rf"{COMMAND} (\w+)", text) if name != "NAME"}
     assert found <= table.keys() and len(found) >= 7
 
