@@ -4,10 +4,12 @@ answers.
 reads    out/512_vlm_sft.pth (or --stage, or --load_from FILE or FOLDER), images, videos, question files
 --multi  reads out/512_vlm_sft_multi.pth and dataset/eval_multi_images/SET/*
 writes   --report FILE: accuracies as JSON, and every answer beside it (.answers.jsonl)
+         --explain: a drawing
 
     python 3-eval_chat.py                                        # describe dataset/eval_images/*
     python 3-eval_chat.py --image_dir my_images --prompt "What is this?"
     python 3-eval_chat.py --chat my_images/cat.jpg             # chat in the terminal; /help says more
+    python 3-eval_chat.py --explain my_images/cat.jpg "What is this?" out/why.png    # what mattered in it
     python 3-eval_chat.py --multi                                # all images of a set at once
     python 3-eval_chat.py --video my_video.mp4 --prompt "Where does it go?"
     python 3-eval_chat.py --load_from model/minimind-v-v1        # v1's own weights
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from model.data.spec import SFT_MULTI
+from model.files import check_writable
 from model.names import STAGES, find_recorded
 from trainer.inputs import check_report, claim_report
 from trainer.script import (
@@ -91,6 +94,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "Where standard input is no terminal, its lines are the questions, and answers alone are printed",
     )
     group.add_argument(
+        "--explain",
+        nargs="+",
+        metavar=("IMAGE", "IMAGE ... QUESTION OUT.png"),
+        help="answer, and draw what in each image the answer and each of its words rests on",
+    )
+    group.add_argument(
         "--max_rounds",
         type=at_least(0),
         help="rounds of a chat that the model sees, the question included (0 = all that fit its context, "
@@ -139,9 +148,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.multi:
         parser.set_defaults(**MULTI)
-    elif args.video:
+    elif args.video or len(args.explain or []) > 3:
         parser.set_defaults(stage=MULTI["stage"], prompt="视频里发生了什么？")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.explain:
+        check_explain(args)
+    return args
+
+
+def check_explain(args: argparse.Namespace) -> None:
+    others = [name for name in ("chat", "questions", "video", "multi") if getattr(args, name)]
+    if others:
+        raise ValueError(f"--explain and --{others[0]} are two things to do: give one of them")
+    if len(args.explain) < 3 or not args.explain[-1].lower().endswith(".png"):
+        raise ValueError(
+            '--explain wants an image or several, a question, and a PNG to write: a.jpg "What is it?" out.png'
+        )
 
 
 def check_inputs(args: argparse.Namespace) -> Path:
@@ -149,6 +171,11 @@ def check_inputs(args: argparse.Namespace) -> Path:
     for flag, file in (*(("--chat", file) for file in args.chat or []), ("--video", args.video)):
         if file and not file.is_file():
             raise FileNotFoundError(f"{flag}: there is no file {file}")
+    for path in map(Path, (args.explain or [])[:-2]):
+        if not path.is_file():
+            raise FileNotFoundError(f"--explain: there is no image {path}")
+    if args.explain:
+        check_writable(Path(args.explain[-1]))
     for path in args.questions or []:
         if not path.is_file():
             raise FileNotFoundError(f"question file not found: {path}")
@@ -190,7 +217,17 @@ def main(argv: list[str] | None = None) -> None:
         args.prompt = args.prompt or next(iter(chat.about.get("questions", [])), PROMPT)
         if args.questions:
             score_questions(run, args, chat, partial(make_sampling, args))
+<<<<<<< HEAD
         elif args.chat is not None:
+=======
+        elif args.explain:
+            from trainer.explanation import explain_files  # matplotlib takes a second
+
+            if run.world_size > 1:
+                raise ValueError("--explain draws one sheet: start it with plain python, in one process")
+            explain_files(args, chat, make_sampling(args))
+        elif args.chat:
+>>>>>>> explain
             if run.world_size > 1:
                 raise ValueError("--chat reads the terminal: start it with plain python, in one process")
             images, videos = sort_files(args.chat)

@@ -4,8 +4,8 @@ transformer.py defines what is computed. Here nothing is computed twice: the key
 stay in a cache. One token then costs what it costs to read every weight once, so the weights are stored for
 that (packing.py), and the operations between the products are few.
 
-Letters: B rows, T tokens of the longest prompt, S slots in use, D model width, H query heads, K key/value
-heads, E head width, M images, N tokens per image, V vocabulary.
+Letters: B rows, T tokens of the longest prompt, P of a prefix, S slots in use, D model width, H query heads,
+K key/value heads, E head width, M images, N tokens per image, V vocabulary.
 """
 
 import copy
@@ -189,6 +189,36 @@ class Decoder:
                 h, attended = h[rows, last].unsqueeze(1), attended[rows, :, last].unsqueeze(2)
             h = self.finish(layer, h, attended)
         return self.output(self.norm(h[:, 0])), cache
+
+    @torch.inference_mode()
+    def read(
+        self, h: Tensor, num_last: int, prefix: list[tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Read rows of one length at once, behind a prefix that they all share and that is computed once.
+
+        h         (B, T, D), from embed()
+        num_last  how many tokens at the end of each row predict
+        prefix    per layer, keys and values of the P tokens before, (1, K, P, E); None: there are none
+        returns   the logits of the tokens after those (B, num_last, V); and per layer, the keys and values of
+                  all tokens so far, (B, K, P + T, E)
+        """
+        B, T = h.shape[:2]
+        P = prefix[0][0].shape[2] if prefix else 0
+        seen = torch.ones(T, P + T, dtype=torch.bool, device=h.device).tril(P)
+        read = []
+        for number, layer in enumerate(self.layers):
+            q, k, v = self.project(layer, h, self.rope[P : P + T])
+            if prefix:
+                k, v = (
+                    torch.cat([old.expand(B, -1, -1, -1), new], dim=2)
+                    for old, new in zip(prefix[number], (k, v), strict=True)
+                )
+            read.append((k, v))
+            if layer is self.layers[-1]:  # only the last tokens predict
+                h, q, seen = h[:, -num_last:], q[:, :, -num_last:], seen[-num_last:]
+            attended = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+            h = self.finish(layer, h, attended)
+        return self.output(self.norm(h)), read
 
     @torch.inference_mode()
     def step(self, next_ids: Tensor, cache: KVCache) -> Tensor:

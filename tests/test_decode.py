@@ -106,3 +106,23 @@ def test_the_same_tokens_as_transformers_llava(lively, clip, prompts, pixels, ba
         theirs = out[0, ids.shape[1] :].tolist()
         assert answer == [token for token in theirs if token != 2]
     assert len({token for answer in ours for token in answer}) > 20  # not one token over and over
+
+
+@pytest.mark.parametrize("num_shared", [0, 1, 30, 60])
+def test_rows_behind_what_they_share_are_what_they_are_alone(lively, prompts, pixels, clip, num_shared):
+    """However much of them is read once."""
+    ids, slots = torch.tensor([prompts[0].input_ids]), torch.tensor(prompts[0].image_slots)
+    features = get_img_embedding(pixels[:1], clip)
+    h = lively.embed(ids, features, slots)
+    others = h + 0.1 * torch.randn(3, *h.shape[1:], generator=torch.Generator().manual_seed(1))
+    rows = torch.cat([h[:, :num_shared].expand(3, -1, -1), others[:, num_shared:]], dim=1)
+    expected = rows
+    for layer in lively.layers:
+        expected = layer(expected, lively.rope(h.shape[1], h.device))
+    expected = lively.output(lively.norm(expected))[:, -4:]
+    decoder = Decoder(copy.deepcopy(lively))
+    _, read = decoder.read(h, 1)
+    prefix = [(keys[:, :, :num_shared], values[:, :, :num_shared]) for keys, values in read]
+    result, read = decoder.read(rows[:, num_shared:], 4, prefix)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert len(read) == len(decoder.layers) and read[0][0].shape[::2] == (3, h.shape[1])

@@ -11,6 +11,7 @@ import torch
 from conftest import LONG, ROOT, check_refused, run_script
 from PIL import Image
 
+from benchmarks.explain import measure_kind, open_world
 from benchmarks.llava import to_llava, to_llava_ids
 from model.chat import load_chat
 from model.checkpoint import load_weights
@@ -92,6 +93,16 @@ def test_the_trained_model_answers_as_transformers_llava_does(place):
         )[0, ids.shape[1] :].tolist()
         assert answer == [token for token in theirs if token != 2]
     assert len({tuple(answer) for answer in ours}) > 5
+
+
+def test_hiding_the_thing_costs_the_answer_and_hiding_paper_does_not(place):
+    """Of a thing that covers a fifth of the image; chance would put a fifth of what is lost there."""
+    world, chat = open_world(place / "demo"), load_chat(place / "out" / "96_vlm_sft.pth")
+    found = [measure_kind(chat, world, "unseen", kind, 16) for kind in ("colour", "shape")]
+    assert max(one["area"] for one in found) < 0.3
+    assert sum(one["peak"] for one in found) / 2 >= 0.7 and sum(one["share"] for one in found) / 2 >= 0.6, (
+        found
+    )
 
 
 def test_a_second_call_repeats_nothing(place):

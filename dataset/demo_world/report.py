@@ -6,12 +6,10 @@ writes   OUT/report.json, OUT/answers.png
 """
 
 import json
-import re
 import textwrap
 from pathlib import Path
 
 import pandas
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -23,15 +21,10 @@ from dataset.demo_world.videos import SECONDS
 from dataset.demo_world.wording import CHINESE, COLOUR_CHANGE, ENGLISH, LANGUAGES, MOVEMENT, TWO_IMAGES, fill
 from model.data.video import read_frames
 from model.images import open_image
+from trainer.drawing import chinese_font
 from trainer.script import Parser, clean_exit
 
 STAGES = ("world", "pretrain", "sft", "multi", "evaluation", "evaluation_multi")
-# Fonts with Chinese characters of Linux, macOS and Windows; without one the sheet shows English questions
-# only.
-CHINESE_FONTS = re.compile(
-    r"NotoSansCJK|NotoSansSC|SourceHanSans|wqy-|WenQuanYi|DroidSansFallback|"
-    r"msyh|simhei|PingFang|STHeiti"
-)
 SHEET_KINDS = (  # of single images, in the order of the sheet
     "description",
     "colour_of",
@@ -104,12 +97,6 @@ def score_words(records: list[dict], names: tuple[str, ...] | dict) -> dict[str,
         said, expected = (spoken(record[key], names, language) for key in ("given", "answer"))
         right.setdefault(record["control"], []).append(said == expected)
     return {control: round(sum(values) / len(values), 4) for control, values in right.items()}
-
-
-def chinese_font() -> font_manager.FontProperties | None:
-    found = [path for path in font_manager.findSystemFonts() if CHINESE_FONTS.search(Path(path).name)]
-    regular = [path for path in found if "Regular" in path] or found
-    return font_manager.FontProperties(fname=regular[0]) if regular else None
 
 
 def choose_records(records: list[dict], with_chinese: bool) -> list[dict]:
