@@ -217,17 +217,13 @@ def main(argv: list[str] | None = None) -> None:
         args.prompt = args.prompt or next(iter(chat.about.get("questions", [])), PROMPT)
         if args.questions:
             score_questions(run, args, chat, partial(make_sampling, args))
-<<<<<<< HEAD
-        elif args.chat is not None:
-=======
         elif args.explain:
             from trainer.explanation import explain_files  # matplotlib takes a second
 
             if run.world_size > 1:
                 raise ValueError("--explain draws one sheet: start it with plain python, in one process")
             explain_files(args, chat, make_sampling(args))
-        elif args.chat:
->>>>>>> explain
+        elif args.chat is not None:
             if run.world_size > 1:
                 raise ValueError("--chat reads the terminal: start it with plain python, in one process")
             images, videos = sort_files(args.chat)
