@@ -75,8 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--seed",
         type=at_least(0, below=2**31),
-        default=0,
-        help="at first; the same seed gives the same answer",
+        help="at first; the same seed gives the same answer (default: another one for each answer)",
     )
     return parser.parse_args(argv)
 
@@ -120,7 +119,7 @@ def run(args: argparse.Namespace, weights: Path, folder: str) -> None:
         args.max_rounds = chat.max_rounds
     if not args.image_dir:
         args.image_dir = find_recorded(chat.about.get("image_dir", "dataset/eval_images"), weights)
-    sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed or 0)
     site = make_site(folder, chat, Defaults(weights.stem, sampling, args.max_rounds))
     serve(build_page(chat, weights, args, site), site, args.host, args.port, args.allow_host)
 

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from serving.guard import Guard
 from serving.hosts import Hosts
-from serving.look import COPY, CSS, FONTS
+from serving.look import FONTS, ICON, read
 from serving.site import Site
 from serving.uploads import MOST_FILE
 
@@ -62,8 +62,9 @@ def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:
         page,
         "/",
         theme=theme,
-        css=CSS,
-        js=COPY,
+        css=read("style.css"),
+        js=read("page.js"),
+        favicon_path=str(ICON),
         footer_links=[],
         max_file_size=MOST_FILE,
         show_error=False,
@@ -76,8 +77,10 @@ def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:
         server_name="",
     )
     page.has_launched = True  # else Gradio checks no path
-    events = {number: len(event.inputs) for number, event in page.fns.items()}
-    quick = {number: events[number] for number, event in page.fns.items() if not event.queue}
+    events = {number: len(event.inputs) for number, event in page.fns.items() if event.fn}
+    quick = {
+        number: events[number] for number, event in page.fns.items() if number in events and not event.queue
+    }
 
     def forget(session: str) -> None:
         """What Gradio keeps of a session, for hours."""
