@@ -37,7 +37,9 @@ NOT_POSSIBLE = "请缩短问题或修改设置：\nShorten the question or chang
 NO_ANSWER = "（模型没有给出回答）\n(the model gave no answer)"
 READING = "正在看图……\nLooking …"
 IN_LINE = "正在排队，您是第 {0} 位。\nYou are number {0} in line."
-LINE_FULL = "现在提问的人太多，请过一两分钟再问。\nMany are asking: please ask again in a minute or two."
+LINE_FULL = (
+    "现在提问的人太多，请过一两分钟再问。\nMany people are asking: please ask again in a minute or two."
+)
 STILL_WAITING = "您的上一个问题还在排队。\nYour question before this one is still in line."
 FACTS = "{0} 个词元，每秒 {1} 个，{2} 秒后出现第一个{3}\n{0} tokens, {1}/s, {2} s to the first{3}"
 MOST_MESSAGES = 100  # of a conversation; the oldest go
@@ -200,7 +202,7 @@ def show_part(part: str | dict, message: dict, at: int) -> dict:
     if message["role"] == "assistant" and not message.get("is_growing"):
         facts = in_both(message["facts"]) if "facts" in message else ""
         why = in_both("图中依据\nWhat mattered?")
-        button = f'<button type="button" class="why" data-at="{at}">{why}</button>'
+        button = f'<button type="button" class="why at-{at}">{why}</button>'
         text += f'<span class="facts">{facts}{button}</span>'
     return {"type": "text", "text": text}
 

@@ -27,15 +27,19 @@ COLOURS = {
 CHINESE = dict(zip(COLOURS, "红黄绿蓝紫橙粉青", strict=True))
 WIDTHS = {"细 / thin": 8, "中 / medium": 16, "粗 / thick": 40}
 SIDE = 448  # pixels of the sketch pad
-LANGUAGE = '<button type="button" class="plain-button" data-do="language">English / 中文</button>'
+LANGUAGE = (
+    '<button type="button" class="plain-button" data-do="language">'
+    '<span lang="zh">English</span><span lang="en">中文</span></button>'
+)
 FOCUS = (
     "() => { if (matchMedia('(pointer: fine)').matches) document.querySelector('#box textarea')?.focus(); }"
 )
-# The button under an answer and the words in the dialog; see page.connect_why.
+# The button under an answer and the words in the dialog; see page.connect_why. Of what stands in an answer,
+# Gradio lets no data-* attribute through.
 WHY = """
 document.addEventListener("click", event => {
     const answer = event.target.closest?.("#chat .why"), word = event.target.closest?.("#why [data-word]");
-    if (answer) trigger("click", {index: Number(answer.dataset.at)});
+    if (answer) trigger("click", {index: Number(/at-(\\d+)/.exec(answer.className)[1])});
     if (word) trigger("select", {index: Number(word.dataset.word)});
 });
 watch("value", () => {

@@ -140,7 +140,6 @@ def build_page(chat: Chat, weights: Path, args: argparse.Namespace, site: Site) 
             elem_id="chat",
             show_label=False,
             allow_file_downloads=False,
-            height="calc(100dvh - 250px)",
             examples=keep_examples(site, examples),
         )
         box = gr.MultimodalTextbox(
@@ -152,8 +151,9 @@ def build_page(chat: Chat, weights: Path, args: argparse.Namespace, site: Site) 
             max_plain_text_length=100_000,
             elem_id="box",
         )
-        gr.HTML(draw_pad(), elem_id="pad", padding=False)
-        settings = add_settings(args, chat.decoder.config.max_seq_len)
+        with gr.Row(elem_id="tools"):
+            gr.HTML(draw_pad(), elem_id="pad", padding=False)
+            settings = add_settings(args, chat.decoder.config.max_seq_len)
         why = gr.HTML("", elem_id="why", js_on_load=WHY, padding=False)
         connect(args.max_rounds, site, chatbot, box, settings, why)
     return page

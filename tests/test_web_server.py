@@ -4,16 +4,14 @@ Gradio takes all chat text for HTML, even with render_markdown=False: `<b>` turn
 vanished. And v1's page shared one image among all its visitors.
 """
 
-import html
 import itertools
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 
 import pytest
 from conftest import LONG, ROOT, check_refused, run_script
-from web_pages import Visitor, make_folder, serve_page
+from web_pages import Visitor, make_folder, serve_page, text_of
 
 from model.chat import Round, load_chat
 from model.generate import Sampling
@@ -56,7 +54,7 @@ def put(client, text: str, *files) -> list[list[dict]]:
 def texts(messages: list[dict], role: str) -> list[str]:
     """What the browser is given to show, as it will be read: each message's text, unescaped."""
     return [
-        html.unescape(part["text"])
+        text_of(part["text"])
         for message in messages
         if message["role"] == role
         for part in message["content"]
@@ -85,7 +83,7 @@ def test_an_answer_streams_and_every_visitor_has_an_image_of_their_own(visitor, 
         turns, [open_image(images / "second.png")], Sampling(max_new_tokens=40)
     )
     assert again == [answers[-1], "".join(remembered)]
-    assert "添加一张图片" in texts(put(third, QUESTION)[-1], "assistant")[0]  # and nobody else's
+    assert "Please add an image" in texts(put(third, QUESTION)[-1], "assistant")[0]  # and nobody else's
 
 
 def test_what_is_missing_is_said_kindly(visitor, images):
@@ -105,28 +103,39 @@ def test_what_the_page_says_is_no_answer_of_the_model():
 
     messages = []
     for text, files, answer in (
-        ("a", [], page.NO_IMAGE),
-        ("b", ["1.png"], "a cat"),
+        ("b", ["1.png"], page.say("a cat")),
         ("c", ["2.png"], None),
-        ("", [], f"{page.NOT_POSSIBLE}too long"),
-        ("d", [], page.NO_ANSWER),
+        ("", [], page.notice(page.NO_ANSWER)),
+        ("a", ["3.png"], page.notice(page.BAD_IMAGE, puts_back="text")),
+        ("d", [], page.say(page.NO_IMAGE)),  # a model may say what it likes
     ):
-        messages = page.ask(text, files, messages)
-        if answer:
-            messages = [*messages, {"role": "assistant", "content": [answer]}]
+        messages = [*page.ask(text, files, messages), *([answer] if answer else [])]
     assert page.rounds_of(messages) == [
-        Round("a"),
         Round("b", ["1.png"], "a cat"),
         Round("c", ["2.png"]),
         Round(page.DEFAULT_QUESTION),
-        Round("d"),
+        Round("d", [], page.NO_IMAGE),
     ]
+
+
+def test_a_question_without_an_answer_goes_back_into_the_box():
+    """It had to be typed again."""
+    from serving import conversation as page
+
+    answered = [*page.ask("a", ["1.png"], []), page.say("a cat", is_growing=True)]
+    assert page.settle(answered) == ([answered[0], page.say("a cat")], None)
+    asked = page.ask("b", ["2.png"], answered)
+    assert page.settle(asked) == (answered, {"text": "b", "files": ["2.png"]})
+    for kept, files in (("all", ["2.png"]), ("text", [])):
+        refused = [*asked, page.notice(page.GONE, puts_back=kept)]
+        assert page.settle(refused) == (refused, {"text": "b", "files": files})
+        assert page.ask("b", [], refused) == page.ask("b", [], answered), "not there twice"
 
 
 def test_html_arrives_as_typed(visitor, images):
     messages = put(visitor(), TYPED, images / "first.png")[-1]
     assert texts(messages, "user") == [TYPED]
-    sent = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    sent = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
     assert not re.search("[<>\"']", "".join(sent)), "the Chatbot was given something that could be HTML"
 
 
@@ -140,18 +149,6 @@ def test_a_wrong_start_is_one_line(images):
         port = str(taken.getsockname()[1])
         check_refused(run_script("web_server.py", "--load", weights, "--port", port), "--port", port)
     assert "0.0.0.0" not in (ROOT / "web_server.py").read_text(), "people copy what they see"
-
-
-@pytest.fixture
-def browser():
-    path = shutil.which("chromium")
-    if not path:
-        pytest.skip("no browser: apt-get install chromium fonts-noto-cjk")
-    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def test_the_page_in_a_browser(browser, server, images):

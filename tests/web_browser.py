@@ -1,0 +1,44 @@
+"""A browser for the tests of the page (Chromium), and what people do in it."""
+
+import contextlib
+from collections.abc import Iterator
+
+from conftest import LONG
+
+
+@contextlib.contextmanager
+def open_page(browser, address: str, width: int = 1280, **options) -> Iterator:
+    """The page in a window of its own, as another visitor. In the end: it was quiet, asked nobody else for
+    anything, and nothing on it was wider than the screen."""
+    context = browser.new_context(viewport={"width": width, "height": 860}, **options)
+    page = context.new_page()
+    page.set_default_timeout(1000 * LONG)
+    trouble = []
+    page.on("console", lambda message: message.type == "error" and trouble.append(message.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    own = (address, "data:", "blob:")
+    page.on("request", lambda request: request.url.startswith(own) or trouble.append(request.url))
+    page.goto(address)
+    page.locator("#chat .example").first.wait_for()
+    yield page
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
+    assert not trouble
+
+
+def ask(page, text: str) -> None:
+    page.fill("#box textarea", text)
+    page.press("#box textarea", "Enter")
+    page.locator(".stop-button").wait_for()
+    page.locator('[data-testid="submit-button"]').wait_for()
+
+
+def draw(page, points: list[tuple[float, float]]) -> None:
+    """A stroke through points of the sketch pad, 0..1 from its upper left corner."""
+    frame = page.locator("#pad canvas").bounding_box()
+    places = [(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"]) for x, y in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=3)
+    page.mouse.up()
