@@ -21,7 +21,7 @@
             entry.now = choose(entry.text);
             if (node.data !== entry.now) node.data = entry.now;
         }
-        for (const box of document.querySelectorAll("#box textarea")) {
+        for (const box of document.querySelectorAll("[placeholder]")) {
             box.dataset.both ||= box.placeholder;
             if (box.placeholder !== choose(box.dataset.both)) box.placeholder = choose(box.dataset.both);
         }

@@ -120,6 +120,7 @@ def add_settings(args: argparse.Namespace, max_seq_len: int) -> list[gr.componen
                 minimum=0,
                 maximum=2**31 - 1,
                 label="种子 / Seed",
+                placeholder="随机 / random",
                 info="空 = 每次不同；温度为 0 时无效 / empty = another one each time; unused at 0",
             )
     return [temperature, top_k, top_p, penalty, length, seed]

@@ -115,6 +115,17 @@ def test_a_drawn_star_is_recognized(browser, folder):
         assert "green star" in answer, answer
 
 
+def test_the_screenshots_are_made_by_a_command(browser, folder, tmp_path):
+    from images import screenshots
+
+    flags = ["--load_from", str(folder / "32_vlm_sft.pth"), "--image_dir", str(folder / "examples")]
+    screenshots.main([*flags, "--max_new_tokens", "20"], tmp_path)
+    for name, size in (("page.png", (1000, 720)), ("page_phone.png", (390, 844))):
+        with Image.open(tmp_path / name) as image:
+            assert image.size == size and len(image.convert("RGB").getcolors(1 << 20)) > 20
+        assert (ROOT / "images" / name).stat().st_size < 300_000
+
+
 def test_the_pad_has_the_colours_of_the_demo_world():
     assert list(COLOURS) == list(colours.COLOURS)
     for name, code in COLOURS.items():
