@@ -7,6 +7,7 @@ writes   images/page.png and images/page_phone.png; needs Chromium and playwrigh
     python -m images.screenshots --load_from out/768_vlm_sft.pth
 """
 
+import argparse
 import io
 import math
 import re
@@ -28,9 +29,14 @@ STAR = [
 ]
 
 
-def main(flags: list[str], folder: Path = HERE) -> None:
+def main(argv: list[str] | None = None) -> None:
     from playwright.sync_api import sync_playwright
 
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--into", type=Path, default=HERE, help="folder of the PNGs (default: images)")
+    args, flags = parser.parse_known_args(argv)
     command = [sys.executable, "web_server.py", *(flags or DEMO), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent) as server:
         try:
@@ -39,9 +45,9 @@ def main(flags: list[str], folder: Path = HERE) -> None:
                 browser = playwright.chromium.launch(
                     executable_path=shutil.which("chromium"), args=["--no-sandbox"]
                 )
-                save(ask_about_a_star(open_page(browser, address, 1000, 720)), folder / "page.png")
+                save(ask_about_a_star(open_page(browser, address, 1000, 720)), args.into / "page.png")
                 phone = open_page(browser, address, 390, 844, color_scheme="dark", locale="en")
-                save(what_mattered(phone), folder / "page_phone.png")
+                save(what_mattered(phone), args.into / "page_phone.png")
                 browser.close()
         finally:
             server.terminate()
@@ -98,4 +104,4 @@ def save(page, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

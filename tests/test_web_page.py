@@ -5,12 +5,14 @@ import colorsys
 import io
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import LONG, ROOT
 from PIL import Image
-from web_browser import ask, draw, open_page
+from web_browser import ask, draw, open_page, wait_for_answer
 from web_pages import make_folder, serve_page
 
 from dataset.demo_world import colours
@@ -58,9 +60,7 @@ def test_an_answer_says_how_it_was_made_and_can_be_had_again_or_taken_back(brows
         answer = page.locator('[data-testid="bot"]').inner_text()
         assert re.search(r"\d+ tokens, (\d+|–)/s, \d+\.\d s to the first", answer)
         page.wait_for_function("document.activeElement === document.querySelector('#box textarea')")
-        page.click("button[title=Retry]")
-        page.locator(".stop-button").wait_for()
-        page.locator('[data-testid="submit-button"]').wait_for()
+        wait_for_answer(page, lambda: page.click("button[title=Retry]"))
         (again,) = page.locator('[data-testid="bot"]').all_inner_texts()
         assert again.split("\n")[0] == answer.split("\n")[0]
         page.click("button[title=Undo]")
@@ -116,10 +116,9 @@ def test_a_drawn_star_is_recognized(browser, folder):
 
 
 def test_the_screenshots_are_made_by_a_command(browser, folder, tmp_path):
-    from images import screenshots
-
-    flags = ["--load_from", str(folder / "32_vlm_sft.pth"), "--image_dir", str(folder / "examples")]
-    screenshots.main([*flags, "--max_new_tokens", "20"], tmp_path)
+    flags = ["--load_from", folder / "32_vlm_sft.pth", "--image_dir", folder / "examples", "--into", tmp_path]
+    command = [sys.executable, "-m", "images.screenshots", "--max_new_tokens", "20", *map(str, flags)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=LONG)
     for name, size in (("page.png", (1000, 720)), ("page_phone.png", (390, 844))):
         with Image.open(tmp_path / name) as image:
             assert image.size == size and len(image.convert("RGB").getcolors(1 << 20)) > 20

@@ -4,14 +4,16 @@ Gradio takes all chat text for HTML, even with render_markdown=False: `<b>` turn
 vanished. And v1's page shared one image among all its visitors.
 """
 
+import base64
 import itertools
+import json
 import re
 import socket
 from collections.abc import Iterator
 
 import pytest
 from conftest import LONG, ROOT, check_refused, run_script
-from web_pages import Visitor, make_folder, serve_page, text_of
+from web_pages import Visitor, form_of, make_folder, send, serve_page, text_of
 
 from model.chat import Round, load_chat
 from model.generate import Sampling
@@ -197,10 +199,34 @@ def test_the_page_in_a_browser(browser, server, images):
     assert not trouble
 
 
+def test_a_password_a_short_line_and_small_uploads(images):
+    """A byte too many is said kindly; without the password nothing is answered, page and programs alike."""
+    large = (images / "first.png").read_bytes() + bytes(1 << 20)
+    flags = ("--auth", "ann:se:cret é", "--max_upload_mb", "1", "--max_queue", "3")
+    with serve_page(images, *flags) as served:
+
+        def status(path: str, **headers: str) -> int:
+            return send(served.address, "GET", path, None, headers)[0]
+
+        basic = "Basic " + base64.b64encode("ann:se:cret é".encode()).decode()
+        for path in ("/", "/config", "/v1/models", "/nothing"):
+            status_, answered, _ = send(served.address, "GET", path)
+            assert status_ == 401 and answered["www-authenticate"].startswith("Basic ")
+        for wrong in ("Basic " + base64.b64encode(b"ann:").decode(), "Basic ?", "Bearer x", "Basic"):
+            assert status("/config", Authorization=wrong) == 401
+        assert status("/config", Authorization=basic) == status("/v1/models", Authorization=basic) == 200
+        body, headers = form_of(("a.png", large))
+        headers["Authorization"] = basic
+        assert send(served.address, "POST", "/gradio_api/upload", body, headers)[0] == 200
+        config = json.loads(send(served.address, "GET", "/config", None, {"Authorization": basic})[2])
+        assert config["max_file_size"] == 1 << 20
+    check_refused(run_script("web_server.py", "--auth", "ann"), "--auth", "USER:PASSWORD")
+
+
 SLOW_AND_SHORT = """
 import time
 from serving import engine
-engine.MOST_WAITING, engine.STARTED, engine.choose_together = 2, 1, lambda decoder: 1
+engine.STARTED, engine.choose_together = 1, lambda decoder: 1
 hand = engine.Engine.hand_over
 engine.Engine.hand_over = lambda self, to, text, end: (text and time.sleep(1), hand(self, to, text, end))
 """
@@ -221,7 +247,7 @@ def test_a_full_line_and_an_error_leave_the_page_usable(browser, images):
         page.locator('[data-testid="submit-button"]').wait_for()
         page.wait_for_function("!document.querySelector('textarea').disabled")
 
-    with serve_page(images, change=SLOW_AND_SHORT) as served:
+    with serve_page(images, "--max_queue", "2", change=SLOW_AND_SHORT) as served:
         image = (images / "first.png").read_bytes()
 
         def join() -> None:

@@ -1,7 +1,7 @@
 """A browser for the tests of the page (Chromium), and what people do in it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from conftest import LONG
 
@@ -28,8 +28,13 @@ def open_page(browser, address: str, width: int = 1280, **options) -> Iterator:
 
 def ask(page, text: str) -> None:
     page.fill("#box textarea", text)
-    page.press("#box textarea", "Enter")
-    page.locator(".stop-button").wait_for()
+    wait_for_answer(page, lambda: page.press("#box textarea", "Enter"))
+
+
+def wait_for_answer(page, act: Callable[[], None]) -> None:
+    """Do what asks for one. The stop button is no sign: a small model has answered before it is seen."""
+    with page.expect_response(lambda response: "/queue/join" in response.url):
+        act()
     page.locator('[data-testid="submit-button"]').wait_for()
 
 
