@@ -197,7 +197,7 @@ def show_part(part: str | dict, message: dict, at: int) -> dict:
     if not isinstance(part, str):
         return part
     if message.get("is_notice"):
-        return {"type": "text", "text": f'<span class="notice">{in_both(part)}</span>'}
+        return {"type": "text", "text": f'<span class="notice" role="status">{in_both(part)}</span>'}
     text = html.escape(part)
     if message["role"] == "assistant" and not message.get("is_growing"):
         facts = in_both(message["facts"]) if "facts" in message else ""

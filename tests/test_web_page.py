@@ -174,6 +174,51 @@ def test_what_mattered_is_drawn_for_the_answer_and_for_a_word(browser, server, f
         assert page.locator('[data-testid="bot"]').first.inner_text() == answer
 
 
+CONTRASTS = """selector => {
+    const read = text => (text.match(/[\\d.]+/g) || []).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map(value => value / 255)
+        .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, value, at) => sum + value * [0.2126, 0.7152, 0.0722][at], 0);
+    const paper = node => {
+        for (; node; node = node.parentElement) {
+            const colour = read(getComputedStyle(node).backgroundColor);
+            if (colour.length === 3 || colour[3] === 1) return colour;
+        }
+        return [255, 255, 255];
+    };
+    return [...document.querySelectorAll(selector)].filter(node => node.checkVisibility() && node.innerText)
+        .map(node => {
+            const colours = [read(getComputedStyle(node).color), paper(node)];
+            const [low, high] = colours.map(light).sort((a, b) => a - b);
+            return [node.innerText, (high + 0.05) / (low + 0.05)];
+        });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_the_page_says_can_be_read_and_every_control_has_a_name(browser, server, folder, scheme):
+    """WCAG 2, AA: a contrast of 4.5."""
+    with open_page(browser, server, color_scheme=scheme) as page:
+        ask(page, QUESTION)
+        show(page, folder / "first.png")
+        texts = dict(page.evaluate(CONTRASTS, "#head p, #head button, #chat .notice, #pad button"))
+        wait_for_answer(page, lambda: page.press("#box textarea", "Enter"))
+        page.click("#settings button")
+        texts |= dict(
+            page.evaluate(CONTRASTS, "#chat .facts span, #chat .why, #settings span, #settings label")
+        )
+        assert len(texts) > 15
+        assert not {text: contrast for text, contrast in texts.items() if contrast < 4.5}
+        nameless = page.evaluate(
+            """[...document.querySelectorAll("button, input:not([type=file]), textarea, select")]
+            .filter(each => each.checkVisibility())
+            .filter(each => !(each.innerText || each.ariaLabel || each.title || each.placeholder
+                || each.labels?.length || each.querySelector("img")))
+            .map(each => each.outerHTML.slice(0, 300))"""
+        )
+        assert not nameless
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_in_chinese_and_in_english(browser, server, folder, scheme):
     options = {"locale": "zh-CN", "color_scheme": scheme, "has_touch": True, "is_mobile": True}
