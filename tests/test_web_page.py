@@ -80,6 +80,21 @@ def test_a_question_without_an_image_waits_in_the_box(browser, server, folder):
         assert page.locator('[data-testid="user"]').get_by_text(QUESTION).count() == 1, "not there twice"
 
 
+def test_that_a_question_has_come_is_seen_before_it_is_read(browser, server, folder):
+    """However long the line: here the request that asks for the answer is held back."""
+    held = []
+    with open_page(browser, server) as page:
+        show(page, folder / "first.png")
+        page.route("**/queue/join*", lambda route: held.append(route))
+        page.fill("#box textarea", QUESTION)
+        page.press("#box textarea", "Enter")
+        page.locator("#chat .notice").get_by_text("Looking").wait_for()
+        page.locator(".stop-button").wait_for()
+        held[0].continue_()
+        page.locator("#chat .why").wait_for()
+        assert page.locator("#chat .notice").count() == 0
+
+
 def test_a_drawing_reaches_the_model_pixel_for_pixel(browser, server, folder):
     with open_page(browser, server) as page:
         page.click("[data-do=open]")
@@ -204,6 +219,7 @@ def test_what_the_page_says_can_be_read_and_every_control_has_a_name(browser, se
         texts = dict(page.evaluate(CONTRASTS, "#head p, #head button, #chat .notice, #pad button"))
         wait_for_answer(page, lambda: page.press("#box textarea", "Enter"))
         page.click("#settings button")
+        page.locator("#settings input").last.wait_for()
         texts |= dict(
             page.evaluate(CONTRASTS, "#chat .facts span, #chat .why, #settings span, #settings label")
         )

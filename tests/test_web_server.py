@@ -267,6 +267,7 @@ def test_a_full_line_and_an_error_leave_the_page_usable(browser, images):
         page.locator(".stop-button").click()
         check_usable()
         page.locator("#chat").get_by_text("You are number").wait_for(state="hidden")
+        assert page.input_value("textarea") == "and now?", "its question comes back"
         join()
         ask("You are number 2")
         page.locator(".stop-button").click()

@@ -32,10 +32,18 @@ def ask(page, text: str) -> None:
 
 
 def wait_for_answer(page, act: Callable[[], None]) -> None:
-    """Do what asks for one. The stop button is no sign: a small model has answered before it is seen."""
-    with page.expect_response(lambda response: "/queue/join" in response.url):
+    """Do what asks for one. What is seen is no sign of its end: a small model has answered before the stop
+    button appears. The page asks for the answer, then says that it has ended."""
+    asked = []
+
+    def has_ended(response) -> bool:
+        asked.append("/queue/join" in response.url)
+        return any(asked) and "/run/predict" in response.url
+
+    with page.expect_response(has_ended):
         act()
     page.locator('[data-testid="submit-button"]').wait_for()
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def draw(page, points: list[tuple[float, float]]) -> None:
