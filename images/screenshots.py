@@ -18,10 +18,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from serving.look import COLOURS
+
 HERE = Path(__file__).parent
 DEMO = ["@dataset/demo/eval.args", "--load_from", "out/demo/128_vlm_sft.pth"]
-GREEN = "#28a745"
-COLOURS = 128  # of the PNG: half the size, and no difference to be seen
+NUM_COLOURS = 128  # of the PNG: half the size, and no difference to be seen
 STAR = [
     (0.5 + radius * math.sin(math.pi * k / 5), 0.5 - radius * math.cos(math.pi * k / 5))
     for k in range(11)
@@ -70,7 +71,7 @@ def open_page(browser, address: str, width: int, height: int, **options):
 
 def ask_about_a_star(page):
     page.click("[data-do=open]")
-    page.click(f"#pad [data-colour='{GREEN}']")
+    page.click(f"#pad [data-colour='{COLOURS['green']}']")
     frame = page.locator("#pad canvas").bounding_box()
     for number, (x, y) in enumerate(STAR):
         page.mouse.move(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"])
@@ -99,7 +100,7 @@ def what_mattered(page):
 
 def save(page, path: Path) -> None:
     with Image.open(io.BytesIO(page.screenshot())) as image:
-        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.convert("RGB").quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"written: {path}")
 
 

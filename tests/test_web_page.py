@@ -3,7 +3,6 @@
 import base64
 import colorsys
 import io
-import math
 import re
 import subprocess
 import sys
@@ -16,15 +15,11 @@ from web_browser import ask, draw, open_page, wait_for_answer
 from web_pages import make_folder, serve_page
 
 from dataset.demo_world import colours
+from images.screenshots import STAR
 from serving.look import COLOURS
 
 QUESTION = "图形是什么颜色？"
 DEMO = ROOT / "out" / "demo" / "128_vlm_sft.pth"
-STAR = [
-    (0.5 + radius * math.sin(math.pi * k / 5), 0.5 - radius * math.cos(math.pi * k / 5))
-    for k in range(11)
-    for radius in [0.08 if k % 2 else 0.18]
-]
 SAVE_SEEN = """
 from model.chat import Chat
 encode = Chat.encode
