@@ -65,6 +65,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "port) or NAME:PORT (default: none)",
     )
     add(
+        "--auth",
+        type=Checked(str, lambda text: all(text.partition(":")), "USER:PASSWORD"),
+        metavar="USER:PASSWORD",
+        help="what everybody is asked for, programs as their API key; others on this computer can read it in "
+        "the list of processes, and without https so can the network (default: nobody is asked)",
+    )
+    add("--max_queue", type=at_least(1), default=100, help="questions that wait; more are told to come back")
+    add("--max_upload_mb", type=at_least(1), default=20, help="largest image file that visitors may send, MB")
+    add(
         "--max_rounds",
         type=at_least(0),
         help="rounds of a chat that the model sees, the question included (0 = all that fit its context, "
@@ -75,8 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--seed",
         type=at_least(0, below=2**31),
-        default=0,
-        help="at first; the same seed gives the same answer",
+        help="at first; the same seed gives the same answer (default: another one for each answer)",
     )
     return parser.parse_args(argv)
 
@@ -120,9 +128,10 @@ def run(args: argparse.Namespace, weights: Path, folder: str) -> None:
         args.max_rounds = chat.max_rounds
     if not args.image_dir:
         args.image_dir = find_recorded(chat.about.get("image_dir", "dataset/eval_images"), weights)
-    sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed)
-    site = make_site(folder, chat, Defaults(weights.stem, sampling, args.max_rounds))
-    serve(build_page(chat, weights, args, site), site, args.host, args.port, args.allow_host)
+    sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed or 0)
+    defaults = Defaults(weights.stem, sampling, args.max_rounds)
+    site = make_site(folder, chat, defaults, args.max_queue, args.max_upload_mb << 20)
+    serve(build_page(chat, weights, args, site), site, args.host, args.port, args.allow_host, args.auth or "")
 
 
 if __name__ == "__main__":

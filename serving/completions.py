@@ -13,7 +13,7 @@ from model.chat import Chat, Round
 from model.generate import Sampling
 from serving.answer import Answer
 from serving.bodies import Refused
-from serving.uploads import MOST_FILE
+from serving.site import MOST_FILE
 
 DATA = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
 MOST_MESSAGES, MOST_STOPS, LONGEST_STOP = 1000, 4, 200

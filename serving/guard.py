@@ -6,6 +6,7 @@ given out here: Gradio handles no file of a visitor.
 """
 
 import asyncio
+import base64
 import contextlib
 import ctypes
 import json
@@ -84,6 +85,7 @@ class Guard:
     quick, events  of the page's events that are answered at once, and of all: their numbers, and how many
                    values each has
     forget         told the keys of visitors who have left
+    account        USER:PASSWORD, without which nothing is answered ("" = everybody may ask)
     """
 
     def __init__(
@@ -94,10 +96,11 @@ class Guard:
         quick: dict[int, int],
         events: dict[int, int],
         forget: Callable[[str], None],
+        account: str = "",
     ):
         self.app, self.hosts, self.quick, self.events, self.forget = app, hosts, quick, events, forget
         self.images, self.visitors, self.uploads = site.images, site.visitors, Uploads(site)
-        self.api = Api(site, ADDED)
+        self.api, self.account = Api(site, ADDED), account
         self.cookie = f"visitor_{hosts.port}"  # cookies know no ports
 
     async def __call__(self, scope, receive, send) -> None:
@@ -122,6 +125,8 @@ class Guard:
                 response = self.api.refuse(refused)
             else:
                 response = PlainTextResponse(refused.line + "\n", refused.status, ADDED)
+            if refused.status == 401:
+                response.headers["WWW-Authenticate"] = 'Basic realm="MiniMind-V", charset="UTF-8"'
             if scope["method"] == "POST":
                 response.headers["Connection"] = "close"  # the rest of its body is not waited for
             await response(scope, receive, send)
@@ -129,6 +134,7 @@ class Guard:
     async def answer(self, scope, receive, send) -> None:
         headers = Headers(scope=scope)
         self.check_names(scope, headers)
+        await self.check_account(headers)
         route = find_route(scope["method"], scope["path"])
         if route is None:
             raise Refused(404, "There is nothing here.")
@@ -160,6 +166,17 @@ class Guard:
         origins = headers.getlist("origin")
         if not all(self.hosts.knows_origin(origin, address) for origin in origins):
             raise Refused(403, "Pages of other sites may not use this one: see --allow_host.")
+
+    async def check_account(self, headers: Headers) -> None:
+        """Browsers send it as Basic; programs as the key of the API, USER:PASSWORD."""
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                given = base64.b64decode(given).decode()
+        if self.account and not secrets.compare_digest(given.encode(), self.account.encode()):
+            if given:
+                await asyncio.sleep(1)  # for a guess
+            raise Refused(401, "This page asks for a name and a password.")
 
     def find_visitor(self, headers: Headers) -> str:
         with contextlib.suppress(CookieError):

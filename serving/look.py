@@ -1,5 +1,9 @@
-"""How the page looks, and what it does in the browser."""
+"""How the page looks, and what it does in the browser: style.css, page.js and what is here."""
 
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ICON = HERE / "icon.svg"
 FONTS = [
     "system-ui",
     "-apple-system",
@@ -9,36 +13,72 @@ FONTS = [
     "Noto Sans CJK SC",
     "sans-serif",
 ]
-CSS = """
-.gradio-container > .main { max-width: 900px !important; padding: 12px 16px !important; }
-.gradio-container .column { gap: 10px; }
-#head h1 { font-size: 22px; margin: 0; }
-#head p { font-size: 13px; margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-#chat, #box, #settings { border: 1px solid var(--border-color-primary) !important; }
-#chat, #box, #settings, .form:has(> #box) { border-radius: 10px !important; }
-#chat { min-height: 380px; }
-#chat .message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
-#chat .message-row:has(img) + .message-buttons { display: none; } /* "share" would upload the image */
-#chat .placeholder { margin: auto; padding: 12px 16px 0; text-align: center; }
-#chat .placeholder h2 { margin: 0 0 8px; font-size: 20px; }
-#chat .placeholder p { margin: 2px 0; color: var(--body-text-color-subdued); }
-#chat .examples { width: 100%; max-width: 640px; gap: 8px; padding: 16px; }
-#chat .example { padding: 8px 12px; border: 1px solid var(--border-color-primary); }
-#chat .example-content { flex-direction: row; align-items: center; gap: 12px; text-align: left; }
-#chat .example-icons-grid { width: auto; }
-#settings [data-testid="block-info"] { padding: 0; background: none; color: inherit; white-space: nowrap; }
-@media (max-width: 600px) {
-    .gradio-container > .main { padding: 8px !important; }
-    #box textarea { font-size: 16px; }      /* phones zoom into anything smaller */
-    #settings .form > .block { min-width: 100% !important; }
+# Of the sketch pad: what the demo world calls by these names (dataset/demo_world/colours.py).
+COLOURS = {
+    "red": "#e01f1f",
+    "yellow": "#f2d925",
+    "green": "#28a745",
+    "blue": "#2b5be0",
+    "purple": "#8e2bc9",
+    "orange": "#f28c1c",
+    "pink": "#f58cba",
+    "cyan": "#1fc4d6",
 }
+CHINESE = dict(zip(COLOURS, "红黄绿蓝紫橙粉青", strict=True))
+WIDTHS = {"细 / thin": 8, "中 / medium": 16, "粗 / thick": 40}
+SIDE = 448  # pixels of the sketch pad
+LANGUAGE = (
+    '<button type="button" class="plain-button" data-do="language">'
+    '<span lang="zh">English</span><span lang="en">中文</span></button>'
+)
+FOCUS = (
+    "() => { if (matchMedia('(pointer: fine)').matches) document.querySelector('#box textarea')?.focus(); }"
+)
+# The button under an answer and the words in the dialog; see page.connect_why. Of what stands in an answer,
+# Gradio lets no data-* attribute through.
+WHY = """
+document.addEventListener("click", event => {
+    const answer = event.target.closest?.("#chat .why"), word = event.target.closest?.("#why [data-word]");
+    if (answer) trigger("click", {index: Number(/at-(\\d+)/.exec(answer.className)[1])});
+    if (word) trigger("select", {index: Number(word.dataset.word)});
+});
+watch("value", () => {
+    const card = element.querySelector("dialog");
+    if (card && !card.open) card.showModal();
+});
 """
-# The copy button hands over what the Chatbot was given, escaped (see shown): make it as typed again.
-# Without https or loopback there is no navigator.clipboard: it then copies from a textarea off the screen.
-COPY = """() => {
-    const marks = {amp: "&", lt: "<", gt: ">", quot: '"', "#x27": "'"}, board = navigator.clipboard;
-    const typed = text => text.replace(/&(amp|lt|gt|quot|#x27);/g, (all, name) => marks[name]);
-    if (board) { const write = board.writeText.bind(board); board.writeText = text => write(typed(text)); }
-    document.addEventListener("copy", event => { if (event.target.style?.left === "-999999px") {
-        event.clipboardData.setData("text/plain", typed(event.target.value)); event.preventDefault(); } });
-}"""
+
+
+def read(name: str) -> str:
+    """One of the files beside this one."""
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def draw_pad() -> str:
+    """The sketch pad, as HTML, and the button that opens it; page.js makes it work."""
+    colours = "".join(
+        f'<button type="button" data-colour="{code}" style="--colour: {code}" title="{CHINESE[name]} {name}" '
+        f'aria-label="{name}" aria-pressed="{"true" if name == "red" else "false"}"></button>'
+        for name, code in COLOURS.items()
+    )
+    widths = "".join(
+        f'<button type="button" data-width="{width}" aria-pressed="{"true" if width == 16 else "false"}">'
+        f"{label}</button>"
+        for label, width in WIDTHS.items()
+    )
+    actions = "".join(
+        f'<button type="button" data-do="{name}">{label}</button>'
+        for name, label in (
+            ("undo", "撤销 / Undo"),
+            ("empty", "清空 / Empty"),
+            ("close", "取消 / Cancel"),
+            ("use", "用这张图 / Use it"),
+        )
+    )
+    return (
+        '<button type="button" class="plain-button" data-do="open">✎ 画一张 / ✎ Draw one</button>'
+        '<dialog class="card" aria-labelledby="pad-title"><h2 id="pad-title">画一张图 / Draw an image</h2>'
+        f'<canvas width="{SIDE}" height="{SIDE}"></canvas>'
+        f'<div class="row">{colours}</div><div class="row">{widths}</div><div class="row">{actions}</div>'
+        "</dialog>"
+    )

@@ -12,26 +12,28 @@ from fastapi import FastAPI
 
 from serving.guard import Guard
 from serving.hosts import Hosts
-from serving.look import COPY, CSS, FONTS
+from serving.look import FONTS, ICON, read
 from serving.site import Site
-from serving.uploads import MOST_FILE
 
 MOST_SESSIONS = 2000  # whose conversations are kept
 MOST_CONNECTIONS = 4000
 MOST_EVENTS = 1000  # under way at once: answers that wait in the line count
 
 
-def serve(page: gr.Blocks, site: Site, host: str, port: int, allowed_hosts: list[str]) -> None:
+def serve(
+    page: gr.Blocks, site: Site, host: str, port: int, allowed_hosts: list[str], account: str = ""
+) -> None:
     """Serve the page until interrupted. Raises OSError where the address cannot be had.
 
     host           a name or an address, of IPv6 too
     port           0 = any free one
     allowed_hosts  other names that the page answers to
+    account        USER:PASSWORD that everybody has to know ("" = nobody is asked)
     """
     sockets = listen(host, port)
     port = sockets[0].getsockname()[1]
     hosts = Hosts(host, port, allowed_hosts)
-    app = guard_page(page, site, hosts)
+    app = guard_page(page, site, hosts, account)
     allow_many_files()
     share_heap()
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # damaged forms are visitors' business
@@ -44,12 +46,14 @@ def serve(page: gr.Blocks, site: Site, host: str, port: int, allowed_hosts: list
         timeout_graceful_shutdown=1,  # open pages never end by themselves
     )
     try:
-        Announcing(config, f"[{host}]" if ":" in host else host, port, hosts.is_open).run(sockets)
+        Announcing(config, f"[{host}]" if ":" in host else host, port, hosts.is_open, bool(account)).run(
+            sockets
+        )
     finally:
         site.close()
 
 
-def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:
+def guard_page(page: gr.Blocks, site: Site, hosts: Hosts, account: str = "") -> Guard:
     """The page as an ASGI application that answers the page alone."""
     page.state_session_capacity = MOST_SESSIONS
     page.queue(max_size=None, default_concurrency_limit=None)
@@ -62,10 +66,11 @@ def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:
         page,
         "/",
         theme=theme,
-        css=CSS,
-        js=COPY,
+        css=read("style.css"),
+        js=read("page.js"),
+        favicon_path=str(ICON),
         footer_links=[],
-        max_file_size=MOST_FILE,
+        max_file_size=site.most_file,
         show_error=False,
         ssr_mode=False,
         run_history=False,
@@ -76,8 +81,10 @@ def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:
         server_name="",
     )
     page.has_launched = True  # else Gradio checks no path
-    events = {number: len(event.inputs) for number, event in page.fns.items()}
-    quick = {number: events[number] for number, event in page.fns.items() if not event.queue}
+    events = {number: len(event.inputs) for number, event in page.fns.items() if event.fn}
+    quick = {
+        number: events[number] for number, event in page.fns.items() if number in events and not event.queue
+    }
 
     def forget(session: str) -> None:
         """What Gradio keeps of a session, for hours."""
@@ -89,21 +96,22 @@ def guard_page(page: gr.Blocks, site: Site, hosts: Hosts) -> Guard:
         for block in page.blocks.values():
             getattr(block, "temp_files", set()).clear()
 
-    return Guard(app, hosts, site, quick, events, forget)
+    return Guard(app, hosts, site, quick, events, forget, account)
 
 
 class Announcing(uvicorn.Server):
     """Says where the page is, once it is there."""
 
-    def __init__(self, config: uvicorn.Config, host: str, port: int, is_open: bool):
+    def __init__(self, config: uvicorn.Config, host: str, port: int, is_open: bool, asks: bool):
         super().__init__(config)
         self.host, self.port, self.is_open = host, port, is_open
+        self.limits = "no encryption" if asks else "no password, no encryption"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.is_open:
             print(
-                f"warning: whoever can reach {self.host} can use this page; no password, no encryption",
+                f"warning: whoever can reach {self.host} can use this page; {self.limits}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -8,6 +8,8 @@ from serving.decoding import Reducer
 from serving.engine import Engine
 from serving.visitors import Images, Visitors
 
+MOST_FILE = 20 << 20  # bytes of an image that a visitor sends
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -29,12 +31,20 @@ class Site:
     engine: Engine
     reducer: Reducer
     defaults: Defaults
+    most_file: int = MOST_FILE
 
     def close(self) -> None:
         self.reducer.close()
         self.engine.close()
 
 
-def make_site(folder: str, chat: Chat, defaults: Defaults) -> Site:
-    """folder: what the names of images begin with."""
-    return Site(Visitors(), Images(folder), Engine(chat), Reducer(chat.image_processor.size), defaults)
+def make_site(
+    folder: str,
+    chat: Chat,
+    defaults: Defaults,
+    most_waiting: int | None = None,
+    most_file: int = MOST_FILE,
+) -> Site:
+    """folder: what the names of images begin with; most_waiting: see Engine."""
+    engine, reducer = Engine(chat, most_waiting=most_waiting), Reducer(chat.image_processor.size)
+    return Site(Visitors(), Images(folder), engine, reducer, defaults, most_file)

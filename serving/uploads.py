@@ -12,8 +12,9 @@ from serving.decoding import Reduced
 from serving.site import Site
 from serving.visitors import Full
 
-MOST_FILE, MOST_FILES = 20 << 20, 16
-MOST_UPLOAD = 64 << 20  # of one request, which may hold several files
+MOST_FILES = 16
+MOST_UPLOAD = 64 << 20  # of one request, which may hold several files; at least the largest one
+FORM = 64 << 10  # bytes of a form around its files
 # While they come in they lie on the disk, as files without a name. Requests beyond so many wait.
 MOST_AT_ONCE, MOST_PENDING = 64, 512 << 20
 
@@ -25,7 +26,7 @@ class Uploads:
     async def take(self, scope, receive, visitor: str) -> list[str]:
         """The names of the images in a form, each reduced at once to what the model sees and the page shows.
         Raises Refused."""
-        size, pieces = 0, read_body(scope, receive, MOST_UPLOAD)
+        size, pieces = 0, read_body(scope, receive, max(MOST_UPLOAD, self.site.most_file + FORM))
 
         async def receive_counted() -> dict:
             nonlocal size
@@ -57,8 +58,8 @@ class Uploads:
         """The name of an image, whatever is in its file: what is wrong with it is said when it is asked
         about."""
         reduced, problem = None, ""
-        if file.seek(0, 2) > MOST_FILE:
-            problem = f"it is larger than {MOST_FILE >> 20} MB"
+        if file.seek(0, 2) > self.site.most_file:
+            problem = f"it is larger than {self.site.most_file >> 20} MB"
         else:
             try:
                 reduced = await self.site.reducer.reduce(file)

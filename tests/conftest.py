@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -361,3 +362,15 @@ def check_refused(result: subprocess.CompletedProcess, *fragments: str) -> None:
     assert "Traceback" not in result.stderr and len(message) == 1, result.stderr
     for fragment in fragments:
         assert fragment in message[0], f"{fragment!r} is not in: {message[0]}"
+
+
+@pytest.fixture
+def browser():
+    path = shutil.which("chromium")
+    if not path:
+        pytest.skip("no browser: apt-get install chromium fonts-noto-cjk")
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

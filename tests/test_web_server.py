@@ -4,16 +4,16 @@ Gradio takes all chat text for HTML, even with render_markdown=False: `<b>` turn
 vanished. And v1's page shared one image among all its visitors.
 """
 
-import html
+import base64
 import itertools
+import json
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 
 import pytest
 from conftest import LONG, ROOT, check_refused, run_script
-from web_pages import Visitor, make_folder, serve_page
+from web_pages import Visitor, form_of, make_folder, send, serve_page, text_of
 
 from model.chat import Round, load_chat
 from model.generate import Sampling
@@ -56,7 +56,7 @@ def put(client, text: str, *files) -> list[list[dict]]:
 def texts(messages: list[dict], role: str) -> list[str]:
     """What the browser is given to show, as it will be read: each message's text, unescaped."""
     return [
-        html.unescape(part["text"])
+        text_of(part["text"])
         for message in messages
         if message["role"] == role
         for part in message["content"]
@@ -85,7 +85,7 @@ def test_an_answer_streams_and_every_visitor_has_an_image_of_their_own(visitor, 
         turns, [open_image(images / "second.png")], Sampling(max_new_tokens=40)
     )
     assert again == [answers[-1], "".join(remembered)]
-    assert "添加一张图片" in texts(put(third, QUESTION)[-1], "assistant")[0]  # and nobody else's
+    assert "Please add an image" in texts(put(third, QUESTION)[-1], "assistant")[0]  # and nobody else's
 
 
 def test_what_is_missing_is_said_kindly(visitor, images):
@@ -105,28 +105,39 @@ def test_what_the_page_says_is_no_answer_of_the_model():
 
     messages = []
     for text, files, answer in (
-        ("a", [], page.NO_IMAGE),
-        ("b", ["1.png"], "a cat"),
+        ("b", ["1.png"], page.say("a cat")),
         ("c", ["2.png"], None),
-        ("", [], f"{page.NOT_POSSIBLE}too long"),
-        ("d", [], page.NO_ANSWER),
+        ("", [], page.notice(page.NO_ANSWER)),
+        ("a", ["3.png"], page.notice(page.BAD_IMAGE, puts_back="text")),
+        ("d", [], page.say(page.NO_IMAGE)),  # a model may say what it likes
     ):
-        messages = page.ask(text, files, messages)
-        if answer:
-            messages = [*messages, {"role": "assistant", "content": [answer]}]
+        messages = [*page.ask(text, files, messages), *([answer] if answer else [])]
     assert page.rounds_of(messages) == [
-        Round("a"),
         Round("b", ["1.png"], "a cat"),
         Round("c", ["2.png"]),
         Round(page.DEFAULT_QUESTION),
-        Round("d"),
+        Round("d", [], page.NO_IMAGE),
     ]
+
+
+def test_a_question_without_an_answer_goes_back_into_the_box():
+    """It had to be typed again."""
+    from serving import conversation as page
+
+    answered = [*page.ask("a", ["1.png"], []), page.say("a cat", is_growing=True)]
+    assert page.settle(answered) == ([answered[0], page.say("a cat")], None)
+    asked = page.ask("b", ["2.png"], answered)
+    assert page.settle(asked) == (answered, {"text": "b", "files": ["2.png"]})
+    for kept, files in (("all", ["2.png"]), ("text", [])):
+        refused = [*asked, page.notice(page.GONE, puts_back=kept)]
+        assert page.settle(refused) == (refused, {"text": "b", "files": files})
+        assert page.ask("b", [], refused) == page.ask("b", [], answered), "not there twice"
 
 
 def test_html_arrives_as_typed(visitor, images):
     messages = put(visitor(), TYPED, images / "first.png")[-1]
     assert texts(messages, "user") == [TYPED]
-    sent = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    sent = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
     assert not re.search("[<>\"']", "".join(sent)), "the Chatbot was given something that could be HTML"
 
 
@@ -140,18 +151,6 @@ def test_a_wrong_start_is_one_line(images):
         port = str(taken.getsockname()[1])
         check_refused(run_script("web_server.py", "--load", weights, "--port", port), "--port", port)
     assert "0.0.0.0" not in (ROOT / "web_server.py").read_text(), "people copy what they see"
-
-
-@pytest.fixture
-def browser():
-    path = shutil.which("chromium")
-    if not path:
-        pytest.skip("no browser: apt-get install chromium fonts-noto-cjk")
-    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def test_the_page_in_a_browser(browser, server, images):
@@ -200,10 +199,34 @@ def test_the_page_in_a_browser(browser, server, images):
     assert not trouble
 
 
+def test_a_password_a_short_line_and_small_uploads(images):
+    """A byte too many is said kindly; without the password nothing is answered, page and programs alike."""
+    large = (images / "first.png").read_bytes() + bytes(1 << 20)
+    flags = ("--auth", "ann:se:cret é", "--max_upload_mb", "1", "--max_queue", "3")
+    with serve_page(images, *flags) as served:
+
+        def status(path: str, **headers: str) -> int:
+            return send(served.address, "GET", path, None, headers)[0]
+
+        basic = "Basic " + base64.b64encode("ann:se:cret é".encode()).decode()
+        for path in ("/", "/config", "/v1/models", "/nothing"):
+            status_, answered, _ = send(served.address, "GET", path)
+            assert status_ == 401 and answered["www-authenticate"].startswith("Basic ")
+        for wrong in ("Basic " + base64.b64encode(b"ann:").decode(), "Basic ?", "Bearer x", "Basic"):
+            assert status("/config", Authorization=wrong) == 401
+        assert status("/config", Authorization=basic) == status("/v1/models", Authorization=basic) == 200
+        body, headers = form_of(("a.png", large))
+        headers["Authorization"] = basic
+        assert send(served.address, "POST", "/gradio_api/upload", body, headers)[0] == 200
+        config = json.loads(send(served.address, "GET", "/config", None, {"Authorization": basic})[2])
+        assert config["max_file_size"] == 1 << 20
+    check_refused(run_script("web_server.py", "--auth", "ann"), "--auth", "USER:PASSWORD")
+
+
 SLOW_AND_SHORT = """
 import time
 from serving import engine
-engine.MOST_WAITING, engine.STARTED, engine.choose_together = 2, 1, lambda decoder: 1
+engine.STARTED, engine.choose_together = 1, lambda decoder: 1
 hand = engine.Engine.hand_over
 engine.Engine.hand_over = lambda self, to, text, end: (text and time.sleep(1), hand(self, to, text, end))
 """
@@ -224,7 +247,7 @@ def test_a_full_line_and_an_error_leave_the_page_usable(browser, images):
         page.locator('[data-testid="submit-button"]').wait_for()
         page.wait_for_function("!document.querySelector('textarea').disabled")
 
-    with serve_page(images, change=SLOW_AND_SHORT) as served:
+    with serve_page(images, "--max_queue", "2", change=SLOW_AND_SHORT) as served:
         image = (images / "first.png").read_bytes()
 
         def join() -> None:
@@ -244,6 +267,7 @@ def test_a_full_line_and_an_error_leave_the_page_usable(browser, images):
         page.locator(".stop-button").click()
         check_usable()
         page.locator("#chat").get_by_text("You are number").wait_for(state="hidden")
+        assert page.input_value("textarea") == "and now?", "its question comes back"
         join()
         ask("You are number 2")
         page.locator(".stop-button").click()

@@ -1,6 +1,7 @@
 """A running web_server.py, and visitors who send it plain HTTP, for the tests of the page."""
 
 import contextlib
+import html
 import http.client
 import json
 import os
@@ -157,6 +158,12 @@ def event(number: int, session: str, *data, **more) -> dict:
     return {"data": list(data), "fn_index": number, "session_hash": session, "trigger_id": None} | more
 
 
+def text_of(shown: str) -> str:
+    """What the Chatbot was given, as it reads: of an answer its own words, of a notice both languages."""
+    answer = re.sub(r'<span class="facts">.*', "", shown, flags=re.DOTALL)
+    return html.unescape(re.sub("<[^>]*>", "", answer.replace('</span><span lang="en">', "\n")))
+
+
 def question(text: str, *names: str) -> dict:
     return {"text": text, "files": [{"path": name, "meta": {"_type": "gradio.FileData"}} for name in names]}
 
@@ -202,7 +209,7 @@ class Visitor:
             if message.get("msg") == "process_generating":
                 first = message["output"]["data"][0]
                 chat = apply_diff(chat, first) if chat is not None else first
-                yield chat[-1]["content"][-1]["text"]
+                yield text_of(chat[-1]["content"][-1]["text"])
             if message.get("msg") in ("process_completed", "unexpected_error"):
                 if not message["success"]:
                     self.refusals.append(500)
