@@ -38,7 +38,7 @@ from trainer.stage import LoadedStage
 
 WORLD_VERSION = 7  # raised when a change of the recipe makes existing worlds outdated
 NUM_EVAL_IMAGES = 8
-NUM_VALIDATED, NUM_SAVES = 64, 6  # rows whose loss is measured at every save of a stage, about so many times
+NUM_VALIDATED, NUM_SAVES = 64, 4  # rows whose loss is measured at every save of a stage, about so many times
 # Rows of one length ask one kind of question here: in a few hundred steps each had better hold all kinds.
 # (The last stage does without, see write_recipes.)
 MIXED_STEPS = "--bucket=False"
