@@ -137,4 +137,5 @@
     if (board) { const write = board.writeText.bind(board); board.writeText = text => write(typed(text)); }
     document.addEventListener("copy", event => { if (event.target.style?.left === "-999999px") {
         event.clipboardData.setData("text/plain", typed(event.target.value)); event.preventDefault(); } });
+    document.documentElement.dataset.ready = "";  // for whoever drives the page
 }

@@ -11,7 +11,9 @@ from PIL import Image
 
 from model.explain import explain_chat
 from model.heat import draw_heat, scale_of
+from model.images import open_image
 from serving.conversation import GONE, NOT_POSSIBLE, in_both, is_asking, prepare
+from serving.decoding import Upload
 from serving.site import Site
 
 TITLE = "回答依据图中何处\nWhat mattered in the image"
@@ -78,7 +80,7 @@ class Explainer:
         if not all(kept):
             return frame(in_both(GONE))
         heats = [
-            draw_heat(Image.open(io.BytesIO(image.reduced.shown)).convert("RGB"), drops, scale)
+            draw_heat(open_image(Upload(image.reduced.shown)), drops, scale)
             for image, drops in zip(kept, chosen, strict=True)
         ]
         images = "".join(f'<img src="{as_address(heat)}" alt="">' for heat in heats)

@@ -20,6 +20,7 @@ def open_page(browser, address: str, width: int = 1280, **options) -> Iterator:
     page.on("request", lambda request: request.url.startswith(own) or trouble.append(request.url))
     page.goto(address)
     page.locator("#chat .example").first.wait_for()
+    page.locator("html[data-ready]").wait_for(state="attached")  # page.js listens
     yield page
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
