@@ -23,7 +23,7 @@ from making_images import (
     shown,
     trns,
 )
-from PIL import AvifImagePlugin, Image, ImageFile
+from PIL import AvifImagePlugin, EpsImagePlugin, Image, ImageFile
 
 from model import image_limits, images
 from model.images import FORMATS, find_images, open_image
@@ -124,6 +124,7 @@ def test_what_an_image_is_does_not_depend_on_what_the_process_did_before(tmp_pat
     elif before == "other limits":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     elif before == "an EPS":
+        Image.register_open("EPS", EpsImagePlugin.EpsImageFile, EpsImagePlugin._accept)
         Image.open(tmp_path / "a.eps")
     for form in forms:
         image = open_image(tmp_path / form)
