@@ -188,11 +188,16 @@ def chat_in_terminal(
     are printed, and what goes wrong is raised."""
     with Engine(chat, together=1) as engine:
         dialogue = Dialogue(engine, sampling, max_rounds, max_frames)
+        terminal = TerminalChat(dialogue, Console())
         if is_terminal():
-            TerminalChat(dialogue, Console()).run(images, videos)
+            terminal.run(images, videos)
             return
         dialogue.show(images, videos)
         for line in sys.stdin:
+            if (word := line.strip().partition(" ")[0]) in terminal.commands:
+                raise ValueError(
+                    f"{word} wants a terminal: here every line is a question, and files follow --chat"
+                )
             if line.strip():
                 answer_alone(dialogue, line.strip())
 

@@ -227,6 +227,16 @@ def test_without_a_terminal_lines_are_questions_and_answers_alone_are_printed(fo
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "broken.png" in wrong.stderr
 
 
+def test_without_a_terminal_a_command_is_refused(folder):
+    """It was answered as a question."""
+    command = [sys.executable, "3-eval_chat.py", f"--load_from={folder}/32_vlm_sft.pth", "--device=cpu"]
+    result = subprocess.run(
+        [*command, "--chat"], cwd=ROOT, input="/help\n", capture_output=True, text=True, timeout=LONG
+    )
+    assert result.returncode == 2 and not result.stdout
+    assert "/help wants a terminal" in result.stderr and "Traceback" not in result.stderr
+
+
 # ---- parts -------------------------------------------------------------------------------------------------
 
 
